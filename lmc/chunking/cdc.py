@@ -1,0 +1,84 @@
+"""Content-defined chunking of token ids.
+
+The idea is Rabin's (fingerprinting by random polynomials, 1981): let the content, not the offset,
+say where to cut, so that an insertion moves cuts and does not change them. The rule is local
+minimum chunking (Bjorner, Blass, Gurevich, "Content-dependent chunking for differential
+compression, the local maximum approach", JCSS 2010), which needs no divisor and no minimum length:
+two cuts are always more than a window apart. FastCDC (Xia et al., ATC 2016) is the relative that
+storage systems use; its minimum length makes cuts depend on earlier cuts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+
+@dataclass(frozen=True)
+class Cdc:
+    """Cut where the hash of the last few token ids is a local minimum.
+
+    A position p is a cut iff the hash of the `hash_tokens` ids that end at p is smaller than the
+    hash at each of the `window` positions to its left and not larger than at each of the `window`
+    positions to its right (of equal ones the leftmost wins). All of these must exist, so a cut is
+    a function of ids `[p - hash_tokens - window, p + window)` and of nothing else.
+
+    window: positions on either side; the mean chunk is 2 * window + 1 tokens, the shortest
+        window + 1.
+    hash_tokens: ids that are hashed at a position.
+    max_tokens: the longest chunk. Text without a local minimum (one token repeated) is cut at
+        this length after the previous cut; only these cuts depend on what came before.
+
+    Raises ValueError for window or hash_tokens below 1, or max_tokens not above window.
+    """
+
+    window: int = 16
+    hash_tokens: int = 4
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.hash_tokens < 1:
+            raise ValueError(
+                f"got window {self.window} and hash_tokens {self.hash_tokens}, want at least 1"
+            )
+        if self.max_tokens <= self.window:
+            raise ValueError(
+                f"got max_tokens {self.max_tokens}, want more than window {self.window}"
+            )
+
+    def cuts(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens [T] -> end positions of the closed chunks, ascending, each in (0, T]."""
+        found: list[int] = []
+        last = 0
+        for p in self._minima(tokens).tolist():
+            found += range(last + self.max_tokens, p, self.max_tokens)
+            found.append(p)
+            last = p
+        # A position is decided once `window` tokens follow it, and a forced cut stands once all
+        # positions before it are: appended tokens may still bring a minimum there.
+        undecided = len(tokens) - self.window + 1
+        found += range(last + self.max_tokens, undecided + 1, self.max_tokens)
+        return np.array(found, dtype=np.int64)
+
+    def _minima(self, tokens: np.ndarray) -> np.ndarray:
+        w, k = self.window, self.hash_tokens
+        n = len(tokens) - k + 1  # hashes[i] belongs to position i + k
+        if n < 2 * w + 1:
+            return np.empty(0, dtype=np.int64)
+        hashes = np.zeros(n, dtype=np.uint64)
+        for j in range(k):
+            hashes = _mix(hashes ^ tokens[j : j + n].astype(np.uint64))
+        lowest = sliding_window_view(hashes, w).min(axis=1)  # of hashes[i : i + w], [n - w + 1]
+        here = hashes[w : n - w]
+        minimum = (here < lowest[: n - 2 * w]) & (here <= lowest[w + 1 :])
+        return np.flatnonzero(minimum) + w + k
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 in which each bit depends on all: splitmix64 (Steele et al. 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,1 @@
+"""Engines that reuse KV through lmc: one package each."""

@@ -1,0 +1,61 @@
+"""What a client of the engine calls: parameters that are checked before they are sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmc.connectors.vllm.config import LMCConfig, parse_request
+
+
+def kv_transfer_params(
+    prompt_tokens: int,
+    *,
+    chunks: Sequence[tuple[int, int]] | None = None,
+    blend: Mapping[str, Any] | str | None = None,
+    save: bool = True,
+    enabled: bool = True,
+) -> dict[str, Any]:
+    """`kv_transfer_params` of one request: the field of that name of vLLM's OpenAI server, or
+    `SamplingParams(extra_args={"kv_transfer_params": ...})`.
+
+    Args:
+        prompt_tokens: T, to check the spans against.
+        chunks: token spans `(start, end)` to store and find as one (`lmc.prompt` gives them);
+            None leaves it to the engine's chunker.
+        blend: the strategy; None is the engine's own.
+        save: whether the request's KV is stored.
+        enabled: false serves it without lmc.
+
+    Raises:
+        ValueError: what the server would answer with a plain prefill and `bad_request`.
+    """
+    raw: dict[str, Any] = {"save": save, "enabled": enabled}
+    if chunks is not None:
+        raw["chunks"] = [list(span) for span in chunks]
+    if blend is not None:
+        raw["blend"] = blend if isinstance(blend, str) else dict(blend)
+    parse_request(raw, prompt_tokens, LMCConfig())
+    return {"lmc": raw}
+
+
+def drain(llm: Any, timeout_s: float = 60.0) -> None:
+    """Return once every chunk that finished requests of `llm` computed can be found.
+
+    Chunks are copied out behind the model's back. An engine in this process does nothing
+    unless stepped, so this steps it; one in its own process goes on by itself.
+
+    Raises:
+        TimeoutError: the copies took longer than `timeout_s` seconds.
+    """
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is None:
+        llm.collective_rpc("finish_saves", timeout=timeout_s)
+        time.sleep(0.2)  # the scheduler hears of it with its next step, milliseconds later
+        return
+    deadline = time.monotonic() + timeout_s
+    while core.scheduler.has_requests():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"chunks were still being stored after {timeout_s} s")
+        llm.llm_engine.step()

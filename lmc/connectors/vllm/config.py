@@ -1,0 +1,130 @@
+"""What a user may set: for an engine, and for one request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lmc.blend import STRATEGIES
+from lmc.blend.strategy import Strategy
+from lmc.chunk import split
+from lmc.chunking import CHUNKERS, Chunker
+from lmc.registry import one_line
+
+TESTED_VLLM = ("0.32.0",)
+
+
+class LMCConfig(BaseModel):
+    """Settings of one engine, `kv_connector_extra_config: {"lmc": {...}}`.
+
+    Attributes:
+        memory_bytes: host memory for chunks, on each worker.
+        chunker: cuts prompts whose request gives no spans, and what lies between spans.
+        blend: the strategy of requests that name none.
+        min_gain_tokens: rows that blending must save beyond the rows it computes only to
+            close gaps; a request that would gain less is served without blending.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    memory_bytes: int = Field(default=4 << 30, gt=0)
+    chunker: dict[str, Any] | str = "cdc"
+    blend: dict[str, Any] | str = "epic"
+    min_gain_tokens: int = Field(default=32, ge=1)
+
+    def build_chunker(self) -> Chunker:
+        """A fresh chunker; ValueError for a wrong one."""
+        chunker: Chunker = CHUNKERS.build(self.chunker)
+        return chunker
+
+
+def load_config(extra: Mapping[str, Any]) -> LMCConfig:
+    """The engine's settings out of `kv_connector_extra_config`.
+
+    Raises:
+        ValueError: unknown or wrong keys, chunker or strategy, or an unreadable YAML file.
+    """
+    raw = extra.get("lmc", {})
+    if isinstance(raw, str):
+        try:
+            raw = yaml.safe_load(Path(raw).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"lmc config file {raw!r} cannot be read: {error}") from error
+    try:
+        config = LMCConfig.model_validate(raw)
+    except ValidationError as error:
+        valid = ", ".join(LMCConfig.model_fields)
+        raise ValueError(f"lmc config: {one_line(error)}; valid keys: {valid}") from error
+    config.build_chunker()
+    STRATEGIES.build(config.blend)
+    return config
+
+
+def check_memory(memory_bytes: int, bytes_per_token: int, longest: int) -> None:
+    """Raise ValueError unless one chunk of `longest` tokens fits into `memory_bytes`."""
+    need = bytes_per_token * longest
+    if memory_bytes < need:
+        raise ValueError(
+            f"memory_bytes is {memory_bytes}, less than one chunk of {longest} tokens of this "
+            f"model ({need} bytes); allowed: at least {need}"
+        )
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Settings of one request, `kv_transfer_params={"lmc": {...}}`.
+
+    Attributes:
+        chunks: spans `(start, end)` the caller knows to be documents, or None.
+        strategy: how moved chunks are blended.
+        blend: its name.
+        save: whether this request's KV is stored.
+        enabled: false makes the request one that lmc never saw.
+    """
+
+    chunks: Sequence[tuple[int, int]] | None
+    strategy: Strategy
+    blend: str
+    save: bool = True
+    enabled: bool = True
+
+
+_KEYS = {"chunks", "blend", "save", "enabled"}
+
+
+def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
+    """Read `kv_transfer_params["lmc"]` of a prompt of T tokens; all keys are optional.
+
+    Raises:
+        ValueError: unknown keys, a wrong strategy, or spans that overlap or lie outside.
+    """
+    raw = {} if raw is None else raw
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"lmc parameters must be an object, got {type(raw).__name__}")
+    if unknown := sorted(map(str, raw.keys() - _KEYS)):
+        raise ValueError(
+            f"unknown lmc parameter {', '.join(unknown)}; valid: {', '.join(sorted(_KEYS))}"
+        )
+    for key in ("save", "enabled"):
+        if not isinstance(raw.get(key, True), bool):
+            raise ValueError(f"lmc parameter {key} must be true or false, got {raw[key]!r}")
+    chunks = raw.get("chunks")
+    if chunks is not None:
+        if not isinstance(chunks, list | tuple):
+            raise ValueError(f"lmc parameter chunks must be a list of spans, got {chunks!r}")
+        # Cutting checks the spans, whatever the tokens are.
+        split(np.zeros(T, np.int64), config.build_chunker(), chunks)
+    blend = config.blend if raw.get("blend") is None else raw["blend"]
+    return RequestOptions(
+        chunks=chunks,
+        strategy=STRATEGIES.build(blend),
+        blend=blend if isinstance(blend, str) else blend["name"],
+        save=raw.get("save", True),
+        enabled=raw.get("enabled", True),
+    )

@@ -1,0 +1,167 @@
+"""vLLM's connector interface, one line a hook; the two sides do the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.logger import init_logger
+from vllm.v1.outputs import KVConnectorOutput
+
+from lmc.connectors.vllm.config import load_config
+from lmc.connectors.vllm.identity import check_vllm_version, engine_refusal
+from lmc.connectors.vllm.messages import LMCStats, StepMetadata, WorkerHello, WorkerReport
+from lmc.connectors.vllm.scheduler import SchedulerSide
+from lmc.connectors.vllm.worker import WorkerSide
+
+logger = init_logger(__name__)
+
+
+class LMCConnector(KVConnectorBase_V1, SupportsHMA):
+    """Reuses KV at any position of a prompt on stock vLLM; see the package's docstring.
+
+    Raises:
+        RuntimeError: a vLLM version this was not tested with.
+        ValueError: wrong settings, or memory for less than one chunk.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        check_vllm_version()
+        super().__init__(vllm_config, role, kv_cache_config)
+        config = load_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self._refusal = engine_refusal(vllm_config, kv_cache_config)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if self._refusal:
+            logger.warning("lmc neither stores nor reuses KV here: %s", self._refusal)
+        elif role == KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerSide(vllm_config, kv_cache_config, config)
+        else:
+            self._worker = WorkerSide(vllm_config, kv_cache_config, config)
+
+    # -- scheduler ---------------------------------------------------------------------------
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # a cache: a save that is dropped is a later miss
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        if self._scheduler:
+            self._scheduler.kv_cache_manager = kv_cache_manager
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        if self._scheduler:
+            self._scheduler.greet([m for m in metadata.values() if isinstance(m, WorkerHello)])
+
+    def on_new_request(self, request: Any) -> None:
+        if self._scheduler:
+            self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        if not self._scheduler:
+            return 0, False
+        return self._scheduler.matched_tokens(request, num_computed_tokens), False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._scheduler:
+            self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        return self._scheduler.step(scheduler_output) if self._scheduler else StepMetadata()
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if self._scheduler and isinstance(report, WorkerReport):
+            self._scheduler.heard(report)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if not self._scheduler:
+            return False, {"lmc": {"reason": f"engine:{self._refusal}"}}
+        return self._scheduler.finish(request, list(block_ids[0]))
+
+    def reset_cache(self) -> bool:
+        if self._scheduler:
+            self._scheduler.reset()
+        return True
+
+    # -- worker ------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._worker:
+            self._worker.register()
+
+    def enable_blending(self, model: Any) -> None:
+        """Called by LMCWorker once the model is ready."""
+        if self._worker:
+            self._worker.enable_blending(model)
+
+    def finish_saves(self) -> None:
+        """Called by LMCWorker for `drain`."""
+        if self._worker:
+            self._worker.finish_saves()
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._worker.hello() if self._worker else None
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        assert isinstance(kv_connector_metadata, StepMetadata)
+        if self._worker:
+            self._worker.begin(kv_connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker:
+            self._worker.load(self._step())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return  # claims are complete when start_load_kv returns
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        return  # all layers at once in wait_for_save, which full CUDA graphs cannot skip
+
+    def wait_for_save(self) -> None:
+        if self._worker:
+            self._worker.save(self._step())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return (self._worker.finished() if self._worker else None), None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed_blocks() if self._worker else set()
+
+    def build_connector_worker_meta(self) -> WorkerReport | None:
+        return self._worker.report() if self._worker else None
+
+    def shutdown(self) -> None:
+        if self._worker:
+            self._worker.close()
+
+    def _step(self) -> StepMetadata:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepMetadata)
+        return metadata
+
+    # -- both --------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        side = self._scheduler or self._worker
+        return side.take_stats() if side else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
+        return LMCStats(data=data or {})

@@ -1,0 +1,105 @@
+"""What this engine's KV is, and what of it lmc can serve."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import vllm
+from blake3 import blake3
+
+from lmc.connectors.vllm.config import TESTED_VLLM
+from lmc.layout import KVLayout, PrefillCost
+from lmc.models import weights_digest
+from lmc.rope import Rope, from_config
+
+FORMAT_VERSION = 1  # of stored KV; a change makes all that was stored before unfindable
+
+
+def check_vllm_version(version: str = vllm.__version__) -> None:
+    """Raise RuntimeError unless the connector was tested with this vLLM."""
+    if version.split("+")[0] not in TESTED_VLLM:
+        raise RuntimeError(
+            f"vLLM {version} is not tested with lmc, which uses internals of the block hash "
+            f"chain; tested: {', '.join(TESTED_VLLM)}"
+        )
+
+
+def layout_of(vllm_config: Any, kv_cache_config: Any) -> KVLayout:
+    """Shape of one token's KV on one rank."""
+    group = kv_cache_config.kv_cache_groups[0]
+    spec = group.kv_cache_spec
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return KVLayout(len(group.layer_names), spec.num_kv_heads, spec.head_size, dtype)
+
+
+def cost_of(hf_config: Any) -> PrefillCost:
+    """FLOPs of a dense gated decoder: 2 per weight and row, 4 · H · D per row, key and layer."""
+    L, H = hf_config.num_hidden_layers, hf_config.num_attention_heads
+    G = getattr(hf_config, "num_key_value_heads", None) or H
+    D = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // H
+    weights = hf_config.hidden_size * (2 * H * D + 2 * G * D + 3 * hf_config.intermediate_size)
+    return PrefillCost(linear=2.0 * L * weights, attention=4.0 * L * H * D)
+
+
+def rope_of(vllm_config: Any) -> Rope | str:
+    """The model's rotation, or why its keys cannot be moved."""
+    try:
+        return from_config(vllm_config.model_config.hf_text_config)
+    except ValueError as error:
+        return str(error)
+
+
+def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
+    """Why nothing of this engine's KV is stored or reused; None when it is."""
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        return "pipeline parallelism"
+    if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
+        return "context parallelism"
+    if vllm_config.speculative_config is not None:
+        return "speculative decoding"
+    if len(kv_cache_config.kv_cache_groups) != 1:
+        return "several kv cache groups (hybrid or sliding-window layers)"
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    if type(spec).__name__ != "FullAttentionSpec":
+        return f"attention of kind {type(spec).__name__}"
+    if getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None):
+        return "sliding-window attention"
+    if vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"):
+        return f"kv cache dtype {vllm_config.cache_config.cache_dtype}"
+    return None
+
+
+def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rope | str) -> bytes:
+    """Digest of all that makes KV incompatible, but for what differs by request.
+
+    Model config, weights, dtype, rotation and stored-format version. Weights that cannot be
+    read from files (dummy weights, a model that is only on a hub) get a namespace of their
+    own process, which is safe and never shared.
+    """
+    model = vllm_config.model_config
+    digest = blake3(b"lmc-kv" + bytes([FORMAT_VERSION]))
+    digest.update(model.hf_text_config.to_json_string().encode())
+    digest.update(_weights(model.model, vllm_config.load_config.load_format))
+    digest.update(str(layout_of(vllm_config, kv_cache_config).dtype).encode())
+    digest.update(rope.fingerprint if isinstance(rope, Rope) else b"no rope")
+    return digest.digest()
+
+
+def _weights(model: str, load_format: str) -> bytes:
+    if load_format != "dummy":
+        try:
+            return weights_digest(_folder(model))
+        except (ValueError, OSError):
+            pass
+    return os.urandom(32)
+
+
+def _folder(model: str) -> Path:
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, local_files_only=True))

@@ -1,0 +1,67 @@
+"""Attention-layout adapters: one engine layer's cache as K and V views `[N, P, G, D]`.
+
+vLLM gives every layer one tensor of logical shape `[N, G, P, 2D]`; what lies in it, and in which
+order, is the attention backend's business. The views share its memory, whatever its strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lmc.kernels.paged import PagedKV
+
+KV = tuple[torch.Tensor, torch.Tensor]
+
+
+def side_by_side(cache: torch.Tensor) -> KV:
+    """FlashAttention and Triton backends: `[..., :D]` is K and `[..., D:]` V of the same token.
+
+    Source: `kv_cache.transpose(1, 2).split(head_size, dim=-1)` in v1/attention/backends/
+    flash_attn.py and triton_attn.py. Untested on a GPU.
+    """
+    D = cache.shape[-1] // 2
+    k, v = cache.transpose(1, 2).split(D, dim=-1)
+    return k, v
+
+
+def cpu_transposed_keys(cache: torch.Tensor) -> KV:
+    """The CPU backend, ISA vec and vec16: per page and head K^T `[D, P]`, then V `[P, D]`.
+
+    Found by writing through its own kernel and reading back; AMX packs K in another way.
+    """
+    N, G, P, width = cache.shape
+    D = width // 2
+    flat = cache.view(N, G, 2 * P * D)
+    k = flat[..., : P * D].view(N, G, D, P).permute(0, 3, 1, 2)
+    v = flat[..., P * D :].view(N, G, P, D).permute(0, 2, 1, 3)
+    return k, v
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], KV]] = {
+    "CPU_ATTN": cpu_transposed_keys,
+    "FLASH_ATTN": side_by_side,
+    "TRITON_ATTN": side_by_side,
+}
+CPU_ISAS = ("vec", "vec16")
+
+
+def paged_kv(layers: list[Any]) -> PagedKV:
+    """The paged KV of vLLM's attention layers, in layer order.
+
+    Raises:
+        ValueError: a backend, or a CPU instruction set, whose layout is not known.
+    """
+    views = []
+    for layer in layers:
+        backend = layer.attn_backend.get_name()
+        if backend not in LAYOUTS:
+            raise ValueError(
+                f"KV layout of attention backend {backend} is unknown; known: {sorted(LAYOUTS)}"
+            )
+        if backend == "CPU_ATTN" and layer.isa not in CPU_ISAS:
+            raise ValueError(f"KV layout of CPU ISA {layer.isa!r} is unknown; known: {CPU_ISAS}")
+        views.append(LAYOUTS[backend](layer.kv_cache))
+    return PagedKV(k=tuple(k for k, _ in views), v=tuple(v for _, v in views))

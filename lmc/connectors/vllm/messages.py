@@ -1,0 +1,140 @@
+"""What the scheduler's side and the workers' side tell each other, once a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+
+
+@dataclass(frozen=True)
+class ChunkLoad:
+    """Tokens `[start, end)` of a request out of chunk `slot`.
+
+    Attributes:
+        origin: the request's position of the chunk's first token.
+        T: tokens of the whole chunk.
+        delta: positions its keys move by; 0 leaves them as they are.
+    """
+
+    slot: int
+    start: int
+    end: int
+    origin: int
+    T: int
+    delta: int
+
+
+@dataclass(frozen=True)
+class Blend:
+    """One request's claim: chunks to load, then rows to compute, into its own blocks.
+
+    Attributes:
+        tokens: `[end]` token ids, int64.
+        blocks: the request's block ids, in order.
+        rows: ascending positions to compute.
+    """
+
+    request_id: str
+    tokens: np.ndarray
+    blocks: list[int]
+    loads: list[ChunkLoad]
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class ChunkSave:
+    """Tokens `[start, end)` of a request, to be kept as chunk `slot`."""
+
+    slot: int
+    request_id: str
+    start: int
+    end: int
+    blocks: list[int]
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """Scheduler to workers.
+
+    Attributes:
+        freed: slots whose bytes go; before this step's loads and saves.
+        blends: in order of admission, each complete before the step's forward.
+        saves: copied out after the forward.
+        released: requests that wait for their saves before their blocks are freed.
+        preempted: blocks of running requests were freed, so pending saves must finish first.
+    """
+
+    freed: list[int] = field(default_factory=list)
+    blends: list[Blend] = field(default_factory=list)
+    saves: list[ChunkSave] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
+    preempted: bool = False
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """Workers to scheduler: what each rank stored, lost and recomputed for want of bytes.
+
+    Attributes:
+        saved: (slot, rank) of chunks that are held now.
+        lost: slots that this rank does not hold although the index says so.
+        recomputed: rows, by request, computed because their chunk failed to load.
+    """
+
+    saved: list[tuple[int, int]] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    recomputed: dict[str, int] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+        assert isinstance(other, WorkerReport)
+        # Every rank recomputes the same rows, so the largest count is each one's.
+        counts = {
+            r: max(self.recomputed.get(r, 0), other.recomputed.get(r, 0))
+            for r in self.recomputed.keys() | other.recomputed.keys()
+        }
+        return WorkerReport(self.saved + other.saved, self.lost + other.lost, counts)
+
+
+@dataclass
+class WorkerHello(KVConnectorHandshakeMetadata):
+    """Workers to scheduler, once, after start-up.
+
+    Attributes:
+        refusal: why rows cannot be recomputed on this worker, or None.
+    """
+
+    refusal: str | None
+
+
+@dataclass
+class LMCStats(KVConnectorStats):
+    """Counters since the last report; vLLM's logger prints them."""
+
+    data: dict[str, int] = field(default_factory=dict)
+
+    def add(self, counts: Counter[str]) -> None:
+        """Add `counts` to what has gathered."""
+        for name, n in counts.items():
+            self.data[name] = self.data.get(name, 0) + n
+
+    def reset(self) -> None:
+        self.data.clear()
+
+    def aggregate(self, other: KVConnectorStats) -> LMCStats:
+        self.add(Counter(other.data))
+        return self
+
+    def reduce(self) -> dict[str, Any]:
+        return dict(sorted(self.data.items()))
+
+    def is_empty(self) -> bool:
+        return not self.data

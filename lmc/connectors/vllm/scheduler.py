@@ -1,0 +1,398 @@
+"""The scheduler's side: plans, taints, leases, and decides what is stored. Holds no bytes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from vllm.logger import init_logger
+
+from lmc.blend.baselines import Prefix
+from lmc.blend.plan import Plan, make_plan
+from lmc.chunk import Piece, chunk_key, context_digests, split
+from lmc.connectors.vllm import identity
+from lmc.connectors.vllm.config import LMCConfig, check_memory, parse_request
+from lmc.connectors.vllm.messages import (
+    Blend,
+    ChunkLoad,
+    ChunkSave,
+    LMCStats,
+    StepMetadata,
+    WorkerHello,
+    WorkerReport,
+)
+from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, rechain
+from lmc.connectors.vllm.tracked import Tracked, report_of
+from lmc.store import Index, origin_of
+
+logger = init_logger(__name__)
+
+
+class SchedulerSide:
+    """Decides for every request what is reused and what is kept.
+
+    Raises:
+        ValueError: memory for less than one chunk.
+    """
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: LMCConfig) -> None:
+        self.config = config
+        self.chunker = config.build_chunker()
+        rope = identity.rope_of(vllm_config)
+        self._rope_refusal = rope if isinstance(rope, str) else None
+        self.blend_refusal: str | None = self._rope_refusal or "no worker has reported yet"
+        self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self.layout = identity.layout_of(vllm_config, kv_cache_config)
+        self.cost = identity.cost_of(vllm_config.model_config.hf_text_config)
+        self.namespace = identity.namespace_of(vllm_config, kv_cache_config, rope)
+        longest = getattr(self.chunker, "max_tokens", getattr(self.chunker, "n", 1))
+        check_memory(config.memory_bytes, self.layout.bytes_per_token, longest)
+        self.prefix_caching = bool(vllm_config.cache_config.enable_prefix_caching)
+        self.index = Index(config.memory_bytes, vllm_config.parallel_config.world_size)
+        self.chains = ChainMap()
+        self.requests: dict[str, Tracked] = {}
+        self.finished: dict[str, Tracked] = {}  # waiting for their saves
+        self.blends: list[Blend] = []
+        self.saves: list[ChunkSave] = []
+        self.released: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.kv_cache_manager: Any = None
+
+    # -- admission ---------------------------------------------------------------------------
+
+    def greet(self, hellos: list[WorkerHello]) -> None:
+        """Learn from the workers whether rows can be recomputed."""
+        refusals = [hello.refusal for hello in hellos if hello.refusal]
+        self.blend_refusal = self._rope_refusal or (refusals[0] if refusals else None)
+        if self.blend_refusal:
+            logger.warning("lmc reuses exact prefixes only: %s", self.blend_refusal)
+
+    def on_new_request(self, request: Any) -> None:
+        """Plan, and taint, before vLLM looks into its own cache."""
+        tracked = self._read(request)
+        self.requests[request.request_id] = tracked
+        if tracked.options is None:
+            self.counts[f"plain:{(tracked.reason or '').split(':')[0]}"] += 1
+            return
+        local = self._peek(tracked)
+        known: list[bytes] = []
+        if chain := self._earlier_turn(tracked, local):
+            known = chain.hashes
+            local = (chain.first + len(known)) * self.block_size
+            tracked.blended_from = chain.blended_from
+        self._plan(tracked, local)
+        assert tracked.plan is not None
+        recipes = tracked.plan.recipes(self.block_size)
+        if known or recipes:
+            first = chain.first if chain else min(recipes)
+            rechain(request, self.block_size, first, known, recipes)
+
+    def matched_tokens(self, request: Any, local: int) -> int | None:
+        """Tokens beyond vLLM's own `local` that are claimed; None to be asked again later."""
+        tracked = self.requests.get(request.request_id)
+        if tracked is None:
+            return 0
+        tracked.local = local
+        if tracked.plan is None:
+            return 0
+        grown = len(tracked.tokens) != request.num_tokens
+        if grown or local < tracked.plan.local or not self._still_held(tracked):
+            self._replan(tracked, local)
+        tracked.admitted = tracked.plan.after(local)
+        if len(tracked.admitted.rows) and self._hits_uncomputed(tracked, local):
+            self.counts["deferred"] += 1
+            return None
+        return tracked.admitted.claimed
+
+    def allocated(self, request: Any, blocks: list[int], claimed: int) -> None:
+        """vLLM admitted `request` with these blocks and `claimed` tokens of ours."""
+        tracked = self.requests.get(request.request_id)
+        if tracked is None:
+            return
+        plan = tracked.admitted
+        if plan is not None and tracked.blended_from is None:
+            # Also when nothing is claimed: vLLM may hold all of an equal recipe's blocks.
+            tracked.blended_from = plan.first_moved
+        if plan is not None and claimed:
+            assert plan.claimed == claimed, (plan.claimed, claimed)
+            self.blends.append(_blend_of(request.request_id, tracked.tokens, blocks, plan))
+            for slot in {s.record.slot for s in plan.segments}:
+                self.index.touch(slot)
+        if tracked.report is None:
+            self._report(tracked)
+
+    # -- once a step -------------------------------------------------------------------------
+
+    def step(self, scheduler_output: Any) -> StepMetadata:
+        """All that the workers must do in this step."""
+        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+            tracked = self.requests.get(request_id)
+            if tracked is None or tracked.prompt_saved or not _saves(tracked):
+                continue
+            request = tracked.request
+            if request.num_computed_tokens + scheduled >= request.num_prompt_tokens:
+                tracked.prompt_saved = True
+                blocks = self.kv_cache_manager.get_block_ids(request_id)[0]
+                self._save(tracked, request.num_prompt_tokens, blocks)
+        metadata = StepMetadata(
+            freed=self.index.take_freed(),
+            blends=self.blends,
+            saves=self.saves,
+            released=self.released,
+            preempted=bool(scheduler_output.preempted_req_ids),
+        )
+        # The workers handle messages in order, so a slot that is freed from now on is freed
+        # behind these loads: their leases may end.
+        for blend in self.blends:
+            self._release(self.requests[blend.request_id])
+        self.blends, self.saves, self.released = [], [], []
+        return metadata
+
+    def heard(self, report: WorkerReport) -> None:
+        """Take in what the workers did in a step."""
+        for slot, rank in report.saved:
+            self.index.acknowledge(slot, rank)
+            for tracked in (*self.requests.values(), *self.finished.values()):
+                tracked.unacknowledged.discard(slot)
+        self.finished = {r: t for r, t in self.finished.items() if t.unacknowledged}
+        for slot in report.lost:
+            self.counts["chunks_lost"] += 1
+            self.index.drop(slot)
+        for request_id, rows in report.recomputed.items():
+            self.counts["rows_recomputed_for_lost_chunks"] += rows
+            self._retaint_after_loss(request_id, rows)
+
+    def finish(self, request: Any, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over: keep what it decoded, and tell its client what happened."""
+        tracked = self.requests.pop(request.request_id, None)
+        if tracked is None:
+            return False, None
+        self._release(tracked)
+        self.blends = [b for b in self.blends if b.request_id != request.request_id]
+        computed = request.num_computed_tokens - request.num_in_flight_tokens
+        if _saves(tracked) and computed >= request.num_prompt_tokens:
+            self._save(tracked, computed, blocks)
+        if tracked.blended_from is not None:
+            first = tracked.blended_from // self.block_size
+            hashes = list(request.block_hashes[first : computed // self.block_size])
+            tokens = np.asarray(request.all_token_ids, np.int64)
+            chain = Chain(tracked.blended_from, first, hashes)
+            self.chains.add(tracked.scope, tokens, self.block_size, chain)
+        if tracked.report is None:
+            self._report(tracked)
+        if tracked.unacknowledged:
+            self.finished[request.request_id] = tracked
+            self.released.append(request.request_id)
+        return bool(tracked.unacknowledged), {"lmc": tracked.report}
+
+    def reset(self) -> None:
+        """Forget all that is stored."""
+        self.index.clear()
+        self.chains = ChainMap()
+
+    def take_stats(self) -> LMCStats | None:
+        """Counters since the last call."""
+        self.counts.update({f"store:{k}": n for k, n in self.index.counts.items()})
+        self.index.counts.clear()
+        counts, self.counts = self.counts, Counter()
+        return LMCStats(data=dict(counts)) if counts else None
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _read(self, request: Any) -> Tracked:
+        """The request's options, or why it is served as if lmc were not there."""
+        raw = (request.kv_transfer_params or {}).get("lmc")
+        if reason := _unblendable(request):
+            return Tracked(request, None, reason)
+        try:
+            options = parse_request(raw, request.num_prompt_tokens, self.config)
+        except ValueError as error:
+            return Tracked(request, None, f"bad_request:{error}")
+        if not options.enabled:
+            return Tracked(request, None, "disabled")
+        salt = (request.cache_salt or "").encode()
+        namespace = self.namespace + salt
+        scope = namespace + repr(options.strategy).encode()
+        tracked = Tracked(request, options, None, namespace, scope)
+        self._read_tokens(tracked)
+        return tracked
+
+    def _read_tokens(self, tracked: Tracked) -> None:
+        assert tracked.options is not None
+        tracked.tokens = np.asarray(tracked.request.all_token_ids, np.int64)
+        tracked.pieces = split(tracked.tokens, self.chunker, tracked.options.chunks)
+
+    def _peek(self, tracked: Tracked) -> int:
+        """Tokens that vLLM holds of the exact chain; the last token is never among them."""
+        if not self.prefix_caching:
+            return 0
+        usable = (len(tracked.tokens) - 1) // self.block_size
+        hashes = tracked.request.block_hashes[:usable]
+        return len(cached_blocks(self.kv_cache_manager.block_pool, hashes)) * self.block_size
+
+    def _earlier_turn(self, tracked: Tracked, local: int) -> Chain | None:
+        """The blended blocks of an earlier turn that vLLM still holds, if they reach further."""
+        if not self.prefix_caching or self.blend_refusal:
+            return None
+        tokens = tracked.tokens[:-1]
+        chain = self.chains.find(tracked.scope, tokens, self.block_size)
+        if chain is None:
+            return None
+        pool, exact = self.kv_cache_manager.block_pool, tracked.request.block_hashes[: chain.first]
+        held = len(cached_blocks(pool, [*exact, *chain.hashes]))
+        if held * self.block_size <= local or held <= chain.first:
+            return None
+        return replace(chain, hashes=chain.hashes[: held - chain.first])
+
+    def _plan(self, tracked: Tracked, local: int) -> None:
+        """Plan from `local` on, and lease what the plan needs."""
+        assert tracked.options is not None
+        strategy = tracked.options.strategy
+        arguments = (tracked.tokens, tracked.pieces, self.index, tracked.namespace)
+        gain, exact_only = self.config.min_gain_tokens, self.blend_refusal is not None
+        plan = make_plan(*arguments, strategy, local=local, min_gain=gain, contiguous=exact_only)
+        tracked.reason = None
+        if exact_only and strategy.moves:
+            tracked.reason = f"blending_refused:{self.blend_refusal}"
+        elif strategy.moves and not plan.claimed and plan.found_beyond:
+            tracked.reason = "gain_below_minimum"
+            exact = make_plan(*arguments, Prefix(), local=local)
+            loaded = sum(s.end - s.start for s in exact.segments)
+            plan = replace(exact, found_beyond=plan.found_beyond - loaded)
+        if tracked.reason:
+            self.counts[tracked.reason.split(":")[0]] += 1
+        self._release(tracked)
+        tracked.plan = plan
+        tracked.leased = sorted({s.record.slot for s in plan.segments})
+        for slot in tracked.leased:
+            self.index.lease(slot)
+
+    def _replan(self, tracked: Tracked, local: int) -> None:
+        """Admission is not what was planned for: plan anew, under hashes nobody else has."""
+        self.counts["replanned"] += 1
+        self._read_tokens(tracked)
+        self._plan(tracked, local)
+        assert tracked.plan is not None
+        if tracked.blended_from is not None and tracked.blended_from >= local:
+            tracked.blended_from = None
+        recipes = tracked.plan.recipes(self.block_size, nonce=os.urandom(16))
+        rechain(tracked.request, self.block_size, local // self.block_size, [], recipes)
+
+    def _still_held(self, tracked: Tracked) -> bool:
+        assert tracked.plan is not None
+        return all(s.record.slot in self.index for s in tracked.plan.segments)
+
+    def _hits_uncomputed(self, tracked: Tracked, local: int) -> bool:
+        """Whether a local block is still being filled by another request of this step.
+
+        vLLM shares a block as soon as it is allocated, since its own forward fills it before
+        anybody attends to it. Recomputed rows attend before that forward.
+        """
+        hashes = tracked.request.block_hashes[: local // self.block_size]
+        hits = set(cached_blocks(self.kv_cache_manager.block_pool, hashes))
+        for request_id, other in self.requests.items():
+            if other is tracked or not hits:
+                continue
+            first = other.request.num_computed_tokens // self.block_size
+            if hits.intersection(self.kv_cache_manager.get_block_ids(request_id)[0][first:]):
+                return True
+        return False
+
+    def _save(self, tracked: Tracked, computed: int, blocks: list[int]) -> None:
+        """Give the workers every chunk of `computed` tokens that the store lacks."""
+        assert tracked.options is not None
+        tokens = np.asarray(tracked.request.all_token_ids[:computed], np.int64)
+        pieces = split(tokens, self.chunker, tracked.options.chunks)
+        ids = tokens.astype("<i8")
+        borders = [*(p.start for p in pieces), computed]
+        contexts = context_digests(tokens, borders)
+        for piece, context, after in zip(pieces, contexts, contexts[1:], strict=False):
+            record = self._put(tracked, pieces[0], piece, tokens, ids, context, after)
+            if record is not None:
+                last = (piece.end - 1) // self.block_size
+                save = ChunkSave(
+                    record.slot, tracked.request.request_id, piece.start, piece.end,
+                    blocks[: last + 1],
+                )  # fmt: skip
+                self.saves.append(save)
+                tracked.unacknowledged.add(record.slot)
+
+    def _put(
+        self,
+        tracked: Tracked,
+        first: Piece,
+        piece: Piece,
+        tokens: np.ndarray,
+        ids: np.ndarray,
+        context: bytes,
+        after: bytes,
+    ) -> Any:
+        nbytes = (piece.end - piece.start) * self.layout.bytes_per_token
+        return self.index.put(
+            namespace=tracked.namespace,
+            key=chunk_key(tracked.namespace, tokens[piece.start : piece.end]),
+            tokens=ids[piece.start : piece.end].tobytes(),
+            start=piece.start,
+            context=context,
+            context_after=after,
+            origin=origin_of(piece.start, first.end, tracked.blended_from, piece.end),
+            nbytes=nbytes,
+            tail=not piece.closed,
+        )
+
+    def _retaint_after_loss(self, request_id: str, rows: int) -> None:
+        """Rows that a lost chunk made computed are not what the recipe's hashes say."""
+        tracked = self.requests.get(request_id)
+        if tracked is None or tracked.plan is None or tracked.report is None:
+            return
+        first = tracked.plan.first_moved
+        if first is not None:
+            block = first // self.block_size
+            ids = self.kv_cache_manager.get_block_ids(request_id)[0]
+            self.kv_cache_manager.evict_blocks(set(ids[block:]))
+            recipes = tracked.plan.recipes(self.block_size, nonce=os.urandom(16))
+            rechain(tracked.request, self.block_size, block, [], recipes)
+        kinds = tracked.report["kinds"]
+        kinds["moved"] -= min(rows, kinds["moved"])
+        kinds["recomputed"] += rows
+
+    def _report(self, tracked: Tracked) -> None:
+        tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
+        for kind, n in tracked.report["kinds"].items():
+            self.counts[f"tokens:{kind}"] += n
+
+    def _release(self, tracked: Tracked) -> None:
+        for slot in tracked.leased:
+            self.index.release(slot)
+        tracked.leased = []
+
+
+def _saves(tracked: Tracked) -> bool:
+    return tracked.options is not None and tracked.options.save
+
+
+def _unblendable(request: Any) -> str | None:
+    """Why this request's KV is not lmc's business, whatever its parameters say."""
+    if request.prompt_token_ids is None or request.mm_features:
+        return "multimodal"
+    if request.lora_request is not None:
+        return "lora_without_digest"
+    if request.resumable:
+        return "streaming_input"
+    if request.pooling_params is not None:
+        return "pooling"
+    if request.skip_reading_prefix_cache:
+        return "prompt_logprobs"
+    return None
+
+
+def _blend_of(request_id: str, tokens: np.ndarray, blocks: list[int], plan: Plan) -> Blend:
+    loads = [
+        ChunkLoad(s.record.slot, s.start, s.end, s.origin, s.record.T,
+                  s.delta if plan.strategy.rotate else 0)
+        for s in plan.segments
+    ]  # fmt: skip
+    return Blend(request_id, tokens[: plan.end], blocks, loads, plan.rows)

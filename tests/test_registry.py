@@ -1,0 +1,97 @@
+"""Registry: fresh objects, checked fields, errors that name what was got and what is valid."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from lmc.registry import Registry
+
+
+@dataclass(frozen=True)
+class Example:
+    ratio: float
+    layers: Literal["first", "middle"] = "first"
+    ids: tuple[int, ...] = ()
+    on: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"got ratio {self.ratio}, want 0 to 1")
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    # importlib mode does not put this file on sys.path under a name; give it one.
+    monkeypatch.setitem(sys.modules, "registry_example", sys.modules[__name__])
+    return Registry("thing", {"example": "registry_example:Example", "gone": "no_such_module:X"})
+
+
+def test_builds_a_fresh_object_each_time(registry: Registry) -> None:
+    config = {"name": "example", "ratio": 0.5, "layers": "middle", "ids": [1, 2]}
+    first, second = registry.build(config), registry.build(config)
+    assert first == second == Example(0.5, "middle", (1, 2))
+    assert first is not second
+    assert config["name"] == "example"
+
+
+def test_int_is_taken_as_float(registry: Registry) -> None:
+    assert isinstance(registry.build({"name": "example", "ratio": 1}).ratio, float)
+
+
+def test_users_own_class(registry: Registry) -> None:
+    assert registry.build({"name": "registry_example:Example", "ratio": 0}) == Example(0.0)
+
+
+def test_name_alone() -> None:
+    registry = Registry("chunker", {"fixed": "lmc.chunking.fixed:Fixed"})
+    assert registry.build("fixed") == registry.build({"name": "fixed"})
+    assert registry.names() == ["fixed"]
+
+
+@pytest.mark.parametrize("name", ["nothing", None, 3, "", ":", "a:", ":b"])
+def test_unknown_name(registry: Registry, name: object) -> None:
+    with pytest.raises(ValueError, match=r"unknown thing: got .*; valid: example, gone") as e:
+        registry.build({"name": name})
+    assert repr(name) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ratio": 0.1, "ratoi": 2}, r"unknown field ratoi; valid: ratio, layers, ids, on"),
+        ({"ratio": "much"}, r"ratio: .*got 'much'.*valid: ratio: float"),
+        ({"ratio": 0.1, "layers": "last"}, r"layers: .*'first' or 'middle'.*got 'last'"),
+        ({"ratio": 0.1, "ids": [1, "x"]}, r"ids\.1: .*got 'x'"),
+        ({"ratio": 0.1, "on": 7}, r"on: .*got 7"),
+        ({}, r"ratio: .*required"),
+        ({"ratio": 2}, r"got ratio 2.0, want 0 to 1"),
+    ],
+)
+def test_wrong_fields(registry: Registry, fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as e:
+        registry.build({"name": "example", **fields})
+    assert "\n" not in str(e.value)
+    assert "thing 'example'" in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["gone", "registry_example:Missing", "registry_example:pytest"])
+def test_what_cannot_be_built(registry: Registry, name: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot be imported|want a dataclass"):
+        registry.build(name)
+
+
+def test_light_to_import() -> None:
+    code = (
+        "import sys, lmc, lmc.registry, lmc.chunk, lmc.models, lmc.cli, lmc.chunking as c;"
+        "[c.CHUNKERS.build(n) for n in ('cdc', 'explicit', 'fixed')];"
+        "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
