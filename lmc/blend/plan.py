@@ -47,7 +47,7 @@ class Plan:
         end: end of the claim.
         segments: what is loaded, ascending, inside `[local, end)`.
         rows: ascending positions in `[local, end)` that are computed: gaps and the strategy's.
-        chosen: those of them that were found and that the strategy chose.
+        chosen: those of them that had been found.
         found_beyond: found tokens at or after `end`: computed with the suffix all the same.
         first_moved: the first moved token, or None. From it on nothing is exact.
         strategy: what chose the rows.
@@ -83,16 +83,21 @@ class Plan:
             found_beyond=self.found_beyond - max(0, local - self.end),
         )
 
+    def recomputing(self, found: np.ndarray) -> Plan:
+        """The same plan when found rows at these positions had to be computed after all."""
+        rows, chosen = np.union1d(self.rows, found), np.union1d(self.chosen, found)
+        return replace(self, rows=rows, chosen=chosen)
+
     def kinds(self, local_blended: int = 0) -> dict[str, int]:
         """Tokens of each kind; they add up to T. `local_blended` of the local ones are blended."""
-        loaded = {"exact": 0, "moved": 0}
+        reused = {"exact": 0, "moved": 0}
         for s in self.segments:
-            loaded[s.kind] += s.end - s.start
+            chosen = (self.chosen >= s.start) & (self.chosen < s.end)
+            reused[s.kind] += s.end - s.start - int(chosen.sum())
         kinds = {
             "local": self.local - local_blended,
             "local_blended": local_blended,
-            "exact": loaded["exact"],
-            "moved": loaded["moved"] - len(self.chosen),  # only moved rows are ever chosen
+            **reused,
             "recomputed": len(self.chosen) + self.found_beyond,
         }
         return kinds | {"new": self.T - sum(kinds.values())}

@@ -13,7 +13,12 @@ class Chunker(Protocol):
     """A frozen dataclass that decides cuts. Two rules make its chunks reusable:
 
     appending tokens never changes a cut already made, and a cut is made from token ids alone.
+
+    longest_chunk: tokens of the longest chunk it closes, or None where there is no limit.
     """
+
+    @property
+    def longest_chunk(self) -> int | None: ...
 
     def cuts(self, tokens: np.ndarray) -> np.ndarray:
         """tokens [T] -> end positions of the closed chunks, ascending, each in (0, T]."""

@@ -48,6 +48,10 @@ class Cdc:
                 f"got max_tokens {self.max_tokens}, want more than window {self.window}"
             )
 
+    @property
+    def longest_chunk(self) -> int:
+        return self.max_tokens
+
     def cuts(self, tokens: np.ndarray) -> np.ndarray:
         """tokens [T] -> end positions of the closed chunks, ascending, each in (0, T]."""
         found: list[int] = []

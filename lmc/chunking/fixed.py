@@ -20,6 +20,10 @@ class Fixed:
         if self.n < 1:
             raise ValueError(f"got n {self.n}, want at least 1")
 
+    @property
+    def longest_chunk(self) -> int:
+        return self.n
+
     def cuts(self, tokens: np.ndarray) -> np.ndarray:
         """tokens [T] -> end positions of the closed chunks, ascending, each in (0, T]."""
         return np.arange(self.n, len(tokens) + 1, self.n, dtype=np.int64)

@@ -24,6 +24,10 @@ class Separator:
         if not self.ids:
             raise ValueError("got no ids, want the token ids of the separator")
 
+    @property
+    def longest_chunk(self) -> int | None:
+        return None
+
     def cuts(self, tokens: np.ndarray) -> np.ndarray:
         """tokens [T] -> end positions of the closed chunks, ascending, each in (0, T]."""
         k = len(self.ids)

@@ -32,6 +32,8 @@ def run_scenario(
     sent, received = tmp_path / f"{name}-arguments", tmp_path / f"{name}-result"
     sent.write_bytes(pickle.dumps(arguments))
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(separate_worker))}
+    if engine.get("tensor_parallel_size", 1) > 1:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # else it wants a NUMA node a rank
     child = subprocess.run(
         [sys.executable, __file__, str(sent), str(received)],
         env=environment, capture_output=True, text=True, timeout=280, check=False,

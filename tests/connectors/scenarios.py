@@ -195,6 +195,14 @@ def together(session: Session) -> dict[str, Any]:
     lost = next(t for t in side.requests.values() if t.request.request_id.startswith(ids["lost"]))
     session.lmc_worker.memory.evict(lost.plan.segments[-1].record.slot)
     answers = session.finish()
+    # The same where the strategy would not have computed its rows anyway.
+    session.llm.reset_prefix_cache()
+    lossy = session.add(prompt(5, 3), "full_reuse", save=False)
+    session.lmc_worker.memory.evict(
+        next(iter(side.requests.values())).plan.segments[-1].record.slot
+    )
+    lossy_answer = session.finish()[lossy]
+    lossy_plain = plain(session, prompt(5, 3))
     # Planned, then forgotten by the scheduler itself.
     session.llm.reset_prefix_cache()
     forgotten = session.add(prompt(2, 0, 3), "full_recompute", save=False, tokens=20)
@@ -202,6 +210,8 @@ def together(session: Session) -> dict[str, Any]:
     results = {
         "alone": alone,
         "together": {name: answers[i] for name, i in ids.items()},
+        "lossy": lossy_answer,
+        "lossy_plain": lossy_plain,
         "forgotten": session.finish()[forgotten],
         "forgotten_plain": plain(session, prompt(2, 0, 3), tokens=20),
         "counts": counts + side.counts,

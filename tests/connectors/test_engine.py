@@ -103,7 +103,11 @@ def test_requests_in_the_same_steps(tiny_llama_dir: Path, tmp_path: Path) -> Non
     for name, alone in result["alone"].items():
         same(result["together"][name], alone)
     assert result["together"]["blended"].report["kinds"]["moved"] == 124
-    assert result["counts"]["chunks_lost"] == 1
+    assert result["counts"]["chunks_lost"] == 2
+    same(result["lossy"], result["lossy_plain"])
+    assert result["lossy"].kinds == {"exact": 110, "recomputed": 70, "new": 20}
+    assert result["lossy"].report["compute_fraction"] == pytest.approx(90 / 200)
+    assert result["counts"]["rows_recomputed_for_lost_chunks"] == 70
     assert result["counts"]["deferred"] >= 1  # the shared system prompt was still being computed
     same(result["forgotten"], result["forgotten_plain"])
     assert result["forgotten"].kinds == {"new": 270}
@@ -150,6 +154,15 @@ def test_default_topology(tiny_llama_dir: Path, tmp_path: Path) -> None:
     same(result["full_recompute"], result["plain"])
     assert result["epic"].kinds == {"exact": 110, "moved": 124, "recomputed": 16, "new": 20}
     same(result["epic_again"], result["epic"])
+
+
+def test_tensor_parallel(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    result = run_scenario(
+        "reuse", tiny_llama_dir, tmp_path, separate_worker=True, tensor_parallel_size=2
+    )
+    same(result["full_recompute"], result["plain"])
+    assert result["epic"].kinds == {"exact": 110, "moved": 124, "recomputed": 16, "new": 20}
+    assert result["epic"].report["bytes"] == {"host": 250 * 1536 // 2}  # on each rank
 
 
 def test_rope_that_cannot_be_moved(tiny_llama_dir: Path, tmp_path: Path) -> None:

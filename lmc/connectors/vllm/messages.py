@@ -87,21 +87,20 @@ class WorkerReport(KVConnectorWorkerMetadata):
     Attributes:
         saved: (slot, rank) of chunks that are held now.
         lost: slots that this rank does not hold although the index says so.
-        recomputed: rows, by request, computed because their chunk failed to load.
+        recomputed: positions, by request, computed because their chunk failed to load.
     """
 
     saved: list[tuple[int, int]] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
-    recomputed: dict[str, int] = field(default_factory=dict)
+    recomputed: dict[str, list[int]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
-        # Every rank recomputes the same rows, so the largest count is each one's.
-        counts = {
-            r: max(self.recomputed.get(r, 0), other.recomputed.get(r, 0))
-            for r in self.recomputed.keys() | other.recomputed.keys()
-        }
-        return WorkerReport(self.saved + other.saved, self.lost + other.lost, counts)
+        return WorkerReport(
+            self.saved + other.saved,
+            self.lost + other.lost,
+            self.recomputed | other.recomputed,  # every rank recomputes the same rows
+        )
 
 
 @dataclass

@@ -12,9 +12,10 @@ from vllm.logger import init_logger
 
 from lmc.blend.baselines import Prefix
 from lmc.blend.plan import Plan, make_plan
-from lmc.chunk import Piece, chunk_key, context_digests, split
+from lmc.chunk import split
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import LMCConfig, check_memory, parse_request
+from lmc.connectors.vllm.keeping import chunks_to_keep
 from lmc.connectors.vllm.messages import (
     Blend,
     ChunkLoad,
@@ -26,7 +27,7 @@ from lmc.connectors.vllm.messages import (
 )
 from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, rechain
 from lmc.connectors.vllm.tracked import Tracked, report_of
-from lmc.store import Index, origin_of
+from lmc.store import Index
 
 logger = init_logger(__name__)
 
@@ -48,13 +49,15 @@ class SchedulerSide:
         self.layout = identity.layout_of(vllm_config, kv_cache_config)
         self.cost = identity.cost_of(vllm_config.model_config.hf_text_config)
         self.namespace = identity.namespace_of(vllm_config, kv_cache_config, rope)
-        longest = getattr(self.chunker, "max_tokens", getattr(self.chunker, "n", 1))
-        check_memory(config.memory_bytes, self.layout.bytes_per_token, longest)
+        check_memory(
+            config.memory_bytes, self.layout.bytes_per_token, self.chunker.longest_chunk or 1
+        )
         self.prefix_caching = bool(vllm_config.cache_config.enable_prefix_caching)
         self.index = Index(config.memory_bytes, vllm_config.parallel_config.world_size)
         self.chains = ChainMap()
         self.requests: dict[str, Tracked] = {}
         self.finished: dict[str, Tracked] = {}  # waiting for their saves
+        self.just_finished: dict[str, Tracked] = {}  # in the step that the workers report on
         self.blends: list[Blend] = []
         self.saves: list[ChunkSave] = []
         self.released: list[str] = []
@@ -101,6 +104,7 @@ class SchedulerSide:
         grown = len(tracked.tokens) != request.num_tokens
         if grown or local < tracked.plan.local or not self._still_held(tracked):
             self._replan(tracked, local)
+        self._lease(tracked)  # a preempted request's lease ended with its first admission
         tracked.admitted = tracked.plan.after(local)
         if len(tracked.admitted.rows) and self._hits_uncomputed(tracked, local):
             self.counts["deferred"] += 1
@@ -149,6 +153,7 @@ class SchedulerSide:
         for blend in self.blends:
             self._release(self.requests[blend.request_id])
         self.blends, self.saves, self.released = [], [], []
+        self.just_finished = {}
         return metadata
 
     def heard(self, report: WorkerReport) -> None:
@@ -162,14 +167,15 @@ class SchedulerSide:
             self.counts["chunks_lost"] += 1
             self.index.drop(slot)
         for request_id, rows in report.recomputed.items():
-            self.counts["rows_recomputed_for_lost_chunks"] += rows
-            self._retaint_after_loss(request_id, rows)
+            if hit := self.requests.get(request_id) or self.just_finished.get(request_id):
+                self._retaint_after_loss(hit, rows)
 
     def finish(self, request: Any, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over: keep what it decoded, and tell its client what happened."""
         tracked = self.requests.pop(request.request_id, None)
         if tracked is None:
             return False, None
+        self.just_finished[request.request_id] = tracked
         self._release(tracked)
         self.blends = [b for b in self.blends if b.request_id != request.request_id]
         computed = request.num_computed_tokens - request.num_in_flight_tokens
@@ -266,9 +272,7 @@ class SchedulerSide:
             self.counts[tracked.reason.split(":")[0]] += 1
         self._release(tracked)
         tracked.plan = plan
-        tracked.leased = sorted({s.record.slot for s in plan.segments})
-        for slot in tracked.leased:
-            self.index.lease(slot)
+        self._lease(tracked)
 
     def _replan(self, tracked: Tracked, local: int) -> None:
         """Admission is not what was planned for: plan anew, under hashes nobody else has."""
@@ -302,67 +306,38 @@ class SchedulerSide:
         return False
 
     def _save(self, tracked: Tracked, computed: int, blocks: list[int]) -> None:
-        """Give the workers every chunk of `computed` tokens that the store lacks."""
-        assert tracked.options is not None
-        tokens = np.asarray(tracked.request.all_token_ids[:computed], np.int64)
-        pieces = split(tokens, self.chunker, tracked.options.chunks)
-        ids = tokens.astype("<i8")
-        borders = [*(p.start for p in pieces), computed]
-        contexts = context_digests(tokens, borders)
-        for piece, context, after in zip(pieces, contexts, contexts[1:], strict=False):
-            record = self._put(tracked, pieces[0], piece, tokens, ids, context, after)
-            if record is not None:
-                last = (piece.end - 1) // self.block_size
-                save = ChunkSave(
-                    record.slot, tracked.request.request_id, piece.start, piece.end,
-                    blocks[: last + 1],
-                )  # fmt: skip
-                self.saves.append(save)
-                tracked.unacknowledged.add(record.slot)
+        """Have the workers keep every chunk of the first `computed` tokens that is not stored."""
+        per_token = self.layout.bytes_per_token
+        saves = chunks_to_keep(tracked, self.chunker, self.index, computed, blocks, per_token)
+        self.saves += saves
+        tracked.unacknowledged.update(save.slot for save in saves)
 
-    def _put(
-        self,
-        tracked: Tracked,
-        first: Piece,
-        piece: Piece,
-        tokens: np.ndarray,
-        ids: np.ndarray,
-        context: bytes,
-        after: bytes,
-    ) -> Any:
-        nbytes = (piece.end - piece.start) * self.layout.bytes_per_token
-        return self.index.put(
-            namespace=tracked.namespace,
-            key=chunk_key(tracked.namespace, tokens[piece.start : piece.end]),
-            tokens=ids[piece.start : piece.end].tobytes(),
-            start=piece.start,
-            context=context,
-            context_after=after,
-            origin=origin_of(piece.start, first.end, tracked.blended_from, piece.end),
-            nbytes=nbytes,
-            tail=not piece.closed,
-        )
-
-    def _retaint_after_loss(self, request_id: str, rows: int) -> None:
+    def _retaint_after_loss(self, tracked: Tracked, rows: list[int]) -> None:
         """Rows that a lost chunk made computed are not what the recipe's hashes say."""
-        tracked = self.requests.get(request_id)
-        if tracked is None or tracked.plan is None or tracked.report is None:
-            return
-        first = tracked.plan.first_moved
-        if first is not None:
-            block = first // self.block_size
-            ids = self.kv_cache_manager.get_block_ids(request_id)[0]
-            self.kv_cache_manager.evict_blocks(set(ids[block:]))
-            recipes = tracked.plan.recipes(self.block_size, nonce=os.urandom(16))
-            rechain(tracked.request, self.block_size, block, [], recipes)
-        kinds = tracked.report["kinds"]
-        kinds["moved"] -= min(rows, kinds["moved"])
-        kinds["recomputed"] += rows
+        plan, request = tracked.admitted, tracked.request
+        assert plan is not None
+        self.counts["rows_recomputed_for_lost_chunks"] += len(rows)
+        if plan.first_moved is not None:
+            block = plan.first_moved // self.block_size
+            held = cached_blocks(self.kv_cache_manager.block_pool, request.block_hashes)
+            self.kv_cache_manager.evict_blocks(set(held[block:]))
+            recipes = plan.recipes(self.block_size, nonce=os.urandom(16))
+            rechain(request, self.block_size, block, [], recipes)
+        # A request of one token has its report sent already, since the chunk was lost in the
+        # very step that answered it; the counters tell of those.
+        tracked.admitted = plan.recomputing(np.array(rows, np.int64))
+        tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
 
     def _report(self, tracked: Tracked) -> None:
         tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
         for kind, n in tracked.report["kinds"].items():
             self.counts[f"tokens:{kind}"] += n
+
+    def _lease(self, tracked: Tracked) -> None:
+        if tracked.plan is not None and not tracked.leased:
+            tracked.leased = sorted({s.record.slot for s in tracked.plan.segments})
+            for slot in tracked.leased:
+                self.index.lease(slot)
 
     def _release(self, tracked: Tracked) -> None:
         for slot in tracked.leased:

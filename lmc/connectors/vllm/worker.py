@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
 from lmc.connectors.vllm import identity
@@ -156,18 +157,20 @@ class WorkerSide:
     # -- parts -------------------------------------------------------------------------------
 
     def _blend(self, blend: Blend) -> None:
-        lost = [load for load in blend.loads if not self._load(blend, load)]
+        missing = [load.slot for load in blend.loads if not self._load(blend, load)]
+        with self._lock:
+            self._report.lost += missing
+        somewhere = _on_any_rank(missing)
+        lost = [load for load in blend.loads if load.slot in somewhere]
         rows = blend.rows
         for load in lost:
-            with self._lock:
-                self._report.lost.append(load.slot)
             rows = np.union1d(rows, np.arange(load.start, load.end))
         if lost:
             if self._model is None:
                 self._fail(blend, min(load.start for load in lost))
                 return
             with self._lock:
-                self._report.recomputed[blend.request_id] = len(rows) - len(blend.rows)
+                self._report.recomputed[blend.request_id] = np.setdiff1d(rows, blend.rows).tolist()
         if len(rows):
             assert self._attention is not None
             VLLMAdapter(
@@ -227,6 +230,16 @@ class WorkerSide:
             chunk.copy_(gather(self._paged, slots), non_blocking=True)
         stream.synchronize()
         return chunk
+
+
+def _on_any_rank(slots: list[int]) -> set[int]:
+    """Slots that any tensor-parallel rank named: all ranks must compute the same rows."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return set(slots)
+    named: list[list[int]] = [[] for _ in range(group.world_size)]
+    torch.distributed.all_gather_object(named, slots, group=group.cpu_group)
+    return {slot for rank in named for slot in rank}
 
 
 def _as_in_model(rope: Rope, model: Any) -> tuple[Rope, str | None]:
