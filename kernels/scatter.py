@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmc.kernels.cases import Case, make_chunk, make_paged, make_rotation, make_slots
+from lmc.kernels.host import scatter_host
 from lmc.kernels.paged import AOT_ARGS, PagedKV, check_slots, describe, page_runs
 from lmc.kernels.rerotate import check_rotation, rotate_args, rotate_tile, rotated
 from lmc.kernels.spec import ROUNDED, KernelSpec, block_rows, use_kernel
@@ -97,7 +98,9 @@ def scatter(
         cos, sin = (x.to(paged.device, non_blocking=True).contiguous() for x in (cos, sin))
     # A copy engine and then a kernel on the device beat a kernel that reads host memory itself.
     chunk, slots = (x.to(paged.device, non_blocking=True) for x in (chunk, slots))
-    if not use_kernel(chunk):
+    if chunk.device.type == "cpu" and chunk.dtype == torch.float32 and not use_kernel(chunk):
+        scatter_host(chunk, paged, slots, cos, sin, interleaved)
+    elif not use_kernel(chunk):
         scatter_reference(chunk, paged, slots, cos, sin, interleaved=interleaved)
     elif len(slots):
         BLOCK_T = block_rows(len(slots), paged.D)

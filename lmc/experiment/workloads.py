@@ -34,16 +34,24 @@ class Workload:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around the texts: the chat format the model was trained on."""
+    """What stands around the texts: the chat format the model was trained on.
 
-    system: str
-    user: str
-    answer: str
+    before_system, after_system; after_question begins the answer, so that the first token is
+    already a word of the documents and its distribution shows how well they are read.
+    """
+
+    before_system: str
+    after_system: str
+    after_question: str
 
 
 # ChatML, the format of SmolLM2 and Qwen; any other model is asked in plain text.
-CHATML = Frame("<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n", '"?<|im_end|>\n')
-PLAIN = Frame("", "\n\n", '"?\n')
+CHATML = Frame(
+    "<|im_start|>system\n",
+    "<|im_end|>\n<|im_start|>user\n",
+    '"?<|im_end|>\n<|im_start|>assistant\nThe next words are "',
+)
+PLAIN = Frame("", "\n\n", '"?\nAnswer: The next words are "')
 
 
 def build_workload(config: WorkloadConfig, tokenizer: Any) -> Workload:
@@ -56,10 +64,8 @@ def build_workload(config: WorkloadConfig, tokenizer: Any) -> Workload:
     Raises ValueError if a length leaves no room or there are not enough texts of that length.
     """
     rng = random.Random(f"rag_reorder {config.seed}")
-    chat = "<|im_start|>" in tokenizer.get_vocab()
-    frame = CHATML if chat else PLAIN
-    opening = "<|im_start|>assistant\n" if chat else "Answer:"
-    system = _fit(frame.system, SYSTEM * 4, frame.user, config.system_tokens, tokenizer)
+    frame = CHATML if "<|im_start|>" in tokenizer.get_vocab() else PLAIN
+    system = _system(frame, config, tokenizer)
     pool = _documents(config, tokenizer, rng)
     prompts: list[Prompt] = []
     seen: set[tuple[int, ...]] = set()
@@ -69,7 +75,7 @@ def build_workload(config: WorkloadConfig, tokenizer: Any) -> Workload:
         seen.add(order)
         previous = order
         quoted = pool[rng.choice(order)]
-        question = _question(quoted, frame.answer + opening, config, tokenizer, rng)
+        question = _question(quoted, frame, config, tokenizer, rng)
         prompts.append(prompt([system, *(pool[i] for i in order), question], tokenizer))
     documents = [prompt([system, document], tokenizer) for document in pool]
     return Workload(documents, prompts[: config.measured])
@@ -121,10 +127,10 @@ def _prose(topic: str) -> tuple[str, str]:
 
 
 def _question(
-    document: list[int], end: str, config: WorkloadConfig, tokenizer: Any, rng: random.Random
+    document: list[int], frame: Frame, config: WorkloadConfig, tokenizer: Any, rng: random.Random
 ) -> list[int]:
     """Exactly `question_tokens` ids: the quotation takes what the frame leaves."""
-    before, after = _ids(ASK, tokenizer), _ids(end, tokenizer)
+    before, after = _ids(ASK, tokenizer), _ids(frame.after_question, tokenizer)
     room = config.question_tokens - len(before) - len(after)
     if room < MIN_QUOTE:
         least = config.question_tokens - room + MIN_QUOTE
@@ -142,16 +148,17 @@ def _question(
     return before + document[start : start + room] + after
 
 
-def _fit(before: str, text: str, after: str, tokens: int, tokenizer: Any) -> list[int]:
-    """Exactly `tokens` ids: `text` is cut so that what stands around it fits."""
-    head, body, tail = (_ids(part, tokenizer) for part in (before, text, after))
-    room = tokens - len(head) - len(tail)
-    if not 0 < room <= len(body):
+def _system(frame: Frame, config: WorkloadConfig, tokenizer: Any) -> list[int]:
+    """Exactly `system_tokens` ids: the text is repeated and cut so that its frame fits."""
+    parts = (frame.before_system, SYSTEM * 4, frame.after_system)
+    head, body, tail = (_ids(part, tokenizer) for part in parts)
+    least = len(head) + len(tail) + 1
+    most = least - 1 + len(body)
+    if not least <= config.system_tokens <= most:
         raise ValueError(
-            f"workload.system_tokens: got {tokens}, allowed: {tokens - room + 1} to "
-            f"{tokens - room + len(body)}"
+            f"workload.system_tokens: got {config.system_tokens}, allowed: {least} to {most}"
         )
-    return head + body[:room] + tail
+    return head + body[: config.system_tokens - least + 1] + tail
 
 
 def _ids(text: str, tokenizer: Any) -> list[int]:

@@ -85,6 +85,10 @@ class WorkerSide:
             self._rope, mismatch = _as_in_model(self._rope, model)
             self.refusal = mismatch or self_check(model, self._attention, vocab_size)
         self._model = model if self.refusal is None else None
+        # Kernels are compiled when first launched: better now than within a request.
+        assert self._paged is not None
+        page = self._attention.slots(np.arange(self.spec.block_size), blocks=[1])
+        scatter(gather(self._paged, page), self._paged, page)
 
     def hello(self) -> WorkerHello:
         """What the scheduler must know before the first request."""
