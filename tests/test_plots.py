@@ -27,7 +27,12 @@ def _rows(arms: list[str], kl: bool = True) -> list[dict[str, Any]]:
             row |= {"prompt_tokens": 100, "compute_fraction": 0.3, "flops_fraction": 0.3}
             row["kinds"] = {"local": 0, "local_blended": 0, "exact": 10, "moved": 50}
             row["kinds"] |= {"recomputed": 10, "new": 30}
-            row |= {"kl_last": 0.1, "kl_mean": 0.1 * place if kl else None, "reason": None}
+            row |= {
+                "logprob_error": 0.1,
+                "kl_last": 0.1,
+                "kl_mean": 0.1 * place if kl else None,
+                "reason": None,
+            }
             row |= {"top1_agreement": 1.0, "delta_nll": 0.0, "greedy_agreement": 1.0}
             rows.append(row)
     return rows

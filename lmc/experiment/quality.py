@@ -12,6 +12,7 @@ class Quality:
     """One prompt, one arm, against full prefill; the names are those of the rows.
 
     Forced positions are the last of the prompt and those of the reference answer but its last.
+    logprob_error: greatest difference of the first token's log-probabilities, whole vocabulary.
     kl_last: KL(full || arm) of the first token's distribution, in nats, whole vocabulary.
     kl_mean: the same, mean over the forced positions.
     top1_agreement: share of forced positions with the same most likely token.
@@ -19,6 +20,7 @@ class Quality:
     greedy_agreement: share of equal tokens, place by place, of the arm's own greedy answer.
     """
 
+    logprob_error: float
     kl_last: float
     kl_mean: float
     top1_agreement: float
@@ -51,6 +53,7 @@ def compare(
     places = np.arange(len(reference_tokens))
     increase = reference[places, reference_tokens] - forced[places, reference_tokens]
     return Quality(
+        logprob_error=float(np.abs(reference[0] - forced[0]).max()),
         kl_last=float(kl[0]),
         kl_mean=float(kl.mean()),
         top1_agreement=float(np.mean(reference.argmax(-1) == forced.argmax(-1))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,18 +18,18 @@ from lmc import models
 from lmc.experiment.config import BlendArm, ExperimentConfig, StockArm, load_config
 from lmc.experiment.engines import Answer, Engine, Request
 from lmc.experiment.progress import progress
-from lmc.experiment.quality import compare
+from lmc.experiment.quality import Quality, compare
 from lmc.experiment.rows import Key, Row, RowFile, key_of
 from lmc.experiment.summary import FULL_PREFILL, summarise
 from lmc.experiment.tables import fallbacks, tables
 from lmc.experiment.workloads import Workload, build_workload
+from lmc.layout import KVLayout
 from lmc.prompts import Prompt
+from lmc.rope import from_config
 
 FIGURE = "ttft_quality.png"
 KINDS = ("local", "local_blended", "exact", "moved", "recomputed", "new")
-NO_QUALITY = dict.fromkeys(
-    ("kl_last", "kl_mean", "top1_agreement", "delta_nll", "greedy_agreement")
-)
+NO_QUALITY = dict.fromkeys(f.name for f in fields(Quality))
 
 
 def run(experiment: Path, out: Path, overrides: list[str]) -> None:
@@ -40,6 +40,7 @@ def run(experiment: Path, out: Path, overrides: list[str]) -> None:
     console = Console()
     config = load_config(experiment, overrides)
     model = models.resolve(config.model)
+    _check_model(config, model)
     workload = build_workload(config.workload, _tokenizer(model))
     with RowFile(out, config) as file:
         done = set(map(key_of, file.rows))
@@ -220,6 +221,34 @@ def _tokenizer(model: str) -> Any:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: got {model!r}, which has no tokenizer: {error}") from error
+
+
+def _check_model(config: ExperimentConfig, model: str) -> None:
+    """Raise ValueError for what the lmc engine would refuse, or not do, with this model."""
+    from transformers import AutoConfig
+
+    from lmc.connectors.vllm.config import LMCConfig, check_memory
+
+    if not any(isinstance(arm, BlendArm) for arm in config.arms.values()):
+        return
+    try:
+        hf = AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: got {model!r}, which has no config: {error}") from error
+    from_config(hf)
+    auto = str(getattr(hf, "dtype", None) or "float32").removeprefix("torch.")
+    H = hf.num_attention_heads
+    layout = KVLayout(
+        L=hf.num_hidden_layers,
+        G=getattr(hf, "num_key_value_heads", None) or H,
+        D=getattr(hf, "head_dim", None) or hf.hidden_size // H,
+        dtype=auto if config.engine.dtype == "auto" else config.engine.dtype,
+    )
+    settings = LMCConfig(**config.lmc)
+    longest = settings.build_chunker().longest_chunk or 1
+    if any(isinstance(arm, BlendArm) and arm.spans for arm in config.arms.values()):
+        longest = max(longest, config.workload.document_tokens)
+    check_memory(settings.memory_bytes, layout.bytes_per_token, longest)
 
 
 def _measure_all(

@@ -41,6 +41,7 @@ class ArmSummary:
         equal number of rows, paired.
     compute_fraction, flops_fraction: means.
     kinds: mean share of the prompt by kind; found: all kinds but `new`.
+    logprob_error: the greatest over all prompts.
     kl_last to greedy_agreement: means (lmc.experiment.quality.Quality).
     recovery: 1 - mean kl_mean / that of full_reuse, over the same prompts.
     reasons: why requests were not blended -> how many.
@@ -58,6 +59,7 @@ class ArmSummary:
     flops_fraction: float
     kinds: dict[str, float]
     found: float
+    logprob_error: float | None
     kl_last: float | None
     kl_mean: Estimate | None
     top1_agreement: float | None
@@ -131,6 +133,7 @@ def _summary(arm: str, by_arm: dict[str, list[Row]]) -> ArmSummary:
         flops_fraction=float(np.mean([row["flops_fraction"] for row in rows])),
         kinds=kinds,
         found=1 - kinds["new"],
+        logprob_error=max(_by_prompt(rows, "logprob_error").values(), default=None),
         kl_last=_mean(rows, "kl_last"),
         kl_mean=bootstrap([[v] for v in kl.values()], np.mean),
         top1_agreement=_mean(rows, "top1_agreement"),

@@ -47,12 +47,14 @@ def _speed(summaries: Sequence[ArmSummary]) -> Table:
 def _quality(summaries: Sequence[ArmSummary]) -> Table:
     table = _table(
         "Quality against full_prefill",
-        ["KL first", "KL answer", "top-1", "ΔNLL", "greedy", "recovery [95%]"],
-        "KL in nats over the whole vocabulary. Recovery: 1 - KL answer / that of full_reuse.",
+        ["max Δlogp", "KL first", "KL answer", "top-1", "ΔNLL", "greedy", "recovery [95%]"],
+        "Over the whole vocabulary, in nats. max Δlogp: the greatest difference of a first "
+        "token's log-probability. Recovery: 1 - KL answer / that of full_reuse.",
     )
     for s in summaries:
         table.add_row(
             s.arm,
+            _small(s.logprob_error),
             _small(s.kl_last),
             _small(s.kl_mean.value if s.kl_mean else None),
             _share(s.top1_agreement),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lmc.experiment.engines import Answer, Request
+from lmc.experiment.quality import Quality
 from lmc.layout import PrefillCost
 
 REPO = Path(__file__).parents[2]
@@ -41,9 +42,7 @@ def make_row() -> Callable[..., dict[str, Any]]:
             "flops_fraction": 0.5,
             "reason": None,
         }
-        row |= dict.fromkeys(
-            ("kl_last", "kl_mean", "top1_agreement", "delta_nll", "greedy_agreement")
-        )
+        row |= dict.fromkeys(Quality.__dataclass_fields__)
         return row | fields
 
     return make

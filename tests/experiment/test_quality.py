@@ -34,6 +34,7 @@ def test_compare_by_hand() -> None:
     forced = np.log([[0.3, 0.6, 0.1], [0.2, 0.7, 0.1]])
     quality = compare([0, 1], reference, forced, [1, 1])
     kl = 0.6 * np.log(2) + 0.3 * np.log(0.5)
+    assert quality.logprob_error == pytest.approx(np.log(2))
     assert quality.kl_last == pytest.approx(kl)
     assert quality.kl_mean == pytest.approx(kl / 2)
     assert quality.top1_agreement == 0.5

@@ -73,12 +73,18 @@ def test_a_stopped_run_goes_on(tmp_path: Path, demo: Path, pretended: Asked) -> 
 
 @pytest.mark.parametrize(
     "override",
-    ["workload.question_tokens=5", "arms.epic16.blend.name=x", "model=/nowhere", "engine.x=1"],
+    [
+        "workload.question_tokens=5",
+        "arms.epic16.blend.name=x",
+        "model=/nowhere",
+        "engine.x=1",
+        "lmc.memory_bytes=1000000",
+    ],
 )
 def test_bad_input_changes_nothing(
     tmp_path: Path, demo: Path, pretended: Asked, override: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"got"):
+    with pytest.raises(ValueError, match=r"got|less than one chunk of 256 tokens"):
         run(demo, tmp_path / "out", [override])
     assert pretended == []
     assert not (tmp_path / "out").exists()
@@ -112,6 +118,7 @@ def test_a_small_run_on_vllm(tmp_path: Path, demo: Path) -> None:
     for arm in ("prefix_caching", "prefix_equal_rows", "full_recompute"):
         assert mean(arm, "kl_mean") < 1e-7, arm
         assert mean(arm, "greedy_agreement") == 1, arm
+        assert mean(arm, "logprob_error") < 1e-4, arm
     assert found("epic16") == found("full_reuse") >= 0.9
     assert mean("full_reuse", "compute_fraction") < mean("epic16", "compute_fraction") < 0.5
     equal = mean("prefix_equal_rows", "compute_fraction") - mean("epic16", "compute_fraction")
