@@ -47,7 +47,7 @@ def _speed(summaries: Sequence[ArmSummary]) -> Table:
 def _quality(summaries: Sequence[ArmSummary]) -> Table:
     table = _table(
         "Quality against full_prefill",
-        ["max Δlogp", "KL first", "KL answer", "top-1", "ΔNLL", "greedy", "recovery [95%]"],
+        ["max Δlogp", "KL first", "KL answer", "greedy", "recovery [95%]"],
         "Over the whole vocabulary, in nats. max Δlogp: the greatest difference of a first "
         "token's log-probability. Recovery: 1 - KL answer / that of full_reuse.",
     )
@@ -57,8 +57,6 @@ def _quality(summaries: Sequence[ArmSummary]) -> Table:
             _small(s.logprob_error),
             _small(s.kl_last),
             _small(s.kl_mean.value if s.kl_mean else None),
-            _share(s.top1_agreement),
-            "–" if s.delta_nll is None else f"{s.delta_nll:+.3f}",
             _share(s.greedy_agreement),
             _interval(s.recovery),
         )

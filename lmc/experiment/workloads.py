@@ -15,7 +15,7 @@ SYSTEM = (
     "You are a careful assistant. Answer with the exact words of the documents below, which "
     "come from the reference manual of Python. Do not add anything of your own. "
 )
-ASK = '\n\nQuestion: Which words follow "'
+ASK = "\n\nContinue the sentence that begins like this."
 MIN_QUOTE = 4  # tokens; a shorter quotation names no place in a document
 
 
@@ -36,22 +36,23 @@ class Workload:
 class Frame:
     """What stands around the texts: the chat format the model was trained on.
 
-    before_system, after_system; after_question begins the answer, so that the first token is
-    already a word of the documents and its distribution shows how well they are read.
+    before_system, after_system; before_answer stands between the question and the quotation,
+    which begins the answer: so the first new token is a word of a document already, and its
+    distribution shows how well the documents are read.
     """
 
     before_system: str
     after_system: str
-    after_question: str
+    before_answer: str
 
 
 # ChatML, the format of SmolLM2 and Qwen; any other model is asked in plain text.
 CHATML = Frame(
     "<|im_start|>system\n",
     "<|im_end|>\n<|im_start|>user\n",
-    '"?<|im_end|>\n<|im_start|>assistant\nThe next words are "',
+    "<|im_end|>\n<|im_start|>assistant\n",
 )
-PLAIN = Frame("", "\n\n", '"?\nAnswer: The next words are "')
+PLAIN = Frame("", "\n\n", "\nAnswer: ")
 
 
 def build_workload(config: WorkloadConfig, tokenizer: Any) -> Workload:
@@ -130,8 +131,8 @@ def _question(
     document: list[int], frame: Frame, config: WorkloadConfig, tokenizer: Any, rng: random.Random
 ) -> list[int]:
     """Exactly `question_tokens` ids: the quotation takes what the frame leaves."""
-    before, after = _ids(ASK, tokenizer), _ids(frame.after_question, tokenizer)
-    room = config.question_tokens - len(before) - len(after)
+    before = _ids(ASK + frame.before_answer, tokenizer)
+    room = config.question_tokens - len(before)
     if room < MIN_QUOTE:
         least = config.question_tokens - room + MIN_QUOTE
         raise ValueError(
@@ -145,7 +146,7 @@ def _question(
             f"{3 * room} for a quotation of {room} tokens"
         )
     start = rng.randrange(first, last)
-    return before + document[start : start + room] + after
+    return before + document[start : start + room]
 
 
 def _system(frame: Frame, config: WorkloadConfig, tokenizer: Any) -> list[int]:

@@ -55,7 +55,7 @@ def test_overrides_are_yaml_and_may_add_an_arm_or_drop_one(demo: Path) -> None:
         ("workload.name=other", "should be 'rag_reorder' (got 'other')"),
         ("workload.documents_per_prompt=9", "got 9, allowed: 2 to 8"),
         ("workload.limit=0", "greater than 0 (got 0)"),
-        ("engine.max_model_len=1608", "less than the 1624 tokens of a prompt and its answer"),
+        ("engine.max_model_len=1608", "less than the 1632 tokens of a prompt and its answer"),
         ("lmc.memory=1", "valid keys: memory_bytes"),
         ("lmc.chunker.name=dcd", "got 'dcd'; valid: "),
         ("seed", "want a.b=value"),

@@ -26,7 +26,7 @@ def _timed(asked: Asked) -> list[Request]:
 
 
 def test_every_arm_prompt_and_repetition_once(tmp_path: Path, demo: Path, pretended: Asked) -> None:
-    run(demo, tmp_path, ["workload.limit=2"])
+    run(demo, tmp_path, ["workload.limit=2", "repetitions=2"])
     keys = [key_of(row) for row in read_rows(tmp_path)]
     assert len(keys) == len(set(keys)) == 8 * 2 * 2
     for repetition in (0, 1):
@@ -45,15 +45,15 @@ def test_each_arm_finds_the_cache_it_should(tmp_path: Path, demo: Path, pretende
     for name, request in pretended:
         if name == "lmc" and isinstance(request, Request):
             assert request.lmc is not None
-            measured = len(request.token_ids) == 1608
+            measured = len(request.token_ids) == 1616
             assert request.lmc["save"] is not measured
             assert request.reset is measured
             assert ("chunks" in request.lmc) == (request.salt != "epic16_cdc")
     # 40 rows were reported, so 1568 tokens, 49 blocks of 32, leave as many for vLLM.
     warmed = [len(r.token_ids) for r in timed if r.salt.startswith("prefix_equal_rows/")]
-    assert warmed == [1568, 1608] * 2
+    assert warmed == [1568, 1616] * 2
     shared = [len(r.token_ids) for r in timed if r.salt == "prefix_caching/0"]
-    assert shared == [*[296] * 8, 1608, *[296] * 8, 1608, 1608]
+    assert shared == [*[304] * 8, 1616, *[304] * 8, 1616, 1616]
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path, demo: Path, pretended: Asked) -> None:
@@ -97,7 +97,7 @@ def test_a_small_run_on_vllm(tmp_path: Path, demo: Path) -> None:
     run(demo, tmp_path, sizes)
     rows = read_rows(tmp_path)
     assert len(rows) == 16
-    T = 40 + 6 * 64 + 32
+    T = 48 + 6 * 64 + 32
     for row in rows:
         assert row["prompt_tokens"] == T == sum(row["kinds"].values()), row["arm"]
         assert 0 < row["compute_fraction"] <= 1
