@@ -53,10 +53,11 @@ class SchedulerSide:
             config.memory_bytes, self.layout.bytes_per_token, self.chunker.longest_chunk or 1
         )
         self.prefix_caching = bool(vllm_config.cache_config.enable_prefix_caching)
-        self.index = Index(config.memory_bytes, vllm_config.parallel_config.world_size)
+        self.ranks = vllm_config.parallel_config.world_size
+        self.index = Index(config.memory_bytes, self.ranks)
         self.chains = ChainMap()
         self.requests: dict[str, Tracked] = {}
-        self.finished: dict[str, Tracked] = {}  # waiting for their saves
+        self.saving: dict[int, Tracked] = {}  # by slot
         self.just_finished: dict[str, Tracked] = {}  # in the step that the workers report on
         self.blends: list[Blend] = []
         self.saves: list[ChunkSave] = []
@@ -160,12 +161,11 @@ class SchedulerSide:
         """Take in what the workers did in a step."""
         for slot, rank in report.saved:
             self.index.acknowledge(slot, rank)
-            for tracked in (*self.requests.values(), *self.finished.values()):
-                tracked.unacknowledged.discard(slot)
-        self.finished = {r: t for r, t in self.finished.items() if t.unacknowledged}
+            self._settle(slot)
         for slot in report.lost:
             self.counts["chunks_lost"] += 1
             self.index.drop(slot)
+            self._settle(slot)
         for request_id, rows in report.recomputed.items():
             if hit := self.requests.get(request_id) or self.just_finished.get(request_id):
                 self._retaint_after_loss(hit, rows)
@@ -190,7 +190,6 @@ class SchedulerSide:
         if tracked.report is None:
             self._report(tracked)
         if tracked.unacknowledged:
-            self.finished[request.request_id] = tracked
             self.released.append(request.request_id)
         return bool(tracked.unacknowledged), {"lmc": tracked.report}
 
@@ -310,7 +309,16 @@ class SchedulerSide:
         per_token = self.layout.bytes_per_token
         saves = chunks_to_keep(tracked, self.chunker, self.index, computed, blocks, per_token)
         self.saves += saves
-        tracked.unacknowledged.update(save.slot for save in saves)
+        for save in saves:
+            tracked.unacknowledged[save.slot] = self.ranks
+            self.saving[save.slot] = tracked
+
+    def _settle(self, slot: int) -> None:
+        """One more rank has saved `slot`, or failed to; behind the last one nobody reads pages."""
+        if tracked := self.saving.get(slot):
+            tracked.unacknowledged[slot] -= 1
+            if tracked.unacknowledged[slot] == 0:
+                del tracked.unacknowledged[slot], self.saving[slot]
 
     def _retaint_after_loss(self, tracked: Tracked, rows: list[int]) -> None:
         """Rows that a lost chunk made computed are not what the recipe's hashes say."""

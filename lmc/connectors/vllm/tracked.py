@@ -30,7 +30,7 @@ class Tracked:
         admitted: the plan cut to what vLLM did hold, once asked.
         leased: slots that the plan keeps from eviction.
         blended_from: the first token whose KV is not exact, or None.
-        unacknowledged: slots being saved.
+        unacknowledged: slots being saved, and how many ranks have yet to say so.
         prompt_saved: whether the prompt's chunks have been given to the workers.
         report: what the client is told.
     """
@@ -47,7 +47,7 @@ class Tracked:
     admitted: Plan | None = None
     leased: list[int] = field(default_factory=list)
     blended_from: int | None = None
-    unacknowledged: set[int] = field(default_factory=set)
+    unacknowledged: dict[int, int] = field(default_factory=dict)
     prompt_saved: bool = False
     report: dict[str, Any] | None = None
 
