@@ -15,7 +15,7 @@ SYSTEM = (
     "You are a careful assistant. Answer with the exact words of the documents below, which "
     "come from the reference manual of Python. Do not add anything of your own. "
 )
-ASK = "\n\nContinue the sentence that begins like this."
+ASK = "\n\nContinue this sentence."
 MIN_QUOTE = 4  # tokens; a shorter quotation names no place in a document
 
 
