@@ -98,10 +98,11 @@ def scatter(
         cos, sin = (x.to(paged.device, non_blocking=True).contiguous() for x in (cos, sin))
     # A copy engine and then a kernel on the device beat a kernel that reads host memory itself.
     chunk, slots = (x.to(paged.device, non_blocking=True) for x in (chunk, slots))
-    if chunk.device.type == "cpu" and chunk.dtype == torch.float32 and not use_kernel(chunk):
-        scatter_host(chunk, paged, slots, cos, sin, interleaved)
-    elif not use_kernel(chunk):
-        scatter_reference(chunk, paged, slots, cos, sin, interleaved=interleaved)
+    if not use_kernel(chunk):
+        if chunk.dtype == torch.float32:
+            scatter_host(chunk, paged, slots, cos, sin, interleaved)
+        else:
+            scatter_reference(chunk, paged, slots, cos, sin, interleaved=interleaved)
     elif len(slots):
         BLOCK_T = block_rows(len(slots), paged.D)
         grid = (paged.G, triton.cdiv(len(slots), BLOCK_T), 2 * paged.L)

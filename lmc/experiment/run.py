@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from lmc import models
+from lmc.blend.plan import KINDS
 from lmc.experiment.config import BlendArm, ExperimentConfig, StockArm, load_config
 from lmc.experiment.engines import Answer, Engine, Request
 from lmc.experiment.progress import progress
@@ -28,7 +29,6 @@ from lmc.prompts import Prompt
 from lmc.rope import from_config
 
 FIGURE = "ttft_quality.png"
-KINDS = ("local", "local_blended", "exact", "moved", "recomputed", "new")
 NO_QUALITY = dict.fromkeys(f.name for f in fields(Quality))
 
 
