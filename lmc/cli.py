@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lmc.errors import errors_in_one_line
 
 app = typer.Typer(
     help="Reuse of KV cache at any position of a prompt.",
@@ -17,21 +17,6 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Models that come without a hub.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """A wrong input is the user's to mend: one red line and exit code 2, no traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ModuleNotFoundError) as e:
-        from pydantic import ValidationError
-
-        from lmc.registry import one_line
-
-        text = one_line(e) if isinstance(e, ValidationError) else " ".join(str(e).split())
-        typer.secho(f"lmc: {text}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from e
 
 
 def _version(value: bool) -> None:
@@ -61,7 +46,7 @@ def run(
     ] = None,
 ) -> None:
     """Run an experiment; one that was stopped goes on where it stopped."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from lmc.experiment.run import run as run_experiment
 
         run_experiment(experiment, out, override or [])
@@ -70,7 +55,7 @@ def run(
 @model_app.command()
 def export(name: Annotated[str, typer.Argument(help="The model, such as smollm2.")]) -> None:
     """Write a model where an engine can load it, and print its folder."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from lmc import models
 
         typer.echo(models.export(name))

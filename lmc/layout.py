@@ -52,10 +52,11 @@ class PrefillCost:
 
     def fraction(self, computed: list[tuple[int, int]], T: int) -> float:
         """Share of the FLOPs of a full prefill of T tokens that rows `[start, end)` cost."""
-        total = self._flops(0, T)
-        return sum(self._flops(start, end) for start, end in computed) / total
+        total = self.flops(0, T)
+        return sum(self.flops(start, end) for start, end in computed) / total
 
-    def _flops(self, start: int, end: int) -> float:
+    def flops(self, start: int, end: int) -> float:
+        """FLOPs of rows `[start, end)`, each of which attends to itself and all before it."""
         # A row at position p attends to p + 1 keys; the sum over rows is closed form.
         keys = (end * (end + 1) - start * (start + 1)) / 2
         return self.linear * (end - start) + self.attention * keys

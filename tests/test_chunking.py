@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmc.chunk import Piece, chunk_key, split
-from lmc.chunking import CHUNKERS
+from lmc.chunking import CHUNKERS, parse
 from lmc.chunking.cdc import Cdc, _mix
 
 SMALL = Cdc(window=3, hash_tokens=2, max_tokens=12)
@@ -150,3 +150,16 @@ def found_share(docs: list[list[int]], chunker: Any) -> float:
         second = keys(docs[i - 3][:99] + doc + docs[(i + 5) % n], 99, 99 + T)
         found += sum(p.end - p.start for k, p in first.items() if k in second)
     return found / (n * T)
+
+
+def test_a_chunker_in_a_few_characters() -> None:
+    cdc = parse("cdc:64")
+    assert (cdc.window, cdc.max_tokens) == (32, 256)  # 2 * 32 + 1 tokens on average
+    assert parse("cdc:1000").max_tokens == 4000
+    assert parse("cdc") == CHUNKERS.build("cdc")
+    assert parse("fixed:256").n == 256
+    assert parse("separator:1,2").ids == (1, 2)
+    assert parse("lmc.chunking.fixed:Fixed").n == 64
+    for wrong in ("cdc:x", "fixed:1,2", "fixed:0", "nothing", "cdc:"):
+        with pytest.raises(ValueError, match="chunker"):
+            parse(wrong)

@@ -20,6 +20,7 @@ import numpy as np
 
 from lmc.experiment.config import EngineConfig
 from lmc.layout import PrefillCost
+from lmc.shapes import from_config
 
 REQUIRED = {
     # Wall and CPU time are read, and logits recorded, in the process that computes.
@@ -201,8 +202,6 @@ def _start(arguments: dict[str, Any]) -> tuple[Any, str, PrefillCost]:
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
-    from lmc.connectors.vllm.identity import cost_of
-
     if "kv_transfer_config" in arguments:
         arguments["kv_transfer_config"] = KVTransferConfig(**arguments["kv_transfer_config"])
     llm = LLM(**arguments)
@@ -210,7 +209,7 @@ def _start(arguments: dict[str, Any]) -> tuple[Any, str, PrefillCost]:
         device = torch.cuda.get_device_name()
     else:
         device = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return llm, device, cost_of(llm.llm_engine.model_config.hf_config)
+    return llm, device, from_config(llm.llm_engine.model_config.hf_config).cost
 
 
 def _answer(llm: Any, request: Request) -> Answer:

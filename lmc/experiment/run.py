@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lmc import models
+from lmc import models, shapes
 from lmc.blend.plan import KINDS
 from lmc.experiment.config import BlendArm, ExperimentConfig, StockArm, load_config
 from lmc.experiment.engines import Answer, Engine, Request
@@ -236,14 +236,10 @@ def _check_model(config: ExperimentConfig, model: str) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"model: got {model!r}, which has no config: {error}") from error
     from_config(hf)
-    auto = str(getattr(hf, "dtype", None) or "float32").removeprefix("torch.")
-    H = hf.num_attention_heads
-    layout = KVLayout(
-        L=hf.num_hidden_layers,
-        G=getattr(hf, "num_key_value_heads", None) or H,
-        D=getattr(hf, "head_dim", None) or hf.hidden_size // H,
-        dtype=auto if config.engine.dtype == "auto" else config.engine.dtype,
-    )
+    model_shape = shapes.from_config(hf)
+    auto = config.engine.dtype == "auto"
+    dtype = model_shape.dtype if auto else config.engine.dtype
+    layout = KVLayout(model_shape.L, model_shape.G, model_shape.D, dtype)
     settings = LMCConfig(**config.lmc)
     longest = settings.build_chunker().longest_chunk or 1
     if any(isinstance(arm, BlendArm) and arm.spans for arm in config.arms.values()):

@@ -1,17 +1,20 @@
-"""What is stored: variants of each content, byte capacity, LRU eviction and leases.
+"""What is stored: variants of each content, byte capacity, eviction by a policy, and leases.
 
 Holds no bytes and imports no torch: the scheduler's process decides here, the workers obey.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from lmc.layout import PrefillCost
+from lmc.policies import Item, Policy, build_policy
 
 Origin = Literal["exact", "isolated", "anchored", "blended"]
-MAX_EXACT = 2  # the two latest exact contexts of one content
 
 
 def origin_of(start: int, first_piece_end: int, blended_from: int | None, end: int) -> Origin:
@@ -63,16 +66,17 @@ class Record:
 
 
 class _Entry:
-    __slots__ = ("leases", "missing", "record")
+    __slots__ = ("item", "leases", "missing", "record")
 
-    def __init__(self, record: Record, ranks: int) -> None:
+    def __init__(self, record: Record, item: Item, ranks: int) -> None:
         self.record = record
+        self.item = item
         self.leases = 0
         self.missing = set(range(ranks))  # ranks that have not acknowledged the bytes
 
 
 class Index:
-    """Records by content, at most `capacity` bytes of them, least recently used out first.
+    """Records by content, at most `capacity` bytes of them; a policy says which goes first.
 
     A record is found only once every rank has acknowledged its bytes, and is never evicted
     while leased. Evicted slots pile up in `freed` until the caller tells the workers.
@@ -80,18 +84,43 @@ class Index:
     Args:
         capacity: bytes, on one rank.
         ranks: workers that must acknowledge a record.
+        policy: one of `POLICIES` by name, or with its fields.
+        cost: FLOPs of prefill, for policies that weigh what computing a record again would
+            take; without it a record's tokens stand for them.
+        clock: seconds, for policies that ask for the time.
+        exact_variants: of one content, how many exact contexts are kept: the latest.
+
+    Raises:
+        ValueError: an unknown policy, wrong fields of it, or one that needs the future.
     """
 
-    def __init__(self, capacity: int, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        ranks: int = 1,
+        policy: Mapping[str, Any] | str = "lru",
+        cost: PrefillCost | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        exact_variants: int = 2,
+    ) -> None:
+        if policy == "belady" or (isinstance(policy, Mapping) and policy.get("name") == "belady"):
+            raise ValueError("policy belady needs the accesses to come, which no store knows")
         self.capacity = capacity
         self.size = 0
         self.counts: Counter[str] = Counter()
         self._ranks = ranks
+        self._policy: Policy = build_policy(policy, capacity)
+        self._cost = cost
+        self._clock = clock
+        self._exact_variants = exact_variants
         self._next_slot = 0
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._entries: dict[int, _Entry] = {}
+        self._slots: dict[Hashable, int] = {}  # of the policy's keys
+        self._ends: dict[tuple[bytes, bytes], Hashable] = {}
         self._by_key: dict[bytes, list[int]] = {}
         self._tails: dict[tuple[bytes, bytes], int] = {}
         self._freed: list[int] = []
+        self._pinned = _Pinned(self)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -101,6 +130,7 @@ class Index:
 
     def variants(self, key: bytes) -> Iterator[Record]:
         """Visible records of one content, the latest first; tails excepted."""
+        self._expire()
         for slot in reversed(self._by_key.get(key, ())):
             entry = self._entries[slot]
             if not entry.missing and not entry.record.tail:
@@ -108,6 +138,7 @@ class Index:
 
     def tail(self, namespace: bytes, context: bytes) -> Record | None:
         """The visible tail that continues `context`, if one is stored."""
+        self._expire()
         slot = self._tails.get((namespace, context))
         if slot is None or self._entries[slot].missing:
             return None
@@ -129,22 +160,27 @@ class Index:
         """Reserve room for one chunk; the record becomes visible when acknowledged.
 
         Returns None, and counts why, when an equal or better variant is known already
-        (`known`) or when what is not leased does not make enough room (`no_room`).
+        (`known`), when what is not leased does not make enough room (`no_room`), or when the
+        policy would rather keep what it has (`not_admitted`).
         """
+        self._expire()
         replaced = self._replaced(namespace, key, context, origin, tail, len(tokens))
         if replaced is None:
             self.counts["known"] += 1
             return None
         for slot in replaced:
-            self._drop(slot)
-        if not self._make_room(nbytes):
-            self.counts["no_room"] += 1
-            return None
+            self._forget(slot)
         slot, self._next_slot = self._next_slot, self._next_slot + 1
         record = Record(
             slot, namespace, key, tokens, start, context, context_after, origin, nbytes, tail
         )
-        self._entries[slot] = _Entry(record, self._ranks)
+        item = self._item(record)
+        if not self._make_room(item):
+            return None
+        self._entries[slot] = _Entry(record, item, self._ranks)
+        self._slots[item.key] = slot
+        self._ends[namespace, context_after] = item.key
+        self._policy.insert(item, self._clock())
         self._by_key.setdefault(key, []).append(slot)
         if tail:
             self._tails[namespace, context] = slot
@@ -158,9 +194,9 @@ class Index:
             self._entries[slot].missing.discard(rank)
 
     def touch(self, slot: int) -> None:
-        """A use: the slot becomes the most recently used."""
+        """A use, which the policy may reward."""
         if slot in self._entries:
-            self._entries.move_to_end(slot)
+            self._policy.touch(self._entries[slot].item, self._clock())
 
     def lease(self, slot: int) -> None:
         """Keep `slot` until released as often as leased."""
@@ -175,12 +211,12 @@ class Index:
         """Forget a record whose bytes are gone or wrong, leased or not."""
         if slot in self._entries:
             self.counts["dropped"] += 1
-            self._drop(slot)
+            self._forget(slot)
 
     def clear(self) -> None:
         """Forget everything."""
         for slot in list(self._entries):
-            self._drop(slot)
+            self._forget(slot)
 
     def take_freed(self) -> list[int]:
         """Slots whose bytes the workers may now free, each told once."""
@@ -210,24 +246,53 @@ class Index:
         out = [r.slot for r in free if r.origin == "blended"]
         if origin == "exact":
             exact = [e.record for e in same if e.record.origin == "exact"]
-            oldest = exact[: max(0, len(exact) + 1 - MAX_EXACT)]
+            oldest = exact[: max(0, len(exact) + 1 - self._exact_variants)]
             return out + [r.slot for r in oldest if r in free]
         return out + [r.slot for r in free if r.origin in ("isolated", "anchored")]
 
-    def _make_room(self, nbytes: int) -> bool:
-        if nbytes > self.capacity:
+    def _item(self, record: Record) -> Item:
+        # Not the slot: a policy that remembers what it evicted must know it when it comes back.
+        key = (record.key, record.context, record.tail, record.origin == "blended")
+        end = record.start + record.T
+        return Item(
+            key=key,
+            size=record.nbytes,
+            cost=self._cost.flops(record.start, end) if self._cost else float(record.T),
+            parent=self._ends.get((record.namespace, record.context)),
+        )
+
+    def _make_room(self, item: Item) -> bool:
+        if item.size > self.capacity:
+            self.counts["no_room"] += 1
             return False
-        for slot in list(self._entries):
-            if self.size + nbytes <= self.capacity:
-                break
-            if not self._entries[slot].leases and not self._entries[slot].missing:
-                self.counts["evicted"] += 1
-                self._drop(slot)
-        return self.size + nbytes <= self.capacity
+        while self.size + item.size > self.capacity:
+            victim = self._policy.evict(item, self._clock(), self._pinned)
+            if victim is None or victim == item.key:
+                self.counts["no_room" if victim is None else "not_admitted"] += 1
+                return False
+            self.counts["evicted"] += 1
+            self._drop(self._slots[victim])
+        return True
+
+    def _expire(self) -> None:
+        for key in self._policy.expired(self._clock()):
+            if key not in self._pinned:  # what is in use goes when it is released
+                self.counts["expired"] += 1
+                self._forget(self._slots[key])
+
+    def _forget(self, slot: int) -> None:
+        self._policy.remove(self._entries[slot].item.key)
+        self._drop(slot)
 
     def _drop(self, slot: int) -> None:
-        record = self._entries.pop(slot).record
+        """Let go of a record that the policy has forgotten."""
+        entry = self._entries.pop(slot)
+        record = entry.record
         self.size -= record.nbytes
+        del self._slots[entry.item.key]
+        end = (record.namespace, record.context_after)
+        if self._ends.get(end) == entry.item.key:
+            del self._ends[end]
         same = self._by_key[record.key]
         same.remove(slot)
         if not same:
@@ -235,3 +300,14 @@ class Index:
         if record.tail:
             del self._tails[record.namespace, record.context]
         self._freed.append(slot)
+
+
+class _Pinned:
+    """The policy's keys of records that must stay: leased, or not yet held by every rank."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def __contains__(self, key: object) -> bool:
+        entry = self._index._entries[self._index._slots[key]]
+        return bool(entry.leases or entry.missing)

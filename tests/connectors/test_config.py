@@ -22,11 +22,14 @@ def test_defaults_and_yaml_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"memory": 1}, "memory.*valid keys: memory_bytes, chunker, blend"),
+        ({"memory": 1}, "memory.*valid keys: memory_bytes, policy, .*chunker, blend"),
         ({"memory_bytes": 0}, "memory_bytes.*greater than 0.*got 0"),
         ({"blend": "cachblend"}, "'cachblend'.*epic"),
         ({"blend": {"name": "epic", "ratio": 1}}, "ratio.*link_tokens"),
         ({"chunker": "rabin"}, "'rabin'.*cdc"),
+        ({"policy": "mru"}, "'mru'.*lru.*sieve"),
+        ({"policy": {"name": "ttl", "minutes": 3}}, "minutes.*seconds"),
+        ({"policy": "belady"}, "accesses to come"),
         ("/does/not/exist.yaml", "exist.yaml.*cannot be read"),
     ],
 )

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from lmc.policies import POLICIES
 from lmc.store import Index, Record, origin_of
 
 NS = b"n"
@@ -62,6 +63,50 @@ def test_leased_record_is_never_evicted() -> None:
     assert put(index, b"c") is not None
     assert a.slot in index
     assert b.slot not in index
+
+
+def test_the_policy_says_which_goes() -> None:
+    index = Index(capacity=30, policy="fifo")
+    a, _, _ = (put_visible(index, c) for c in (b"a", b"b", b"c"))
+    index.touch(a.slot)
+    put_visible(index, b"d")
+    assert index.take_freed() == [a.slot]
+
+
+def test_what_a_policy_remembers_survives_a_new_slot() -> None:
+    index = Index(capacity=40, policy="2q")
+    for content in (b"a", b"b", b"c", b"d", b"e"):
+        put_visible(index, content)
+    again = put_visible(index, b"a")  # asked for again soon after it went: kept from now on
+    for content in (b"f", b"g", b"h", b"i"):
+        put_visible(index, content)
+    assert again.slot in index
+
+
+def test_a_record_expires_unless_it_is_in_use() -> None:
+    now = [0.0]
+    index = Index(capacity=30, policy={"name": "ttl", "seconds": 60}, clock=lambda: now[0])
+    a, b = put_visible(index, b"a"), put_visible(index, b"b")
+    index.lease(b.slot)
+    now[0] = 60.0
+    assert list(index.variants(b"a")) == []
+    assert index.take_freed() == [a.slot]
+    assert list(index.variants(b"b")) == [b]
+    index.release(b.slot)
+    assert list(index.variants(b"b")) == []
+    assert index.counts["expired"] == 2
+
+
+def test_belady_is_for_traces() -> None:
+    with pytest.raises(ValueError, match="accesses to come"):
+        Index(capacity=30, policy={"name": "belady"})
+
+
+def test_exact_variants_are_a_setting() -> None:
+    index = Index(capacity=1000, exact_variants=1)
+    put_visible(index, b"a", b"1")
+    latest = put_visible(index, b"a", b"2")
+    assert list(index.variants(b"a")) == [latest]
 
 
 def test_record_larger_than_the_store_evicts_nothing() -> None:
@@ -130,13 +175,17 @@ def test_origin(start: int, end: int, blended_from: int | None, origin: str) -> 
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """Any order of calls: size is right, capacity holds, what is leased stays."""
+    """Any order of calls under any policy: size is right, capacity holds, what is leased stays."""
 
     def __init__(self) -> None:
         super().__init__()
         self.index = Index(capacity=50)
         self.live: dict[int, Record] = {}
         self.leased: list[int] = []
+
+    @initialize(policy=st.sampled_from([n for n in POLICIES.names() if n != "belady"]))
+    def choose(self, policy: str) -> None:
+        self.index = Index(capacity=50, policy=policy)
 
     @rule(
         content=st.sampled_from([b"a", b"b", b"c"]),

@@ -16,6 +16,7 @@ from lmc.blend.strategy import Strategy
 from lmc.chunk import split
 from lmc.chunking import CHUNKERS, Chunker
 from lmc.registry import one_line
+from lmc.store import Index
 
 TESTED_VLLM = ("0.32.0",)
 
@@ -25,6 +26,9 @@ class LMCConfig(BaseModel):
 
     Attributes:
         memory_bytes: host memory for chunks, on each worker.
+        policy: which chunk goes when memory is full, one of `lmc.policies.POLICIES`.
+        exact_variants: exact contexts kept of one content. Text that prompts repeat inside
+            themselves wants more, or its prefixes are lost (`lmc sim --exact-variants`).
         chunker: cuts prompts whose request gives no spans, and what lies between spans.
         blend: the strategy of requests that name none.
         min_gain_tokens: rows that blending must save beyond the rows it computes only to
@@ -34,6 +38,8 @@ class LMCConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     memory_bytes: int = Field(default=4 << 30, gt=0)
+    policy: dict[str, Any] | str = "lru"
+    exact_variants: int = Field(default=2, ge=1)
     chunker: dict[str, Any] | str = "cdc"
     blend: dict[str, Any] | str = "epic"
     min_gain_tokens: int = Field(default=32, ge=1)
@@ -48,7 +54,7 @@ def load_config(extra: Mapping[str, Any]) -> LMCConfig:
     """The engine's settings out of `kv_connector_extra_config`.
 
     Raises:
-        ValueError: unknown or wrong keys, chunker or strategy, or an unreadable YAML file.
+        ValueError: unknown or wrong keys, policy, chunker or strategy, or an unreadable YAML file.
     """
     raw = extra.get("lmc", {})
     if isinstance(raw, str):
@@ -61,6 +67,7 @@ def load_config(extra: Mapping[str, Any]) -> LMCConfig:
     except ValidationError as error:
         valid = ", ".join(LMCConfig.model_fields)
         raise ValueError(f"lmc config: {one_line(error)}; valid keys: {valid}") from error
+    Index(config.memory_bytes, policy=config.policy)
     config.build_chunker()
     STRATEGIES.build(config.blend)
     return config

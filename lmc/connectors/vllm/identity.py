@@ -10,7 +10,7 @@ import vllm
 from blake3 import blake3
 
 from lmc.connectors.vllm.config import TESTED_VLLM
-from lmc.layout import KVLayout, PrefillCost
+from lmc.layout import KVLayout
 from lmc.models import weights_digest
 from lmc.rope import Rope, from_config
 
@@ -32,18 +32,6 @@ def layout_of(vllm_config: Any, kv_cache_config: Any) -> KVLayout:
     spec = group.kv_cache_spec
     dtype = str(spec.dtype).removeprefix("torch.")
     return KVLayout(len(group.layer_names), spec.num_kv_heads, spec.head_size, dtype)
-
-
-def cost_of(hf_config: Any) -> PrefillCost:
-    """FLOPs of a gated decoder: 2 per active weight and row, 4 · H · D per row, key and layer."""
-    L, H = hf_config.num_hidden_layers, hf_config.num_attention_heads
-    G = getattr(hf_config, "num_key_value_heads", None) or H
-    D = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // H
-    inner = getattr(hf_config, "intermediate_size", None) or 4 * hf_config.hidden_size
-    if experts := getattr(hf_config, "num_experts_per_tok", None):
-        inner = experts * (getattr(hf_config, "moe_intermediate_size", None) or inner)
-    weights = hf_config.hidden_size * (2 * H * D + 2 * G * D + 3 * inner)
-    return PrefillCost(linear=2.0 * L * weights, attention=4.0 * L * H * D)
 
 
 def rope_of(vllm_config: Any) -> Rope | str:

@@ -1,14 +1,15 @@
-"""Which chunks of a request are stored."""
+"""What workers must copy out of a request's blocks."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from lmc.chunk import chunk_key, context_digests, split
+from lmc.chunk import split
 from lmc.chunking import Chunker
 from lmc.connectors.vllm.messages import ChunkSave
 from lmc.connectors.vllm.tracked import Tracked
-from lmc.store import Index, origin_of
+from lmc.store import Index
+from lmc.store.keep import keep
 
 
 def chunks_to_keep(
@@ -31,22 +32,6 @@ def chunks_to_keep(
     assert tracked.options is not None
     tokens = np.asarray(tracked.request.all_token_ids[:computed], "<i8")
     pieces = split(tokens, chunker, tracked.options.chunks)
-    contexts = context_digests(tokens, [*(p.start for p in pieces), computed])
-    saves = []
-    for piece, context, after in zip(pieces, contexts, contexts[1:], strict=False):
-        ids = tokens[piece.start : piece.end]
-        record = index.put(
-            namespace=tracked.namespace,
-            key=chunk_key(tracked.namespace, ids),
-            tokens=ids.tobytes(),
-            start=piece.start,
-            context=context,
-            context_after=after,
-            origin=origin_of(piece.start, pieces[0].end, tracked.blended_from, piece.end),
-            nbytes=len(ids) * bytes_per_token,
-            tail=not piece.closed,
-        )
-        if record is not None:
-            request_id = tracked.request.request_id
-            saves.append(ChunkSave(record.slot, request_id, piece.start, piece.end, blocks))
-    return saves
+    kept = keep(index, tracked.namespace, tokens, pieces, tracked.blended_from, bytes_per_token)
+    request_id = tracked.request.request_id
+    return [ChunkSave(r.slot, request_id, p.start, p.end, blocks) for p, r in kept]

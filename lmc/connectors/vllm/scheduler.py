@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from vllm.logger import init_logger
 
+from lmc import shapes
 from lmc.blend.baselines import Prefix
 from lmc.blend.plan import Plan, make_plan
 from lmc.chunk import split
@@ -47,14 +48,20 @@ class SchedulerSide:
         self.blend_refusal: str | None = self._rope_refusal or "no worker has reported yet"
         self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.layout = identity.layout_of(vllm_config, kv_cache_config)
-        self.cost = identity.cost_of(vllm_config.model_config.hf_text_config)
+        self.cost = shapes.from_config(vllm_config.model_config.hf_text_config).cost
         self.namespace = identity.namespace_of(vllm_config, kv_cache_config, rope)
         check_memory(
             config.memory_bytes, self.layout.bytes_per_token, self.chunker.longest_chunk or 1
         )
         self.prefix_caching = bool(vllm_config.cache_config.enable_prefix_caching)
         self.ranks = vllm_config.parallel_config.world_size
-        self.index = Index(config.memory_bytes, self.ranks)
+        self.index = Index(
+            config.memory_bytes,
+            self.ranks,
+            config.policy,
+            self.cost,
+            exact_variants=config.exact_variants,
+        )
         self.chains = ChainMap()
         self.requests: dict[str, Tracked] = {}
         self.saving: dict[int, Tracked] = {}  # by slot

@@ -1,0 +1,63 @@
+"""Belady's MIN: what is used furthest in the future goes.
+
+Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal
+1966. It needs `Item.next_use`, which a trace tells and a live store cannot. No policy that admits
+every newcomer has more hits where all items are of one size; for other sizes the best choice is
+NP-hard (Chrobak et al. 2012) and this one a good heuristic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Hashable
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+from lmc.policies import Item
+
+
+@dataclass
+class Belady:
+    """The upper bound of every other policy: furthest next use first."""
+
+    capacity: int
+
+    def __post_init__(self) -> None:
+        self._next: dict[Hashable, float] = {}
+        self._ticks: dict[Hashable, int] = {}
+        self._heap: list[tuple[float, int, Hashable]] = []
+        self._tick = 0  # keys need no order of their own
+
+    def touch(self, item: Item, now: float) -> None:
+        self._tick += 1
+        self._next[item.key] = item.next_use
+        self._ticks[item.key] = self._tick
+        heappush(self._heap, (-item.next_use, self._tick, item.key))
+        if len(self._heap) > 2 * len(self._next) + 64:
+            self._heap = [(-n, self._ticks[key], key) for key, n in self._next.items()]
+            heapify(self._heap)
+
+    def insert(self, item: Item, now: float) -> None:
+        self.touch(item, now)
+
+    def evict(self, incoming: Item, now: float, pinned: Container = ()) -> Hashable | None:
+        passed, victim = [], None
+        while self._heap and victim is None:
+            entry = heappop(self._heap)
+            _, tick, key = entry
+            if self._ticks.get(key) != tick:
+                continue  # used since, or gone
+            if key in pinned:
+                passed.append(entry)
+            else:
+                victim = key
+        for entry in passed:
+            heappush(self._heap, entry)
+        if victim is not None:
+            self.remove(victim)
+        return victim
+
+    def remove(self, key: Hashable) -> None:
+        del self._next[key], self._ticks[key]
+
+    def expired(self, now: float) -> Collection[Hashable]:
+        return ()

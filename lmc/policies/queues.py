@@ -1,0 +1,34 @@
+"""The piece that policies of several queues are made of."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Container, Hashable
+
+
+class Queue(OrderedDict[Hashable, int]):
+    """Keys with their sizes, the oldest first; knows the sum of the sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def push(self, key: Hashable, size: int) -> None:
+        """Put a key that is not in it at the young end."""
+        self[key] = size
+        self.size += size
+
+    def take(self, key: Hashable) -> int:
+        """Take a key that is in it out; its size."""
+        size = self.pop(key)
+        self.size -= size
+        return size
+
+    def oldest(self, pinned: Container = ()) -> Hashable | None:
+        """The oldest key that is not pinned, or None."""
+        return next((key for key in self if key not in pinned), None)
+
+    def trim(self, limit: float) -> None:
+        """Forget the oldest keys until the sizes add up to at most `limit`."""
+        while self.size > limit:
+            self.take(next(iter(self)))

@@ -1,0 +1,87 @@
+"""Policies that keep one queue: LRU, FIFO, and LRU with a time to live."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Container, Hashable
+from dataclasses import dataclass
+
+from lmc.policies import Item
+
+
+@dataclass
+class Fifo:
+    """First in, first out: a use changes nothing."""
+
+    capacity: int
+
+    def __post_init__(self) -> None:
+        self._queue: OrderedDict[Hashable, None] = OrderedDict()
+
+    def touch(self, item: Item, now: float) -> None:
+        pass
+
+    def insert(self, item: Item, now: float) -> None:
+        self._queue[item.key] = None
+
+    def evict(self, incoming: Item, now: float, pinned: Container = ()) -> Hashable | None:
+        for key in self._queue:
+            if key not in pinned:
+                del self._queue[key]
+                return key
+        return None
+
+    def remove(self, key: Hashable) -> None:
+        del self._queue[key]
+
+    def expired(self, now: float) -> Collection[Hashable]:
+        return ()
+
+
+@dataclass
+class Lru(Fifo):
+    """Least recently used first. What vLLM, SGLang and LMCache do."""
+
+    def touch(self, item: Item, now: float) -> None:
+        self._queue.move_to_end(item.key)
+
+
+@dataclass
+class Ttl(Lru):
+    """LRU whose items are served for `seconds` after they were put in, however often they are used.
+
+    As Redis does with EXPIRE, which a read does not renew.
+
+    Raises ValueError for seconds that are not above 0.
+    """
+
+    seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise ValueError(f"got seconds {self.seconds}, want more than 0")
+        super().__post_init__()
+        self._until: OrderedDict[Hashable, float] = OrderedDict()
+
+    def insert(self, item: Item, now: float) -> None:
+        super().insert(item, now)
+        self._until[item.key] = now + self.seconds
+
+    def evict(self, incoming: Item, now: float, pinned: Container = ()) -> Hashable | None:
+        key = super().evict(incoming, now, pinned)
+        if key is not None:
+            del self._until[key]
+        return key
+
+    def remove(self, key: Hashable) -> None:
+        super().remove(key)
+        del self._until[key]
+
+    def expired(self, now: float) -> Collection[Hashable]:
+        # All live equally long, so the order of insertion is the order of expiry.
+        old = []
+        for key, until in self._until.items():
+            if until > now:
+                break
+            old.append(key)
+        return old

@@ -1,0 +1,119 @@
+"""Replay of a text trace through the store's own index and planner, which hold no bytes here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lmc.blend import STRATEGIES
+from lmc.blend.plan import KINDS, make_plan
+from lmc.chunk import split
+from lmc.chunking import Chunker
+from lmc.shapes import ModelShape
+from lmc.sim.trace import Request
+from lmc.store import Index
+from lmc.store.keep import keep
+
+
+@dataclass(frozen=True, eq=False)
+class StoreReplay:
+    """What the store served of each of R requests.
+
+    tokens: kind -> [R] int64; the kinds of `lmc.blend.plan.KINDS`, which add up to the prompt.
+    rows: [R] int64, rows computed. pairs: [R] int64, the (row, key) pairs these attend to.
+    loaded: [R] int64, tokens read from the store.
+    counts: of the index: put, known, evicted, no_room, ...
+    """
+
+    tokens: dict[str, np.ndarray]
+    rows: np.ndarray
+    pairs: np.ndarray
+    loaded: np.ndarray
+    counts: dict[str, int]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return int(sum(array.sum() for array in self.tokens.values()))
+
+    @property
+    def found(self) -> int:
+        """Tokens that the store held, those computed again included."""
+        return self.prompt_tokens - int(self.tokens["new"].sum())
+
+
+def replay_store(
+    requests: Iterable[Request],
+    chunker: Chunker,
+    capacity: int,
+    model: ModelShape,
+    *,
+    dtype: str | None = None,
+    policy: Mapping[str, Any] | str = "lru",
+    blend: Mapping[str, Any] | str = "epic",
+    exact_variants: int = 2,
+    spans: bool = False,
+) -> StoreReplay:
+    """Plan every request, in order of arrival, as the connector would, and store its chunks.
+
+    The engine's own prefix cache is left out: what it would hold is found in the store. A
+    request is whole before the next begins, and its output is not stored, for its token ids are
+    not in the trace.
+
+    Args:
+        requests: with token ids.
+        capacity: bytes.
+        model: says the bytes of a token's KV, and what computing it again costs.
+        dtype: of the KV, default the model's own.
+        exact_variants: exact contexts kept of one content.
+        spans: the segments of a request are chunks.
+
+    Raises:
+        ValueError: a request without token ids, a wrong policy, blend or dtype, or a capacity
+            below one token.
+    """
+    strategy = STRATEGIES.build(blend)
+    bytes_per_token = model.bytes_per_token(dtype)
+    if capacity < bytes_per_token:
+        raise ValueError(
+            f"capacity: got {capacity} bytes, want at least {bytes_per_token}, a token"
+        )
+    now = 0.0
+    index = Index(
+        capacity,
+        policy=policy,
+        cost=model.cost,
+        clock=lambda: now,
+        exact_variants=exact_variants,
+    )
+    found, rows, pairs, loaded = [], [], [], []
+    for r in sorted(requests, key=lambda r: r.timestamp):
+        if r.tokens is None:
+            raise ValueError(
+                "the trace has no token ids, so the store cannot be replayed on it; "
+                "block ids can be, with the metrics object and prefix"
+            )
+        now = r.timestamp
+        marked = [(start, end) for _, start, end in r.segments] if spans else None
+        pieces = split(r.tokens, chunker, marked)
+        plan = make_plan(r.tokens, pieces, index, b"", strategy)
+        for slot in {s.record.slot for s in plan.segments}:
+            index.touch(slot)
+        for _, record in keep(index, b"", r.tokens, pieces, plan.first_moved, bytes_per_token):
+            index.acknowledge(record.slot, 0)
+        index.take_freed()
+        runs = plan.computed_runs()
+        found.append(plan.kinds())
+        rows.append(sum(end - start for start, end in runs))
+        pairs.append(sum((end - start) * (end + start + 1) // 2 for start, end in runs))
+        loaded.append(sum(s.end - s.start for s in plan.segments))
+    return StoreReplay(
+        tokens={kind: np.array([k[kind] for k in found], dtype=np.int64) for kind in KINDS},
+        rows=np.array(rows, dtype=np.int64),
+        pairs=np.array(pairs, dtype=np.int64),
+        loaded=np.array(loaded, dtype=np.int64),
+        counts=dict(index.counts),
+    )

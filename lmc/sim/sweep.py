@@ -1,0 +1,196 @@
+"""Hit rates of a trace for many policies and capacities, and the work that is left to compute."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from lmc.shapes import ModelShape
+from lmc.sim.replay import MISS, Replay, Write, prefix_run, replay
+from lmc.sim.trace import Accesses
+
+Unit = Literal["blocks", "tokens", "bytes"]
+Metric = Literal["object", "prefix"]
+_SCALE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SCALE |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One policy at one capacity.
+
+    capacities: of the tiers, in `unit`; `inf` for one that forgets nothing.
+    accesses, hits: blocks for the metric object, tokens for the others.
+    tier_hits: hits by the tier that served them.
+    written: sum of the sizes written to each tier, in `unit`.
+    rows, pairs: [R] rows that each request computes, and the (row, key) pairs these attend to.
+    loaded: [R, tiers] tokens that it loads.
+    shares: further shares of all accesses.
+    """
+
+    policy: str
+    capacities: tuple[float, ...]
+    unit: str
+    metric: str
+    accesses: int
+    hits: int
+    tier_hits: tuple[int, ...]
+    written: tuple[int, ...]
+    rows: np.ndarray
+    pairs: np.ndarray
+    loaded: np.ndarray
+    shares: Mapping[str, float]
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over accesses."""
+        return self.hits / self.accesses if self.accesses else 0.0
+
+    def row(self) -> dict[str, Any]:
+        """The outcome as plain values; one tier's capacity is a number, several are a list."""
+        values = [c if math.isinf(c) else int(c) for c in self.capacities]
+        plain = ["inf" if math.isinf(c) else c for c in values]
+        row: dict[str, Any] = {
+            "policy": self.policy,
+            "capacity": plain[0] if len(plain) == 1 else plain,
+            "unit": self.unit,
+            "metric": self.metric,
+            "accesses": self.accesses,
+            "hits": self.hits,
+            "hit_rate": self.hit_rate,
+            **self.shares,
+        }
+        if len(plain) > 1:
+            row["tiers"] = [
+                {"capacity": c, "hits": h, "written": w}
+                for c, h, w in zip(plain, self.tier_hits, self.written, strict=True)
+            ]
+        return row
+
+
+def sweep(
+    accesses: Accesses,
+    policies: Sequence[str],
+    capacities: Sequence[Sequence[float]],
+    *,
+    unit: Unit = "blocks",
+    metric: Metric = "object",
+    model: ModelShape,
+    dtype: str | None = None,
+    write: Write = "through",
+) -> Iterator[Outcome]:
+    """Replay a trace of blocks under every policy and capacity.
+
+    Args:
+        policies: as `parse_policy` reads them.
+        capacities: of the tiers of each layout; `inf` forgets nothing.
+        metric: `object` counts accesses that any tier held. `prefix` counts tokens in the run of
+            hits from the start of each request, over all input tokens; blocks that are not full
+            are neither looked up nor kept, as in engines.
+        model, dtype: say the bytes of a block, and what computing it again costs.
+
+    Raises:
+        ValueError: no accesses, a wrong policy, capacity or dtype.
+    """
+    if metric == "prefix" and accesses.block_tokens:
+        accesses = accesses.full_blocks()
+    if not len(accesses.keys):
+        raise ValueError("the trace looks up no blocks (or none that is full)")
+    per_token = {"blocks": 0, "tokens": 1, "bytes": model.bytes_per_token(dtype)}[unit]
+    sizes = accesses.tokens * per_token if per_token else np.ones_like(accesses.tokens)
+    costs = block_costs(accesses, model)
+    everything = int(sizes.sum())
+    for policy in policies:
+        config = parse_policy(policy)
+        for layout in capacities:
+            whole = [everything if math.isinf(c) else int(c) for c in layout]
+            done = replay(accesses, whole, config, sizes=sizes, costs=costs, write=write)
+            yield _outcome(policy, layout, unit, metric, accesses, done)
+
+
+def block_costs(accesses: Accesses, model: ModelShape) -> np.ndarray:
+    """[A] FLOPs of prefilling each block at its position."""
+    start, T = accesses.starts(), accesses.tokens
+    keys = T * (2 * start + T + 1) / 2
+    return np.asarray(model.cost.linear * T + model.cost.attention * keys)
+
+
+def parse_policy(text: str) -> dict[str, Any]:
+    """`lru`, or a policy with fields, such as `ttl:seconds=600`.
+
+    Raises ValueError for fields that are not name=number.
+    """
+    name, *fields = text.split(":")
+    config: dict[str, Any] = {"name": name}
+    for field in fields:
+        key, equals, value = field.partition("=")
+        try:
+            config[key] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"policy: got {text!r}, want such as lru or ttl:seconds=600")
+    return config
+
+
+def parse_capacity(text: str) -> tuple[float, ...]:
+    """`1000`, `64GiB`, `inf`, or the tiers of a layout with + between them: `1k+50k`.
+
+    Raises ValueError for anything else, or for less than 1.
+    """
+    return tuple(_capacity(part.strip().lower(), text) for part in text.split("+"))
+
+
+def _capacity(part: str, text: str) -> float:
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([a-z]*)", part)
+    try:
+        value = math.inf if part == "inf" else float(match[1]) * _SCALE[match[2]] if match else 0
+    except (KeyError, ValueError):
+        value = 0
+    if value < 1:
+        raise ValueError(
+            f"capacity: got {text!r}, want a number of at least 1, such as 1000, 64GiB or inf, "
+            "and + between tiers"
+        )
+    return value
+
+
+def _outcome(
+    policy: str,
+    layout: Sequence[float],
+    unit: str,
+    metric: str,
+    accesses: Accesses,
+    done: Replay,
+) -> Outcome:
+    hit = done.tier != MISS
+    run = prefix_run(hit, accesses)
+    request = np.repeat(np.arange(accesses.requests), np.diff(accesses.offsets))
+    loaded = np.zeros((accesses.requests, len(layout)), dtype=np.int64)
+    np.add.at(loaded, (request[run], done.tier[run]), accesses.tokens[run])
+    T = accesses.input_tokens
+    # The last token is computed in any case: its hidden state gives the first new one.
+    rows = np.maximum(T - loaded.sum(axis=1), 1)
+    if metric == "prefix":
+        total, by_tier = int(T.sum()), loaded.sum(axis=0)
+    else:
+        total, by_tier = len(hit), np.bincount(done.tier[hit], minlength=len(layout))
+    return Outcome(
+        policy=policy,
+        capacities=tuple(layout),
+        unit=unit,
+        metric=metric,
+        accesses=total,
+        hits=int(by_tier.sum()),
+        tier_hits=tuple(by_tier.tolist()),
+        written=tuple(done.written),
+        rows=rows,
+        pairs=rows * (2 * T - rows + 1) // 2,
+        loaded=loaded,
+        shares={},
+    )

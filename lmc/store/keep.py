@@ -1,0 +1,46 @@
+"""Which chunks of a prompt are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lmc.chunk import Piece, chunk_key, context_digests
+from lmc.store.index import Index, Record, origin_of
+
+
+def keep(
+    index: Index,
+    namespace: bytes,
+    tokens: np.ndarray,
+    pieces: Sequence[Piece],
+    blended_from: int | None,
+    bytes_per_token: int,
+) -> list[tuple[Piece, Record]]:
+    """Make room in `index` for every chunk of tokens [T] that it lacks and takes.
+
+    Args:
+        pieces: a partition of `[0, T)`.
+        blended_from: the first token whose KV is not exact, or None.
+        bytes_per_token: of one rank.
+    """
+    ids = np.ascontiguousarray(tokens, "<i8")
+    contexts = context_digests(ids, [*(p.start for p in pieces), len(ids)])
+    kept = []
+    for piece, context, after in zip(pieces, contexts, contexts[1:], strict=False):
+        content = ids[piece.start : piece.end]
+        record = index.put(
+            namespace=namespace,
+            key=chunk_key(namespace, content),
+            tokens=content.tobytes(),
+            start=piece.start,
+            context=context,
+            context_after=after,
+            origin=origin_of(piece.start, pieces[0].end, blended_from, piece.end),
+            nbytes=len(content) * bytes_per_token,
+            tail=not piece.closed,
+        )
+        if record is not None:
+            kept.append((piece, record))
+    return kept

@@ -1,0 +1,47 @@
+"""Traces that several tests replay."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmc.sim.trace import Accesses, Request, accesses
+from tests.policies.traces import trace
+
+
+@pytest.fixture(scope="session")
+def mixed() -> Accesses:
+    """20,000 accesses: Zipf popularity, scans that never come back, and a loop."""
+    rng = np.random.default_rng(7)
+    parts, fresh = [], 1_000_000
+    for _ in range(20):
+        parts.append(rng.zipf(1.2, 700) % 5000)
+        parts.append(np.arange(fresh, fresh + 200))
+        parts.append(np.arange(10_000, 10_100))
+        fresh += 200
+    return trace(np.concatenate(parts))
+
+
+@pytest.fixture(scope="session")
+def conversation() -> Accesses:
+    """The Mooncake conversation trace, if it is at hand."""
+    if not (folder := os.environ.get("LMC_DATA")):
+        pytest.skip("LMC_DATA does not name the folder with mooncake_conversation.jsonl")
+    requests = []
+    for line in (Path(folder) / "mooncake_conversation.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        requests.append(
+            Request(
+                r["timestamp"] / 1000,
+                "",
+                r["input_length"],
+                r["output_length"],
+                blocks=r["hash_ids"],
+                block_tokens=512,
+            )
+        )
+    return accesses(requests)
