@@ -42,7 +42,7 @@ class Registry:
         """
         fields = {"name": config} if isinstance(config, str) else dict(config)
         name = fields.pop("name", None)
-        cls = self._load(name)
+        cls = self.load(name)
         valid = {f.name: f for f in dataclasses.fields(cls) if f.init}
         if unknown := sorted(map(str, fields.keys() - valid.keys())):
             raise ValueError(
@@ -55,7 +55,8 @@ class Registry:
             valid_types = ", ".join(f"{f.name}: {_type_name(f.type)}" for f in valid.values())
             raise ValueError(f"{self.kind} {name!r}: {one_line(e)}; valid: {valid_types}") from e
 
-    def _load(self, name: Any) -> type:
+    def load(self, name: Any) -> Any:
+        """The class of a name. Raises ValueError for an unknown one."""
         target = self.entries.get(name, name) if isinstance(name, str) else ""
         module, colon, attribute = target.partition(":")
         if not (module and colon and attribute):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,7 +31,7 @@ class Request:
     session: str
     input_tokens: int
     output_tokens: int
-    blocks: Sequence[int] | None = None
+    blocks: Sequence[Hashable] | None = None
     block_tokens: int = 0
     tokens: np.ndarray | None = None
     segments: Sequence[tuple[str, int, int]] = ()
@@ -114,7 +114,7 @@ def accesses(
     rows = sorted(requests, key=lambda r: r.timestamp)
     if not rows:
         raise ValueError("the trace has no requests")
-    numbers: dict[object, int] = {}
+    numbers: dict[Hashable, int] = {}
     keys: list[int] = []
     tokens: list[int] = []
     offsets = [0]
@@ -137,7 +137,7 @@ def accesses(
     )
 
 
-def _blocks(r: Request, chunker: Chunker | None, context: bool) -> Iterator[tuple[object, int]]:
+def _blocks(r: Request, chunker: Chunker | None, context: bool) -> Iterator[tuple[Hashable, int]]:
     """(what names it, tokens) of each block of one request."""
     if r.blocks is not None:
         for i, block in enumerate(r.blocks):

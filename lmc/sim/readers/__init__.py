@@ -1,0 +1,165 @@
+"""Readers of traces, one format a file; all stream, and count what they cannot read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, ClassVar, Protocol
+
+from lmc.registry import Registry
+from lmc.sim.readers.files import DAMAGED, Source
+from lmc.sim.readers.records import Broken, RecordError
+from lmc.sim.trace import Request
+
+FORMATS = Registry(
+    "trace format",
+    {
+        "azure": "lmc.sim.readers.azure:Azure",
+        "bailian": "lmc.sim.readers.bailian:Bailian",
+        "burstgpt": "lmc.sim.readers.burstgpt:BurstGpt",
+        "chat": "lmc.sim.readers.chat:Chat",
+        "mooncake": "lmc.sim.readers.mooncake:Mooncake",
+        "sharegpt": "lmc.sim.readers.sharegpt:ShareGpt",
+        "timed_trace": "lmc.sim.readers.mooncake:Mooncake",
+        "tokens": "lmc.sim.readers.tokens:Tokens",
+        "weka": "lmc.sim.readers.weka:Weka",
+    },
+)
+MOST_SHOWN = 100
+
+
+class Format(Protocol):
+    """A frozen dataclass that knows one format.
+
+    has_text: its prompts are text, so that it has a field `tokenizer`.
+    """
+
+    has_text: ClassVar[bool]
+
+    def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+        """(line or record number from 1 on, record) of a file; `Broken` stands for a bad one."""
+        ...
+
+    def requests(self, record: Any) -> Iterable[Request]:
+        """The requests of one record. Raises RecordError, with the reason, for a wrong one."""
+        ...
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that was left out: the file, the line (or record, in one JSON array), the reason."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+class Reading:
+    """A trace file (or folder) that yields its requests as often as it is iterated over.
+
+    format: the name in `FORMATS`.
+    bad: the lines left out in the last iteration, at most `MOST_SHOWN` of them.
+    bad_count: how many there were. count: how many requests were read.
+    """
+
+    def __init__(
+        self, path: Path, format: str, reader: Format, *, strict: bool, progress: bool
+    ) -> None:
+        self.path, self.format = path, format
+        self._reader, self._strict, self._progress = reader, strict, progress
+        self._reset()
+
+    def _reset(self) -> None:
+        self.bad: list[BadLine] = []
+        self.bad_count = self.count = 0
+
+    def __iter__(self) -> Iterator[Request]:
+        self._reset()
+        with Source(self.path, progress=self._progress) as source:
+            for file in source.files:
+                yield from self._requests_of(file, source)
+        if not self.count and not self.bad_count:
+            raise ValueError(f"{self.path}: the trace is empty")
+        if not self.count:
+            raise ValueError(
+                f"{self.path}: none of its {self.bad_count} lines is a request of format "
+                f"{self.format}; the first: {self.bad[0]}"
+            )
+
+    def _requests_of(self, file: Path, source: Source) -> Iterator[Request]:
+        line = 0
+        try:
+            with source.open(file) as stream:
+                for line, record in self._reader.records(stream):
+                    try:
+                        if isinstance(record, Broken):
+                            raise RecordError(record.reason)
+                        found = list(self._reader.requests(record))
+                    except RecordError as e:
+                        self._leave_out(file, line, str(e))
+                        continue
+                    self.count += len(found)
+                    yield from found
+        except DAMAGED as e:
+            reason = " ".join(str(e).split()) or type(e).__name__
+            self._leave_out(file, line + 1, f"the file cannot be read on: {reason}")
+
+    def _leave_out(self, file: Path, line: int, reason: str) -> None:
+        bad = BadLine(file.name, line, reason)
+        if self._strict:
+            raise ValueError(str(bad))
+        self.bad_count += 1
+        if len(self.bad) < MOST_SHOWN:
+            self.bad.append(bad)
+
+
+def read(
+    path: str | Path,
+    format: str = "auto",
+    *,
+    tokenizer: str | Path | None = None,
+    strict: bool = False,
+    progress: bool = False,
+    **fields: Any,
+) -> Reading:
+    """Open a trace: plain, .gz, .xz or .zst, or a folder of files of one format.
+
+    Lines that cannot be read are counted in `Reading.bad` and left out.
+
+    Args:
+        format: one of `FORMATS`, or `auto`, which looks at the first line.
+        tokenizer: a tokenizer.json, or a folder that holds one, for formats with text.
+        strict: raise for the first bad line.
+        progress: show a bar on a terminal.
+        fields: further fields of the format, such as framing="plain" of chat.
+
+    Raises:
+        ValueError: an unknown format or field; a missing or empty file; text without a
+            tokenizer; while iterating, a trace none of whose lines can be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such trace")
+    if format == "auto":
+        from lmc.sim.readers.detect import detect
+
+        format = detect(path)
+    if tokenizer is not None:
+        fields["tokenizer"] = str(tokenizer)
+    reader = FORMATS.build({"name": format, **_wanted(format, fields)})
+    return Reading(path, format, reader, strict=strict, progress=progress)
+
+
+def _wanted(format: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields, without a tokenizer that a format of ids or lengths has no use for."""
+    if format in FORMATS.entries and not FORMATS.load(format).has_text:
+        return {name: value for name, value in fields.items() if name != "tokenizer"}
+    if format in FORMATS.entries and not fields.get("tokenizer"):
+        raise ValueError(
+            f"format {format} is text: a tokenizer is needed (a tokenizer.json, or its folder)"
+        )
+    return fields

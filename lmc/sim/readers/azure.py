@@ -1,0 +1,37 @@
+"""Azure's public LLM inference traces of 2023 and 2024 (Patel et al., Splitwise, ISCA 2024)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import IO, Any, ClassVar
+
+from lmc.sim.readers.records import RecordError, csv_rows, fields_of, length
+from lmc.sim.trace import Request
+
+
+@dataclass(frozen=True)
+class Azure:
+    """CSV of TIMESTAMP,ContextTokens,GeneratedTokens: lengths alone, so it can only be timed."""
+
+    has_text: ClassVar[bool] = False
+
+    def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+        return csv_rows(stream)
+
+    def requests(self, record: Any) -> Iterable[Request]:
+        r = fields_of(record)
+        text = str(r.get("TIMESTAMP") or "").strip()
+        try:
+            # Seven digits of a second, of which Python reads six at most.
+            at = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text))
+        except ValueError:
+            raise RecordError(f"TIMESTAMP: got {text[:40]!r}, want an ISO date and time") from None
+        yield Request(
+            timestamp=at.replace(tzinfo=at.tzinfo or UTC).timestamp(),
+            session="",
+            input_tokens=length(r, "ContextTokens"),
+            output_tokens=length(r, "GeneratedTokens"),
+        )

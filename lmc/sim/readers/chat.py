@@ -1,0 +1,74 @@
+"""Raw chat requests, one a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import IO, Any, ClassVar
+
+from lmc.sim.readers.records import RecordError, fields_of, json_lines, length, name_of, number
+from lmc.sim.readers.text import Framing, Tokenizer
+from lmc.sim.trace import Request
+
+
+@dataclass(frozen=True)
+class Chat:
+    """JSONL of {session, timestamp (s), messages: [{role, content}]}; a line is one request.
+
+    Its prompt is all its messages. Content is text, or a list of parts of which those of type
+    text count. output_length is 0 where the line does not say.
+
+    tokenizer: a tokenizer.json, or a folder that holds one.
+    framing: `chatml` puts <|im_start|>role, newline, content, <|im_end|>, newline; `plain` puts
+        the content and a newline.
+    """
+
+    has_text: ClassVar[bool] = True
+    tokenizer: str
+    framing: Framing = "chatml"
+
+    def __post_init__(self) -> None:
+        assert self._tokenizer  # a wrong one is told before anything is read
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.tokenizer, self.framing)
+
+    def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+        return json_lines(stream)
+
+    def requests(self, record: Any) -> Iterable[Request]:
+        r = fields_of(record)
+        timestamp, session = number(r, "timestamp", 0), name_of(r, "session")
+        output = length(r, "output_length", 0)
+        messages = r.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise RecordError("messages: want a list of at least one message")
+        tokens, segments = self._tokenizer.prompt(message_of(m) for m in messages)
+        yield Request(
+            timestamp=timestamp,
+            session=session,
+            input_tokens=len(tokens),
+            output_tokens=output,
+            tokens=tokens,
+            segments=segments,
+        )
+
+
+def message_of(message: Any, role: str = "role", content: str = "content") -> tuple[str, str]:
+    """(role, text) of a message. Raises RecordError."""
+    m = fields_of(message)
+    said = m.get(content)
+    if isinstance(said, list):
+        parts = [fields_of(part) for part in said]
+        said = "".join(str(part.get("text") or "") for part in parts if part.get("type") == "text")
+    if said is None:  # an assistant that only calls tools says nothing
+        said = ""
+    if not isinstance(said, str) or not isinstance(m.get(role), str):
+        raise RecordError(f"message: got {sorted(m)}, want text for {role} and {content}")
+    try:
+        said.encode()
+    except UnicodeEncodeError:
+        raise RecordError(f"message: {content} has half of a surrogate pair") from None
+    return m[role], said

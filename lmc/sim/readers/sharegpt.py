@@ -1,0 +1,67 @@
+"""Conversations of ShareGPT: one array of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
+from typing import IO, Any, ClassVar
+
+import ijson
+
+from lmc.sim.readers.chat import message_of
+from lmc.sim.readers.records import RecordError, fields_of, name_of
+from lmc.sim.readers.text import Framing, Tokenizer
+from lmc.sim.trace import Request
+
+ROLES = {"human": "user", "gpt": "assistant"}
+ANSWERS = ("gpt", "assistant", "chatgpt", "bing", "bard")
+
+
+@dataclass(frozen=True)
+class ShareGpt:
+    """A JSON array of {id, conversations: [{from, value}]}.
+
+    Every answer is a request whose prompt is all that was said before it. There are no times, so
+    requests arrive a second apart in the order of the file.
+
+    tokenizer, framing: as of the format chat.
+    """
+
+    has_text: ClassVar[bool] = True
+    tokenizer: str
+    framing: Framing = "chatml"
+    arrivals: Iterator[int] = field(default_factory=count, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        assert self._tokenizer  # a wrong one is told before anything is read
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.tokenizer, self.framing)
+
+    def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+        return enumerate(ijson.items(stream, "item", use_float=True), 1)
+
+    def requests(self, record: Any) -> Iterable[Request]:
+        r = fields_of(record)
+        turns = r.get("conversations")
+        if not isinstance(turns, list):
+            raise RecordError("conversations: want a list of turns")
+        session = name_of(r, "id")
+        said: list[tuple[str, str]] = []
+        for turn in turns:
+            role, text = message_of(turn, "from", "value")
+            if role in ANSWERS and said:
+                tokens, segments = self._tokenizer.prompt(said)
+                answer, _ = self._tokenizer.prompt([("assistant", text)])
+                yield Request(
+                    timestamp=float(next(self.arrivals)),
+                    session=session,
+                    input_tokens=len(tokens),
+                    output_tokens=len(answer),
+                    tokens=tokens,
+                    segments=segments,
+                )
+            said.append((ROLES.get(role, role), text))

@@ -1,0 +1,55 @@
+"""Our own interchange: prompts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any, ClassVar
+
+import numpy as np
+
+from lmc.sim.readers.records import RecordError, fields_of, json_lines, length, name_of, number
+from lmc.sim.trace import Request
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """JSONL of {session, timestamp (s), output_length, tokens: [ids], segments: [[name, a, b]]}.
+
+    segments, which may be missing, name the parts `[a, b)` of the prompt, in order.
+    """
+
+    has_text: ClassVar[bool] = False
+
+    def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+        return json_lines(stream)
+
+    def requests(self, record: Any) -> Iterable[Request]:
+        r = fields_of(record)
+        ids = r.get("tokens")
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
+            raise RecordError("tokens: want a list of token ids from 0 to 2147483647")
+        yield Request(
+            timestamp=number(r, "timestamp"),
+            session=name_of(r, "session"),
+            input_tokens=len(ids),
+            output_tokens=length(r, "output_length", 0),
+            tokens=np.array(ids, dtype=np.int32),
+            segments=_segments(r.get("segments", []), len(ids)),
+        )
+
+
+def _segments(raw: Any, T: int) -> list[tuple[str, int, int]]:
+    segments: list[tuple[str, int, int]] = []
+    position = 0
+    for part in raw if isinstance(raw, list) else [raw]:
+        match part:
+            case [str(name), int(start), int(end)] if position <= start < end <= T:
+                segments.append((name, start, end))
+                position = end
+            case _:
+                raise RecordError(
+                    f"segments: got {str(part)[:40]}, want [name, start, end], ascending, "
+                    f"not empty and inside the {T} tokens"
+                )
+    return segments
