@@ -1,4 +1,4 @@
-"""The command line: `lmc run`, `lmc model export`."""
+"""The command line: `lmc run`, `sim`, `reuse`, `fit`, `trace make|info`, `model export`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Annotated
 import typer
 
 from lmc.errors import errors_in_one_line
+from lmc.sim.commands.fit import fit
+from lmc.sim.commands.reuse import reuse
+from lmc.sim.commands.sim import sim
+from lmc.sim.commands.trace import trace_app
 
 app = typer.Typer(
     help="Reuse of KV cache at any position of a prompt.",
@@ -17,6 +21,9 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Models that come without a hub.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(trace_app, name="trace")
+for command in (sim, reuse, fit):
+    app.command()(command)
 
 
 def _version(value: bool) -> None:

@@ -25,6 +25,7 @@ class StoreReplay:
     tokens: kind -> [R] int64; the kinds of `lmc.blend.plan.KINDS`, which add up to the prompt.
     rows: [R] int64, rows computed. pairs: [R] int64, the (row, key) pairs these attend to.
     loaded: [R] int64, tokens read from the store.
+    blends: [R] bool, whether rows among reused tokens are computed.
     counts: of the index: put, known, evicted, no_room, ...
     """
 
@@ -32,6 +33,7 @@ class StoreReplay:
     rows: np.ndarray
     pairs: np.ndarray
     loaded: np.ndarray
+    blends: np.ndarray
     counts: dict[str, int]
 
     @property
@@ -89,7 +91,7 @@ def replay_store(
         clock=lambda: now,
         exact_variants=exact_variants,
     )
-    found, rows, pairs, loaded = [], [], [], []
+    found, rows, pairs, loaded, blends = [], [], [], [], []
     for r in sorted(requests, key=lambda r: r.timestamp):
         if r.tokens is None:
             raise ValueError(
@@ -110,10 +112,12 @@ def replay_store(
         rows.append(sum(end - start for start, end in runs))
         pairs.append(sum((end - start) * (end + start + 1) // 2 for start, end in runs))
         loaded.append(sum(s.end - s.start for s in plan.segments))
+        blends.append(len(plan.rows) > 0)
     return StoreReplay(
         tokens={kind: np.array([k[kind] for k in found], dtype=np.int64) for kind in KINDS},
         rows=np.array(rows, dtype=np.int64),
         pairs=np.array(pairs, dtype=np.int64),
         loaded=np.array(loaded, dtype=np.int64),
+        blends=np.array(blends, dtype=bool),
         counts=dict(index.counts),
     )

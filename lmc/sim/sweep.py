@@ -10,9 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lmc.chunking import Chunker
 from lmc.shapes import ModelShape
 from lmc.sim.replay import MISS, Replay, Write, prefix_run, replay
-from lmc.sim.trace import Accesses
+from lmc.sim.stack import Curve, ShardsCurve, hit_curve, prefix_distances, shards, stack_distances
+from lmc.sim.store import replay_store
+from lmc.sim.trace import Accesses, Request
 
 Unit = Literal["blocks", "tokens", "bytes"]
 Metric = Literal["object", "prefix"]
@@ -30,6 +33,7 @@ class Outcome:
     written: sum of the sizes written to each tier, in `unit`.
     rows, pairs: [R] rows that each request computes, and the (row, key) pairs these attend to.
     loaded: [R, tiers] tokens that it loads.
+    blends: [R] whether rows among reused tokens are computed.
     shares: further shares of all accesses.
     """
 
@@ -44,6 +48,7 @@ class Outcome:
     rows: np.ndarray
     pairs: np.ndarray
     loaded: np.ndarray
+    blends: np.ndarray
     shares: Mapping[str, float]
 
     @property
@@ -97,12 +102,7 @@ def sweep(
     Raises:
         ValueError: no accesses, a wrong policy, capacity or dtype.
     """
-    if metric == "prefix" and accesses.block_tokens:
-        accesses = accesses.full_blocks()
-    if not len(accesses.keys):
-        raise ValueError("the trace looks up no blocks (or none that is full)")
-    per_token = {"blocks": 0, "tokens": 1, "bytes": model.bytes_per_token(dtype)}[unit]
-    sizes = accesses.tokens * per_token if per_token else np.ones_like(accesses.tokens)
+    accesses, sizes = _sized(accesses, unit, metric, model, dtype)
     costs = block_costs(accesses, model)
     everything = int(sizes.sum())
     for policy in policies:
@@ -111,6 +111,115 @@ def sweep(
             whole = [everything if math.isinf(c) else int(c) for c in layout]
             done = replay(accesses, whole, config, sizes=sizes, costs=costs, write=write)
             yield _outcome(policy, layout, unit, metric, accesses, done)
+
+
+def lru_rows(
+    accesses: Accesses,
+    *,
+    unit: Unit = "blocks",
+    metric: Metric = "object",
+    model: ModelShape,
+    dtype: str | None = None,
+    sample: float | None = None,
+) -> tuple[Curve, list[dict[str, Any]]]:
+    """LRU at all capacities from one pass: its curve, and rows at 1, 2, 5, 10, ... and `inf`.
+
+    Args:
+        sample: share of the keys that SHARDS looks at; the rows then state the standard error of
+            the hit rate, for the metric object alone.
+
+    Raises ValueError as `sweep`, and for a sample with the metric prefix.
+    """
+    accesses, sizes = _sized(accesses, unit, metric, model, dtype)
+    total = int(accesses.input_tokens.sum()) if metric == "prefix" else len(accesses.keys)
+    if sample is not None:
+        if metric == "prefix":
+            raise ValueError("sample: a run of hits needs every block, so prefix has no sample")
+        curve: Curve = shards(accesses.keys, sizes, sample)
+    else:
+        distances = stack_distances(accesses.keys, sizes)
+        if metric == "prefix":
+            distances = prefix_distances(distances, accesses.offsets)
+            curve = hit_curve(distances, accesses.tokens.astype(float), float(total))
+        else:
+            curve = hit_curve(distances)
+    top = int(curve.capacity[-1]) if len(curve.capacity) else 1
+    steps = [m * 10**e for e in range(len(str(top))) for m in (1, 2, 5)]
+    shown = [c for c in steps if c >= sizes.min() and c < 5 * top]
+    rows = []
+    for capacity in [*shown, math.inf]:
+        at = min(capacity, top)
+        rate = float(curve.at([int(at)])[0])
+        row = {
+            "policy": "lru",
+            "capacity": "inf" if math.isinf(capacity) else capacity,
+            "unit": unit,
+            "metric": metric,
+            "accesses": total,
+            "hits": round(rate * total),
+            "hit_rate": rate,
+        }
+        if isinstance(curve, ShardsCurve):
+            row["error"] = float(curve.error_at([int(at)])[0])
+        rows.append(row)
+    return curve, rows
+
+
+def store_sweep(
+    requests: Sequence[Request],
+    policies: Sequence[str],
+    capacities: Sequence[Sequence[float]],
+    chunker: Chunker,
+    *,
+    model: ModelShape,
+    dtype: str | None = None,
+    blend: Mapping[str, Any] | str = "epic",
+    exact_variants: int = 2,
+    spans: bool = False,
+) -> Iterator[Outcome]:
+    """Replay a trace of text or token ids through lmc's own store, for the metric store.
+
+    Arguments are those of `lmc.sim.store.replay_store`, with policies and capacities, in bytes, as
+    in `sweep`. Shares: exact, moved, recomputed (found, and computed again) and computed rows.
+
+    Raises ValueError also for several tiers, which the store does not have.
+    """
+    everything = sum(r.input_tokens for r in requests) * model.bytes_per_token(dtype)
+    if any(len(layout) > 1 for layout in capacities):
+        raise ValueError("capacity: got tiers, but lmc's store is one tier of host memory")
+    for policy in policies:
+        config = parse_policy(policy)
+        for (capacity,) in capacities:
+            done = replay_store(
+                requests,
+                chunker,
+                everything if math.isinf(capacity) else int(capacity),
+                model,
+                dtype=dtype,
+                policy=config,
+                blend=blend,
+                exact_variants=exact_variants,
+                spans=spans,
+            )
+            total = done.prompt_tokens
+            shares = {
+                k: int(done.tokens[k].sum()) / total for k in ("exact", "moved", "recomputed")
+            }
+            yield Outcome(
+                policy=policy,
+                capacities=(capacity,),
+                unit="bytes",
+                metric="store",
+                accesses=total,
+                hits=done.found,
+                tier_hits=(done.found,),
+                written=(done.counts["put"],),
+                rows=done.rows,
+                pairs=done.pairs,
+                loaded=done.loaded[:, None],
+                blends=done.blends,
+                shares=shares | {"computed": int(done.rows.sum()) / total},
+            )
 
 
 def block_costs(accesses: Accesses, model: ModelShape) -> np.ndarray:
@@ -160,6 +269,18 @@ def _capacity(part: str, text: str) -> float:
     return value
 
 
+def _sized(
+    accesses: Accesses, unit: Unit, metric: Metric, model: ModelShape, dtype: str | None
+) -> tuple[Accesses, np.ndarray]:
+    """What the metric looks up, and the size of each access in the unit."""
+    if metric == "prefix" and accesses.block_tokens:
+        accesses = accesses.full_blocks()
+    if not len(accesses.keys):
+        raise ValueError("the trace looks up no blocks (or none that is full)")
+    per_token = {"blocks": 0, "tokens": 1, "bytes": model.bytes_per_token(dtype)}[unit]
+    return accesses, accesses.tokens * per_token if per_token else np.ones_like(accesses.tokens)
+
+
 def _outcome(
     policy: str,
     layout: Sequence[float],
@@ -192,5 +313,6 @@ def _outcome(
         rows=rows,
         pairs=rows * (2 * T - rows + 1) // 2,
         loaded=loaded,
+        blends=np.zeros(len(rows), dtype=bool),
         shares={},
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar, Protocol
+from typing import IO, Any, ClassVar, Protocol, runtime_checkable
 
 from lmc.registry import Registry
 from lmc.sim.readers.files import DAMAGED, Source
@@ -46,6 +46,15 @@ class Format(Protocol):
         ...
 
 
+@runtime_checkable
+class TextFormat(Format, Protocol):
+    """A format whose prompts are text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids -> text."""
+        ...
+
+
 @dataclass(frozen=True)
 class BadLine:
     """A line that was left out: the file, the line (or record, in one JSON array), the reason."""
@@ -72,6 +81,11 @@ class Reading:
         self.path, self.format = path, format
         self._reader, self._strict, self._progress = reader, strict, progress
         self._reset()
+
+    @property
+    def decode(self) -> Callable[[Sequence[int]], str] | None:
+        """Token ids -> text, for a trace that was text; None for others."""
+        return self._reader.decode if isinstance(self._reader, TextFormat) else None
 
     def _reset(self) -> None:
         self.bad: list[BadLine] = []
@@ -109,9 +123,9 @@ class Reading:
             self._leave_out(file, line + 1, f"the file cannot be read on: {reason}")
 
     def _leave_out(self, file: Path, line: int, reason: str) -> None:
-        bad = BadLine(file.name, line, reason)
         if self._strict:
-            raise ValueError(str(bad))
+            raise ValueError(f"{file}:{line}: {reason}")
+        bad = BadLine(file.name, line, reason)
         self.bad_count += 1
         if len(self.bad) < MOST_SHOWN:
             self.bad.append(bad)

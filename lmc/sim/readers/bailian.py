@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, Any, ClassVar
 
-from lmc.sim.readers.records import fields_of, hash_ids, json_lines, length, number
+from lmc.sim.readers.records import fields_of, hash_ids, json_lines, length, number, whole
 from lmc.sim.trace import Request
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bailian:
     """JSONL of {chat_id, parent_chat_id, timestamp (s), input_length, output_length, hash_ids}.
 
@@ -20,23 +20,23 @@ class Bailian:
 
     has_text: ClassVar[bool] = False
     block_tokens: int = 16
-    roots: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1:
             raise ValueError(f"got block_tokens {self.block_tokens}, want at least 1")
+        self._roots: dict[int, int] = {}
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-        self.roots.clear()
+        self._roots.clear()
         return json_lines(stream)
 
     def requests(self, record: Any) -> Iterable[Request]:
         r = fields_of(record)
         tokens = length(r, "input_length")
         blocks = hash_ids(r, tokens, self.block_tokens)
-        timestamp, output = number(r, "timestamp"), length(r, "output_length", 0)
-        chat, parent = int(number(r, "chat_id")), int(number(r, "parent_chat_id", -1))
-        root = self.roots[chat] = chat if parent == -1 else self.roots.get(parent, parent)
+        timestamp, output = number(r, "timestamp"), length(r, "output_length")
+        chat, parent = whole(r, "chat_id"), whole(r, "parent_chat_id", -1)
+        root = self._roots[chat] = chat if parent == -1 else self._roots.get(parent, parent)
         yield Request(
             timestamp=timestamp,
             session=str(root),

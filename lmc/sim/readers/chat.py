@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, Any, ClassVar
 
-from lmc.sim.readers.records import RecordError, fields_of, json_lines, length, name_of, number
+from lmc.sim.readers.records import (
+    RecordError,
+    fields_of,
+    json_lines,
+    length,
+    name_of,
+    number,
+    text_of,
+)
 from lmc.sim.readers.text import Framing, Tokenizer
 from lmc.sim.trace import Request
 
@@ -35,12 +43,15 @@ class Chat:
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(self.tokenizer, self.framing)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         return json_lines(stream)
 
     def requests(self, record: Any) -> Iterable[Request]:
         r = fields_of(record)
-        timestamp, session = number(r, "timestamp", 0), name_of(r, "session")
+        timestamp, session = number(r, "timestamp"), name_of(r, "session")
         output = length(r, "output_length", 0)
         messages = r.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -57,18 +68,17 @@ class Chat:
 
 
 def message_of(message: Any, role: str = "role", content: str = "content") -> tuple[str, str]:
-    """(role, text) of a message. Raises RecordError."""
+    """(role, text) of a message. Raises RecordError, also for parts that are not text."""
     m = fields_of(message)
     said = m.get(content)
     if isinstance(said, list):
-        parts = [fields_of(part) for part in said]
-        said = "".join(str(part.get("text") or "") for part in parts if part.get("type") == "text")
-    if said is None:  # an assistant that only calls tools says nothing
-        said = ""
-    if not isinstance(said, str) or not isinstance(m.get(role), str):
-        raise RecordError(f"message: got {sorted(m)}, want text for {role} and {content}")
-    try:
-        said.encode()
-    except UnicodeEncodeError:
-        raise RecordError(f"message: {content} has half of a surrogate pair") from None
-    return m[role], said
+        return text_of(m.get(role), role), "".join(_part(part) for part in said)
+    # An assistant that only calls tools says nothing.
+    return text_of(m.get(role), role), "" if said is None else text_of(said, content)
+
+
+def _part(part: Any) -> str:
+    p = fields_of(part)
+    if p.get("type") != "text":
+        raise RecordError(f"content: got a part of type {p.get('type')!r:.40}, want text alone")
+    return text_of(p.get("text"), "text")

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from lmc.sim.readers.files import DAMAGED, files_of, unpacked
 
-LOOKED_AT = 1 << 22
+LOOKED_AT, LINES = 1 << 22, 50
 
 
 def detect(path: Path) -> str:
-    """The name of the format. Raises ValueError for a file that is of none."""
+    """The name of the format. Raises ValueError for a file that is empty, or of none."""
     from lmc.sim.readers import FORMATS
 
     file = files_of(path)[0]
-    with file.open("rb") as raw:
-        try:
-            head = unpacked(raw).read(LOOKED_AT)
-        except DAMAGED:
-            head = b""
-    found = _of(head.lstrip(b"\xef\xbb\xbf \r\n\t"))
+    head = _head(file).lstrip(b"\xef\xbb\xbf \r\n\t")
+    if not head:
+        raise ValueError(f"{path}: the trace is empty")
+    found = _of(head)
     if found is None:
         raise ValueError(
             f"{path}: cannot tell the format of this trace; name one of "
@@ -29,21 +28,29 @@ def detect(path: Path) -> str:
     return found
 
 
+def _head(file: Path) -> bytes:
+    """The first bytes of a file, as far as they can be unpacked."""
+    parts: list[bytes] = []
+    with file.open("rb") as raw:
+        try:
+            stream = unpacked(raw)
+            while sum(map(len, parts)) < LOOKED_AT and (part := stream.read1(1 << 16)):
+                parts.append(part)
+        except DAMAGED:
+            pass  # counted when it is read
+    return b"".join(parts)
+
+
 def _of(head: bytes) -> str | None:
     first = head.partition(b"\n")[0]
+    columns = [c.strip() for c in first.split(b",")]
+    if b"ContextTokens" in columns:
+        return "azure"
+    if b"Request tokens" in columns:
+        return "burstgpt"
     if head.startswith(b"["):
         return "sharegpt" if b'"conversations"' in head else None
-    if not head.startswith(b"{"):
-        columns = [c.strip() for c in first.split(b",")]
-        if b"ContextTokens" in columns:
-            return "azure"
-        return "burstgpt" if b"Request tokens" in columns else None
-    try:
-        keys = set(json.loads(first))
-    except (ValueError, RecursionError):
-        # One object over many lines, or one line longer than what was looked at.
-        keys = {k for k in ("hash_id_scope", "messages", "tokens", "hash_ids") if _names(head, k)}
-        keys |= {"requests"} if "hash_id_scope" in keys else set()
+    keys = _keys(head)
     if "requests" in keys:
         return "weka"
     if "hash_ids" in keys:
@@ -53,5 +60,15 @@ def _of(head: bytes) -> str | None:
     return "tokens" if "tokens" in keys else None
 
 
-def _names(head: bytes, key: str) -> bool:
-    return f'"{key}":'.encode() in head.replace(b'" :', b'":')
+def _keys(head: bytes) -> set[str]:
+    """The keys of the first JSON object among the first lines, or those that are named at all."""
+    for line in head.split(b"\n")[:LINES]:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            return set(record)
+    # One object over many lines, or one line longer than what was looked at.
+    known = ("requests", "hash_ids", "chat_id", "messages", "tokens")
+    return {k for k in known if re.search(rf'"{k}"\s*:'.encode(), head)}

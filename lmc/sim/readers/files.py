@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import ijson
 import zstandard
@@ -28,13 +28,13 @@ DAMAGED = (
 )
 
 
-def unpacked(raw: io.BufferedReader) -> IO[bytes]:
+def unpacked(raw: io.BufferedReader) -> io.BufferedReader:
     """The bytes of a file, unpacked if its first ones say gzip, xz or zstd, whatever its name."""
     start = raw.peek(6)
     if start.startswith(b"\x1f\x8b"):
-        return cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
+        return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)))
     if start.startswith(b"\xfd7zXZ\0"):
-        return lzma.LZMAFile(raw)
+        return io.BufferedReader(cast(io.RawIOBase, lzma.LZMAFile(raw)))
     if start.startswith(b"\x28\xb5\x2f\xfd"):
         return io.BufferedReader(_Zstd(raw), 1 << 16)
     return raw
@@ -73,11 +73,19 @@ class Source:
         if self._bar:
             self._bar.stop()
 
-    def open(self, file: Path) -> IO[bytes]:
-        """A file's bytes, unpacked."""
+    def open(self, file: Path) -> io.BufferedReader:
+        """A file's bytes, unpacked, behind a byte order mark if it has one."""
         if self._bar is None:
-            return unpacked(file.open("rb"))
-        return unpacked(io.BufferedReader(_Counted(file, partial(self._bar.advance, self._task))))
+            stream = unpacked(file.open("rb"))
+        else:
+            counted = _Counted(file, partial(self._bar.advance, self._task))
+            stream = unpacked(io.BufferedReader(counted))
+        try:
+            if stream.peek(3).startswith(b"\xef\xbb\xbf"):
+                stream.read(3)
+        except DAMAGED:
+            pass  # told when it is read
+        return stream
 
 
 class _Counted(io.FileIO):

@@ -34,7 +34,7 @@ class Mooncake:
             timestamp=number(r, "timestamp") / 1000,
             session=name_of(r, "session_id"),
             input_tokens=tokens,
-            output_tokens=length(r, "output_length", 0),
+            output_tokens=length(r, "output_length"),
             blocks=hash_ids(r, tokens, self.block_tokens),
             block_tokens=self.block_tokens,
         )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
@@ -39,17 +39,36 @@ def json_lines(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 def csv_rows(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    """(line, row as a dict) of a CSV file with a header."""
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
-    lines = csv.DictReader(text, restkey="more", restval="")
-    while True:
+    """(line, row as a dict) of a CSV file with a header; numbers are numbers.
+
+    Lines stand alone: no field goes on in the next line, so that a stray quotation mark costs its
+    own line only.
+    """
+    header: list[str] = []
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
         try:
-            row: Any = next(lines, None)
+            fields = next(csv.reader([line.decode()]))
+        except UnicodeDecodeError as e:
+            yield number, Broken(f"not UTF-8 at byte {e.start} of the line")
+            continue
         except csv.Error as e:
-            row = Broken(f"not CSV: {e}")
-        if row is None:
-            return
-        yield lines.line_num, row
+            yield number, Broken(f"not CSV: {e}")
+            continue
+        if not header:
+            header = [field.strip() for field in fields]
+        elif len(fields) != len(header):
+            yield number, Broken(f"got {len(fields)} columns, want {len(header)}")
+        else:
+            yield number, {k: _value(v.strip()) for k, v in zip(header, fields, strict=True)}
+
+
+def _value(text: str) -> int | float | str:
+    """What a CSV field says: a number if it is written as one."""
+    if re.fullmatch(r"[+-]?\d{1,18}", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"[+-]?\d+\.\d*(e[+-]?\d+)?", text, re.I) else text
 
 
 def fields_of(record: Any) -> Mapping[str, Any]:
@@ -60,13 +79,8 @@ def fields_of(record: Any) -> Mapping[str, Any]:
 
 
 def number(record: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    """A finite number, which CSV gives as text. Raises RecordError."""
+    """A finite number. Raises RecordError."""
     value = record.get(name, default)
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise RecordError(f"{name}: got {_shown(value)}, want a number") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         what = "nothing" if name not in record else _shown(value)
         raise RecordError(f"{name}: got {what}, want a number")
@@ -79,20 +93,40 @@ def number(record: Mapping[str, Any], name: str, default: float | None = None) -
     return value
 
 
+def whole(record: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """An integer of any size. Raises RecordError."""
+    value = record.get(name, default)
+    if type(value) is not int:
+        what = "nothing" if name not in record else _shown(value)
+        raise RecordError(f"{name}: got {what}, want an integer")
+    return value
+
+
 def length(record: Mapping[str, Any], name: str, default: int | None = None) -> int:
     """A number of tokens, 0 or more. Raises RecordError."""
     value = number(record, name, default)
     if value != int(value) or not 0 <= value < MOST_TOKENS:
-        raise RecordError(f"{name}: got {value:g}, want a whole number from 0 to {MOST_TOKENS - 1}")
+        raise RecordError(f"{name}: got {value:g}, want 0 to {MOST_TOKENS - 1}")
     return int(value)
 
 
 def name_of(record: Mapping[str, Any], name: str) -> str:
     """A name that may be text or a number, "" if it is missing. Raises RecordError."""
     value = record.get(name, "")
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RecordError(f"{name}: got {_shown(value)}, want text or a number")
-    return str(value)
+    if type(value) is int:
+        return str(value)
+    return text_of(value, name)
+
+
+def text_of(value: Any, name: str) -> str:
+    """Text that can be written as UTF-8. Raises RecordError."""
+    if not isinstance(value, str):
+        raise RecordError(f"{name}: got {_shown(value)}, want text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RecordError(f"{name}: has half of a surrogate pair") from None
+    return value
 
 
 def hash_ids(record: Mapping[str, Any], tokens: int, block_tokens: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from typing import IO, Any, ClassVar
@@ -19,7 +19,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 ANSWERS = ("gpt", "assistant", "chatgpt", "bing", "bard")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShareGpt:
     """A JSON array of {id, conversations: [{from, value}]}.
 
@@ -32,16 +32,21 @@ class ShareGpt:
     has_text: ClassVar[bool] = True
     tokenizer: str
     framing: Framing = "chatml"
-    arrivals: Iterator[int] = field(default_factory=count, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._arrivals = count()
         assert self._tokenizer  # a wrong one is told before anything is read
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(self.tokenizer, self.framing)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+        self._arrivals = count()
+        # Floats as floats: the C backend dies of integers of thousands of digits otherwise.
         return enumerate(ijson.items(stream, "item", use_float=True), 1)
 
     def requests(self, record: Any) -> Iterable[Request]:
@@ -57,7 +62,7 @@ class ShareGpt:
                 tokens, segments = self._tokenizer.prompt(said)
                 answer, _ = self._tokenizer.prompt([("assistant", text)])
                 yield Request(
-                    timestamp=float(next(self.arrivals)),
+                    timestamp=float(next(self._arrivals)),
                     session=session,
                     input_tokens=len(tokens),
                     output_tokens=len(answer),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +47,11 @@ class Tokenizer:
                 segments.append((role, T, T + len(ids)))
                 T += len(ids)
         return np.concatenate(parts) if parts else np.empty(0, np.int32), segments
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids -> text, special tokens included."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
 
     def _ids(self, role: str, content: str) -> np.ndarray:
         key = (role, content)

@@ -8,7 +8,15 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 
-from lmc.sim.readers.records import RecordError, fields_of, json_lines, length, name_of, number
+from lmc.sim.readers.records import (
+    RecordError,
+    fields_of,
+    json_lines,
+    length,
+    name_of,
+    number,
+    text_of,
+)
 from lmc.sim.trace import Request
 
 
@@ -44,8 +52,10 @@ def _segments(raw: Any, T: int) -> list[tuple[str, int, int]]:
     position = 0
     for part in raw if isinstance(raw, list) else [raw]:
         match part:
-            case [str(name), int(start), int(end)] if position <= start < end <= T:
-                segments.append((name, start, end))
+            case [str(), start, end] if (
+                type(start) is type(end) is int and position <= start < end <= T
+            ):
+                segments.append((text_of(part[0], "segment"), start, end))
                 position = end
             case _:
                 raise RecordError(

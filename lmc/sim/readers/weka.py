@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, cast
 
 from lmc.sim.readers.records import (
     Broken,
@@ -20,63 +21,105 @@ from lmc.sim.trace import Request
 
 
 @dataclass(frozen=True)
+class _Session:
+    name: str
+    number: int
+    block_tokens: int
+    shared: bool
+
+
+@dataclass
 class Weka:
     """Sessions {id, block_size, hash_id_scope, requests: [{t (s), type, in, out, hash_ids}]}.
 
-    One session a line, one a file, or a folder of such files. Requests of type `subagent` hold
-    requests of their own, which share the session's ids. Unless hash_id_scope is `global`, ids
-    mean something inside their session alone. All sessions begin at their own t = 0.
+    One session a line, one a file, or a folder of such files. A bad request costs itself alone.
+    All sessions begin at their own t = 0. hash_id_scope is `local` (the default): ids mean
+    something inside their session alone, or `global`.
+
+    Requests of type `subagent` hold requests of their own, which share the session's ids. Their
+    times count from the subagent's own in some publications and from the session's start in
+    others: they are taken as the former where the first of them would else come before it.
     """
 
     has_text: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        self._sessions = 0
+
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-        lines = list(json_lines(stream))
-        if len(lines) > 1 and isinstance(lines[0][1], Broken):  # one session over many lines
-            stream.seek(0)
+        for line, session in _sessions(stream):
+            self._sessions += 1
             try:
-                yield 1, json.load(stream)
-            except (ValueError, RecursionError) as e:
-                yield 1, Broken(f"not JSON: {e}")
-        else:
-            yield from lines
+                if isinstance(session, Broken):
+                    raise RecordError(session.reason)
+                about = _about(fields_of(session), self._sessions)
+                for request in _flat(session.get("requests"), 0.0):
+                    yield line, (about, *request)
+            except RecordError as e:
+                yield line, Broken(str(e))
 
     def requests(self, record: Any) -> Iterable[Request]:
-        session = fields_of(record)
-        name = name_of(session, "id")
-        block_tokens = length(session, "block_size")
-        if not block_tokens:
-            raise RecordError("block_size: got 0, want at least 1")
-        shared = session.get("hash_id_scope") == "global"
-        for r in _flat(session.get("requests")):
-            tokens, ids = length(r, "in"), r.get("hash_ids")
-            if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-                raise RecordError("hash_ids: want a list of integers")
-            if len(ids) * block_tokens >= tokens + block_tokens:
-                raise RecordError(
-                    f"hash_ids: got {len(ids)} of {block_tokens} tokens for {tokens} tokens"
-                )
-            yield Request(
-                timestamp=number(r, "t"),
-                session=name,
-                input_tokens=tokens,
-                output_tokens=length(r, "out", 0),
-                blocks=ids if shared else [(name, i) for i in ids],
-                block_tokens=block_tokens,
+        session, r, begin = record
+        block_tokens = session.block_tokens
+        tokens, ids = length(r, "in"), r.get("hash_ids")
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise RecordError("hash_ids: want a list of integers")
+        # Full blocks only, as published; a partial one would do no harm.
+        if len(ids) * block_tokens >= tokens + block_tokens:
+            raise RecordError(
+                f"hash_ids: got {len(ids)} of {block_tokens} tokens for {tokens} tokens"
             )
+        yield Request(
+            timestamp=begin + number(r, "t"),
+            session=session.name,
+            input_tokens=tokens,
+            output_tokens=length(r, "out", 0),
+            blocks=ids if session.shared else [(session.number, i) for i in ids],
+            block_tokens=block_tokens,
+        )
 
 
-def _flat(requests: Any) -> Iterator[Mapping[str, Any]]:
-    """Requests, with those of subagents where their parent stands."""
+def _sessions(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    """(line, session): one a line, or one over many lines, which then begins with a lone {."""
+    if cast(io.BufferedReader, stream).peek(64).split(b"\n")[0].strip() != b"{":
+        yield from json_lines(stream)
+        return
+    try:
+        yield 1, json.load(stream)
+    except (ValueError, RecursionError) as e:
+        yield 1, Broken(f"not JSON: {e}")
+
+
+def _about(session: Mapping[str, Any], number: int) -> _Session:
+    block_tokens, scope = length(session, "block_size"), session.get("hash_id_scope", "local")
+    if not block_tokens:
+        raise RecordError("block_size: got 0, want at least 1")
+    if scope not in ("local", "global"):
+        raise RecordError(f"hash_id_scope: got {scope!r:.40}, want local or global")
+    name = name_of(session, "id") or f"session {number}"
+    return _Session(name, number, block_tokens, scope == "global")
+
+
+def _flat(requests: Any, begin: float) -> Iterator[tuple[Mapping[str, Any], float]]:
+    """(request, what its time counts from), with those of subagents where their parent stands."""
+    todo = [iter([(r, begin) for r in _list(requests)])]
+    while todo:
+        entry = next(todo[-1], None)
+        if entry is None:
+            todo.pop()
+            continue
+        r, begin = fields_of(entry[0]), entry[1]
+        if r.get("type") != "subagent":
+            yield r, begin
+            continue
+        inner = _list(r.get("requests"))
+        at = number(r, "t")
+        if inner and number(fields_of(inner[0]), "t") < at - 1:
+            begin += at
+        todo.append(iter([(x, begin) for x in inner]))
+
+
+def _list(requests: Any) -> list[Any]:
     if not isinstance(requests, list):
         raise RecordError("requests: want a list")
-    todo = list(reversed(requests))
-    while todo:
-        r = fields_of(todo.pop())
-        if r.get("type") == "subagent":
-            inner = r.get("requests")
-            if not isinstance(inner, list):
-                raise RecordError("requests of a subagent: want a list")
-            todo += reversed(inner)
-        else:
-            yield r
+    return requests

@@ -16,19 +16,19 @@ from matplotlib.transforms import Bbox
 
 from lmc.experiment.rows import read_rows
 from lmc.experiment.summary import ArmSummary, Estimate, summarise
+from lmc.plots.style import BLUE, GREY, ORANGE, PURPLE, SKY, YELLOW, tidy
 
 Rows = Sequence[dict[str, Any]] | Path | str
 Point = tuple[ArmSummary, Estimate, Estimate]
 
-# Okabe and Ito's palette, told apart with any colour vision; markers repeat it without colour.
-STOCK, BLENDS = "#D55E00", "#0072B2"
+STOCK, BLENDS = ORANGE, BLUE
 KIND_COLOURS = {
-    "local": "#BBBBBB",
-    "local_blended": "#CC79A7",
-    "exact": "#0072B2",
-    "moved": "#56B4E9",
-    "recomputed": "#F0E442",
-    "new": "#D55E00",
+    "local": GREY,
+    "local_blended": PURPLE,
+    "exact": BLUE,
+    "moved": SKY,
+    "recomputed": YELLOW,
+    "new": ORANGE,
 }
 # Two full prefills in float32 whose rows were batched otherwise differ by about 1e-11 nats. What
 # lies below the floor is rounding, not quality, and is drawn on it.
@@ -74,7 +74,7 @@ def ttft_quality(rows: Rows) -> Figure:
     axes.set_title(_title(summaries), fontsize="medium", loc="left")
     axes.text(0.99, 0.02, "better ↘", transform=axes.transAxes, ha="right", color="0.4")
     _legend(axes, summaries)
-    _tidy(axes)
+    tidy(axes)
     _label_points(figure, axes, points)
     return figure
 
@@ -95,7 +95,7 @@ def ttft(rows: Rows) -> Figure:
     _arms_down(axes, summaries)
     axes.set_xlim(0, None)
     axes.set_xlabel("time to first token, s (bar: median)")
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -115,7 +115,7 @@ def kinds(rows: Rows) -> Figure:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("tokens of the prompt")
     figure.legend(loc="outside upper center", ncols=len(KIND_COLOURS), frameon=False)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -168,12 +168,6 @@ def _legend(axes: Axes, summaries: Sequence[ArmSummary]) -> None:
 def _arms_down(axes: Axes, summaries: Sequence[ArmSummary]) -> None:
     axes.set_yticks(range(len(summaries)), [s.arm for s in summaries])
     axes.set_ylim(len(summaries) - 0.4, -0.7)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def _label_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:

@@ -1,0 +1,21 @@
+"""Figures, one function each: of measured runs, and of traces. All return a matplotlib Figure."""
+
+from lmc.plots.runs import kinds, ttft, ttft_quality
+from lmc.plots.traces import (
+    hit_rates,
+    reuse_distances,
+    reuse_over_time,
+    token_map,
+    ttft_cdf,
+)
+
+__all__ = [
+    "hit_rates",
+    "kinds",
+    "reuse_distances",
+    "reuse_over_time",
+    "token_map",
+    "ttft",
+    "ttft_cdf",
+    "ttft_quality",
+]

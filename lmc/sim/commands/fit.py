@@ -1,0 +1,131 @@
+"""`lmc fit`: the constants of the time model, from what `lmc run` measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lmc.errors import errors_in_one_line
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lmc.sim.fit import Fit
+    from lmc.sim.ttft import TierSpeed
+
+
+def fit(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Folders that `lmc run` wrote, such as results/demo."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The YAML file that the profile is written to.")
+    ] = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:GIB_PER_S:LATENCY_MS",
+            help="A tier that was not measured, such as disk:2:0.1; may be repeated.",
+        ),
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Share of the loading to hide behind computing, 0 to 1.")
+    ] = 0.0,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Its sizes, where the rows do not tell: a known name or a config.json."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Fit seconds to first token to measured rows, and say when reuse is slower than computing."""
+    with errors_in_one_line():
+        import json
+        from dataclasses import asdict, replace
+        from hashlib import sha256
+
+        from rich.console import Console
+
+        from lmc.experiment.rows import ROWS, read_rows
+        from lmc.shapes import shape
+        from lmc.sim.fit import fit as fit_rows
+
+        files = [path / ROWS if path.is_dir() else path for path in results]
+        rows = [row for file in files for row in read_rows(file)]
+        fitted = fit_rows(rows, shape(model) if model else None)
+        provenance = {
+            **fitted.model.provenance,
+            "files": {str(file): sha256(file.read_bytes()).hexdigest() for file in files},
+        }
+        tiers = (*fitted.model.tiers, *map(_tier, tier or []))
+        profile = replace(fitted.model, tiers=tiers, overlap=overlap, provenance=provenance)
+        if out is not None:
+            profile.save(out)
+        longest = provenance["prompt_tokens"][1]
+        verdicts = [profile.verdict(t.name, longest) for t in tiers]
+        console = Console()
+        if as_json:
+            answer = {
+                "profile": asdict(profile),
+                "residuals": [asdict(residual) for residual in fitted.residuals],
+                "warnings": fitted.warnings,
+                "verdicts": verdicts,
+            }
+            typer.echo(json.dumps(_finite(answer)))
+            return
+        for table in _tables(fitted):
+            console.print(table)
+        for warning in fitted.warnings:
+            console.print(f"warning: {warning}", style="yellow", soft_wrap=True, highlight=False)
+        for verdict in verdicts:
+            console.print(verdict, soft_wrap=True, highlight=False)
+        if out is not None:
+            console.print(f"profile: {out}", soft_wrap=True)
+
+
+def _tier(text: str) -> TierSpeed:
+    from lmc.sim.ttft import TierSpeed
+
+    name, *numbers = text.split(":")
+    try:
+        gib_per_s, latency_ms = map(float, numbers)
+    except ValueError as error:
+        raise ValueError(
+            f"--tier: got {text!r}, want NAME:GIB_PER_S:LATENCY_MS such as disk:2:0.1"
+        ) from error
+    return TierSpeed(name, latency_ms / 1e3, gib_per_s * 2**30)
+
+
+def _tables(fitted: Fit) -> list[Table]:
+    from rich import box
+    from rich.table import Table
+
+    units = {
+        "fixed_s": ("a request", "ms", 1e3),
+        "per_row_s": ("a row computed", "ms", 1e3),
+        "per_pair_s": ("1,000 keys attended to", "ms", 1e6),
+        "blend_s": ("a forward among reused rows", "ms", 1e3),
+    }
+    constants = Table("takes", "", "95%", title="Time to first token", box=box.SIMPLE_HEAD)
+    for name, e in fitted.estimates.items():
+        what, unit, factor = units.get(name, (f"loading from {name}", "GiB/s", 2.0**-30))
+        value, low, high = (f"{x * factor:.3g}" for x in (e.value, e.low, e.high))
+        constants.add_row(what, f"{value} {unit}", f"{low} to {high}")
+    residuals = Table(
+        "arm", "rows", "size", "signed", title="Predicted ÷ measured - 1", box=box.SIMPLE_HEAD
+    )
+    for r in fitted.residuals:
+        residuals.add_row(r.arm, str(r.rows), f"{r.absolute:.1%}", f"{r.signed:+.1%}")
+    return [constants, residuals]
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what is infinite, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and math.isinf(value) else value

@@ -1,0 +1,244 @@
+"""`lmc sim`: hit rates of a trace by policy and capacity, and what they are worth in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lmc.errors import errors_in_one_line
+
+if TYPE_CHECKING:
+    from lmc.sim.sweep import Metric, Outcome
+    from lmc.sim.trace import Request
+    from lmc.sim.ttft import TTFTModel
+
+
+def sim(
+    trace: Annotated[Path, typer.Argument(help="A trace with block ids, token ids or text.")],
+    policy: Annotated[
+        str, typer.Option(help="One or more, such as lru,belady,ttl:seconds=600.")
+    ] = "lru",
+    capacity: Annotated[
+        str,
+        typer.Option(
+            help="One or more, such as 1k,64GiB,inf; + between tiers, such as 1k+50k; or all: "
+            "LRU at every capacity in one pass."
+        ),
+    ] = "1k,10k,100k,inf",
+    unit: Annotated[
+        Literal["blocks", "tokens", "bytes"], typer.Option(help="Of capacities.")
+    ] = "blocks",
+    metric: Annotated[
+        Literal["object", "prefix", "store"],
+        typer.Option(
+            help="object: accesses that a tier held. prefix: tokens in the run of hits from the "
+            "start, full blocks only. store: tokens that lmc's own store and planner find, exact "
+            "or moved (needs token ids or text, and capacities in bytes)."
+        ),
+    ] = "object",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Says the bytes of a token and the cost of computing it: a known name, "
+            "a config.json or its folder."
+        ),
+    ] = "llama-3.1-8b",
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Of the KV, default the model's own.")
+    ] = None,
+    write: Annotated[
+        Literal["through", "back"],
+        typer.Option(help="Tiers: through (all at once) or back (what one evicts)."),
+    ] = "through",
+    chunker: Annotated[
+        str, typer.Option(help="Cuts token ids and text, as in lmc reuse.")
+    ] = "fixed:16",
+    blend: Annotated[str, typer.Option(help="Metric store: the blending strategy.")] = "epic",
+    exact_variants: Annotated[
+        int, typer.Option(help="Metric store: exact contexts kept of one content.")
+    ] = 2,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="For text: a tokenizer.json, or a folder that holds one.")
+    ] = None,
+    sample: Annotated[
+        float | None,
+        typer.Option(help="With --capacity all: the share of keys to look at (SHARDS)."),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="A time profile that `lmc fit` wrote: adds TTFT under load.")
+    ] = None,
+    servers: Annotated[int, typer.Option(help="With --profile: engines behind one queue.")] = 1,
+    rate_scale: Annotated[
+        float, typer.Option(help="With --profile: how many times faster requests come.")
+    ] = 1.0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw hit rate against capacity into this file.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="The trace's format, if it cannot be told.")] = "auto",
+    strict: Annotated[bool, typer.Option(help="Stop at the first bad line.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """Replay a trace through eviction policies, in tiers that hold no bytes."""
+    with errors_in_one_line():
+        from lmc.chunking import parse as parse_chunker
+        from lmc.shapes import shape as model_shape
+        from lmc.sim.commands.output import print_bad_lines, print_json
+        from lmc.sim.readers import read
+        from lmc.sim.sweep import lru_rows, parse_capacity, store_sweep, sweep
+        from lmc.sim.trace import accesses
+
+        times = _profile(profile)
+        shape, cut = model_shape(model), parse_chunker(chunker)
+        curve = capacity.strip() == "all"
+        if curve and (policy, metric == "store", times) != ("lru", False, None):
+            raise ValueError("capacity all: for policy lru and the metrics object and prefix alone")
+        if sample is not None and not curve:
+            raise ValueError("sample: goes with --capacity all")
+        if metric == "store" and unit != "bytes":
+            raise ValueError(f"metric store counts bytes: got unit {unit}, want --unit bytes")
+        policies = policy.split(",")
+        capacities = [] if curve else [parse_capacity(c) for c in capacity.split(",")]
+        reading = read(trace, format, tokenizer=tokenizer, strict=strict, progress=not json)
+        requests = sorted(reading, key=lambda r: r.timestamp)
+        by_block: Metric = "prefix" if metric == "prefix" else "object"
+        if curve:
+            lru, rows = lru_rows(
+                accesses(requests, cut),
+                unit=unit,
+                metric=by_block,
+                model=shape,
+                dtype=kv_dtype,
+                sample=sample,
+            )
+        else:
+            lru = None
+            if metric == "store":
+                replayed = store_sweep(
+                    requests,
+                    policies,
+                    capacities,
+                    cut,
+                    model=shape,
+                    dtype=kv_dtype,
+                    blend=blend,
+                    exact_variants=exact_variants,
+                    spans=chunker.partition(":")[0] == "explicit",
+                )
+            else:
+                replayed = sweep(
+                    accesses(requests, cut),
+                    policies,
+                    capacities,
+                    unit=unit,
+                    metric=by_block,
+                    model=shape,
+                    dtype=kv_dtype,
+                    write=write,
+                )
+            outcomes = _with_progress(replayed, len(policies) * len(capacities), json)
+            rows = _rows(requests, outcomes, times, servers, rate_scale)
+        if json:
+            print_json(rows)
+        else:
+            _print(trace, rows)
+            print_bad_lines(reading)
+        if plot is not None:
+            from lmc.plots import hit_rates
+
+            hit_rates(rows, lru).savefig(plot, dpi=150)
+
+
+def _profile(path: Path | None) -> TTFTModel | None:
+    from lmc.sim.ttft import load
+
+    return None if path is None else load(path)
+
+
+def _with_progress(outcomes: Iterator[Outcome], n: int, quiet: bool) -> Iterator[Outcome]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    off = quiet or not console.is_terminal
+    return iter(track(outcomes, "replaying", n, console=console, transient=True, disable=off))
+
+
+def _rows(
+    requests: Sequence[Request],
+    outcomes: Iterable[Outcome],
+    times: TTFTModel | None,
+    servers: int,
+    rate_scale: float,
+) -> list[dict[str, Any]]:
+    """One row an outcome; with times, theirs too, and first a row without any cache."""
+    if times is None:
+        return [o.row() for o in outcomes]
+    from lmc.sim.timing import serve
+
+    rows = [
+        o.row() | serve(requests, o, times, servers=servers, rate_scale=rate_scale).row()
+        for o in outcomes
+    ]
+    nothing = {"policy": "none", "capacity": 0, "hits": 0, "hit_rate": 0.0}
+    same = {key: rows[0][key] for key in ("unit", "metric", "accesses")}
+    base = serve(requests, None, times, servers=servers, rate_scale=rate_scale)
+    return [nothing | same | base.row(), *rows]
+
+
+def _print(trace: Path, rows: Sequence[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    first = rows[-1]
+    what = {"object": "accesses", "prefix": "input tokens", "store": "prompt tokens"}
+    table = Table(
+        title=f"{trace.name}: {first['accesses']:,} {what[first['metric']]}",
+        caption=f"metric {first['metric']}",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("policy")
+    table.add_column(f"capacity, {first['unit']}", justify="right")
+    extra = [k for k in ("exact", "moved", "recomputed", "computed", "error") if k in first]
+    tiers = max(len(row.get("tiers", ())) for row in rows)
+    timed = "ttft_s" in first
+    names = ["hit rate", *extra, *(f"tier {i + 1}" for i in range(tiers))]
+    names += ["TTFT p50", "p90", "p99", "load", "req/s", "slower"] if timed else []
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        capacity = row["capacity"] if isinstance(row["capacity"], list) else [row["capacity"]]
+        cells = [f"{row['hit_rate']:.4f}", *(f"{row[k]:.4f}" if k in row else "" for k in extra)]
+        served = [f"{t['hits'] / row['accesses']:.4f}" for t in row.get("tiers", ())]
+        cells += served + [""] * (tiers - len(served))
+        if timed:
+            cells += [f"{row['ttft_s'][p]:.2f} s" for p in ("p50", "p90", "p99")]
+            cells += [f"{row['offered_load']:.2f}", f"{row['requests_per_s']:.2f}"]
+            cells += [f"{row['reuse_slower']:.1%}"]
+        table.add_row(row["policy"], " + ".join(map(_round, capacity)), *cells)
+    console = Console()
+    console.print(table)
+    if timed and any(row["offered_load"] >= 1 for row in rows):
+        console.print(
+            "load 1 and more: requests come faster than they are served, so that times describe "
+            "the length of the trace, not a steady state (--servers, --rate-scale).",
+            style="yellow",
+        )
+    if timed and any(row["reuse_slower"] for row in rows):
+        console.print(
+            "slower: share of requests for which loading what was found, and computing the rest, "
+            "takes longer than computing all of it.",
+            style="yellow",
+        )
+
+
+def _round(capacity: float | str) -> str:
+    """1000 -> 1,000; 1099511627776 -> 1,024.0 Gi; inf as it is."""
+    if isinstance(capacity, str) or capacity < 1 << 30:
+        return str(capacity) if isinstance(capacity, str) else f"{capacity:,.0f}"
+    return f"{capacity / (1 << 30):,.1f} Gi"

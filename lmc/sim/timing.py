@@ -1,0 +1,75 @@
+"""What a hit rate is worth: time to first token and throughput of a trace, under load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lmc.sim.queueing import Queue, percentiles, simulate
+from lmc.sim.sweep import Outcome
+from lmc.sim.trace import Request
+from lmc.sim.ttft import TTFTModel, prefill_work
+
+
+@dataclass(frozen=True, eq=False)
+class Timed:
+    """A trace served with what one policy holds.
+
+    queue: wait and time to first token of each request, load and throughput.
+    slower: [R] whether what a request found took longer to use than computing all of it would.
+    """
+
+    queue: Queue
+    slower: np.ndarray
+
+    def row(self) -> dict[str, Any]:
+        """The outcome as plain values, times in seconds."""
+        return {
+            "ttft_s": percentiles(self.queue.ttft_s),
+            "wait_s": percentiles(self.queue.wait_s),
+            "offered_load": self.queue.offered,
+            "utilisation": self.queue.utilisation,
+            "requests_per_s": self.queue.requests_per_s,
+            "input_tokens_per_s": self.queue.input_tokens_per_s,
+            "reuse_slower": float(self.slower.mean()),
+        }
+
+
+def serve(
+    requests: Sequence[Request],
+    outcome: Outcome | None,
+    model: TTFTModel,
+    *,
+    servers: int = 1,
+    rate_scale: float = 1.0,
+) -> Timed:
+    """Serve requests, in order of arrival, with what `outcome` holds; None for no cache at all.
+
+    The tiers of the outcome are the first ones of the model's.
+
+    Raises ValueError for a model of fewer tiers than the outcome has, and as `simulate` does.
+    """
+    T = np.array([max(r.input_tokens, 1) for r in requests])
+    nothing = np.zeros((len(T), len(model.tiers)))
+    full = model.seconds(*prefill_work(T, 0), nothing)
+    seconds = full
+    if outcome is not None:
+        tiers = outcome.loaded.shape[1]
+        if tiers > len(model.tiers):
+            known = ", ".join(tier.name for tier in model.tiers) or "none"
+            raise ValueError(f"got {tiers} tiers of capacity, but the profile's are: {known}")
+        loaded = nothing.copy()
+        loaded[:, :tiers] = outcome.loaded
+        seconds = model.seconds(outcome.rows, outcome.pairs, loaded, outcome.blends)
+    queue = simulate(
+        [r.timestamp for r in requests],
+        seconds,
+        T,
+        servers=servers,
+        rate_scale=rate_scale,
+        after_first_s=[model.per_output_token_s * r.output_tokens for r in requests],
+    )
+    return Timed(queue, seconds > full)

@@ -1,0 +1,341 @@
+"""Generators: the same seed gives the same trace, and what each claims can be seen in it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from lmc.chunking.fixed import Fixed
+from lmc.sim.commands.trace import trace_app
+from lmc.sim.generate import GENERATORS, Chat, Rag, save
+from lmc.sim.readers import read
+from lmc.sim.trace import Request, accesses
+
+SMALL: dict[str, dict[str, Any]] = {
+    "agents": {"sessions": 6, "system_tokens": 50, "file_tokens": 40, "files": 5},
+    "chat": {"sessions": 8, "system_tokens": 50, "user_tokens": 20, "output_tokens": 20},
+    "rag": {"count": 20, "documents": 12, "document_tokens": 30, "documents_per_prompt": 3},
+}
+NAMES = st.sampled_from(sorted(SMALL))
+
+
+def small(name: str, **fields: Any) -> list[Request]:
+    return list(GENERATORS.build({"name": name, **SMALL[name], **fields}).requests())
+
+
+def facts(requests: list[Request]) -> list[tuple[Any, ...]]:
+    return [
+        (r.timestamp, r.session, r.output_tokens, r.tokens.tolist(), list(r.segments))
+        for r in requests
+        if r.tokens is not None
+    ]
+
+
+def parts(r: Request) -> list[tuple[str, tuple[int, ...]]]:
+    assert r.tokens is not None
+    return [(name, tuple(r.tokens[a:b].tolist())) for name, a, b in r.segments]
+
+
+def of_sessions(requests: list[Request]) -> dict[str, list[Request]]:
+    found: dict[str, list[Request]] = {}
+    for r in requests:
+        found.setdefault(r.session, []).append(r)
+    return found
+
+
+def test_every_generator_is_tested() -> None:
+    assert GENERATORS.names() == sorted(SMALL)
+
+
+@given(name=NAMES, seed=st.integers(0, 2**64))
+def test_a_seed_decides_all(name: str, seed: int) -> None:
+    one = facts(small(name, seed=seed))
+    assert one == facts(small(name, seed=seed))
+    assert one != facts(small(name, seed=seed + 1))
+
+
+@given(
+    name=NAMES,
+    seed=st.integers(0, 1000),
+    vocabulary=st.integers(1, 50),
+    spread=st.sampled_from([0.0, 0.5, 2.0]),
+)
+def test_requests_are_well_formed(name: str, seed: int, vocabulary: int, spread: float) -> None:
+    requests = small(name, seed=seed, vocabulary=vocabulary, spread=spread)
+    assert all(a.timestamp <= b.timestamp for a, b in pairwise(requests))
+    for r in requests:
+        assert r.tokens is not None and r.tokens.dtype == np.int32
+        assert r.input_tokens == len(r.tokens) and r.output_tokens >= 1
+        assert r.tokens.min() >= 0 and r.tokens.max() < vocabulary
+        borders = [0, *(end for *_, end in r.segments)]
+        assert [start for _, start, _ in r.segments] == borders[:-1]
+        assert borders[-1] == len(r.tokens)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_defaults_are_small(name: str) -> None:
+    requests = list(GENERATORS.build(name).requests())
+    assert 200 <= len(requests) <= 500
+    assert 1000 <= np.mean([r.input_tokens for r in requests]) <= 4000
+
+
+@pytest.mark.parametrize("name", ["chat", "rag"])
+def test_a_longer_trace_begins_as_the_shorter(name: str) -> None:
+    number = {"chat": "sessions", "rag": "count"}[name]
+    few, many = (of_sessions(small(name, **{number: n})) for n in (5, 9))
+    assert [facts(few[s]) for s in few] == [facts(many[s]) for s in few]
+
+
+def test_arrivals_are_poisson() -> None:
+    requests = list(Rag(count=4000, rate=2.0, documents_per_prompt=0, system_tokens=0).requests())
+    gaps = np.diff([r.timestamp for r in requests])
+    # The standard error of the mean of 4,000 exponential gaps is 1.6%, of their deviation 3%.
+    assert gaps.mean() == pytest.approx(0.5, rel=0.1)
+    assert gaps.std() == pytest.approx(0.5, rel=0.15)
+
+
+def test_lengths_have_the_mean_they_are_told() -> None:
+    fields = {"documents_per_prompt": 0, "system_tokens": 0, "question_tokens": 200}
+    lengths = [r.input_tokens for r in Rag(count=4000, **fields).requests()]
+    assert np.mean(lengths) == pytest.approx(200, rel=0.05)
+    assert np.std(np.log(lengths)) == pytest.approx(0.5, rel=0.05)
+    assert {r.input_tokens for r in Rag(count=50, spread=0, **fields).requests()} == {200}
+
+
+def test_rag_documents_depend_on_seed_and_number_alone() -> None:
+    def documents(**fields: Any) -> dict[str, tuple[int, ...]]:
+        named = [part for r in small("rag", **fields) for part in parts(r) if "doc" in part[0]]
+        texts = dict(named)
+        assert all(texts[name] == text for name, text in named)
+        return texts
+
+    one = documents()
+    two = documents(count=70, zipf=0.0, documents=40, question_tokens=9, system_tokens=3)
+    both = one.keys() & two.keys()
+    assert len(both) > 5 and all(one[name] == two[name] for name in both)
+    other = documents(seed=1)
+    assert all(one[name] != other[name] for name in one.keys() & other.keys())
+
+
+def test_rag_is_zipf() -> None:
+    fields = {"documents_per_prompt": 1, "documents": 50, "system_tokens": 0, "document_tokens": 1}
+    requests = Rag(count=5000, zipf=1.0, **fields).requests()
+    drawn = Counter(r.segments[0][0] for r in requests)
+    harmonic = sum(1 / k for k in range(1, 51))
+    for rank in (0, 1, 4):
+        # 5,000 draws: at most 5% standard error.
+        assert drawn[f"document {rank}"] == pytest.approx(5000 / harmonic / (rank + 1), rel=0.2)
+    even = Counter(r.segments[0][0] for r in Rag(count=5000, zipf=0.0, **fields).requests())
+    assert max(even.values()) < 2 * 5000 / 50
+
+
+def test_rag_reorder() -> None:
+    def numbers(r: Request) -> list[int]:
+        return [int(name.split()[1]) for name, *_ in r.segments if name.startswith("document")]
+
+    shuffled, sorted_ = small("rag"), small("rag", reorder=False)
+    assert all(len(set(numbers(r))) == 3 for r in shuffled)
+    assert [sorted(numbers(r)) for r in shuffled] == [numbers(r) for r in sorted_]
+    assert any(numbers(r) != sorted(numbers(r)) for r in shuffled)
+    # Order is all that differs, and prefix caching sees it.
+    fields: dict[str, Any] = {"count": 300, "documents": 6, "system_tokens": 0, "spread": 0}
+    unique = [
+        accesses(small("rag", reorder=reorder, **fields), Fixed(30)).unique
+        for reorder in (True, False)
+    ]
+    assert unique[0] > unique[1]
+
+
+def test_chat_prompts_grow() -> None:
+    requests = small("chat", turns=4)
+    sessions = of_sessions(requests)
+    assert len(sessions) == 8
+    assert [r.session for r in requests] != sorted(r.session for r in requests)  # interleaved
+    assert len({parts(r)[0] for r in requests}) == 1  # one system prompt
+    for turns in sessions.values():
+        assert [name for name, _ in parts(turns[0])] == ["system", "user"]
+        for before, after in pairwise(turns):
+            assert parts(after)[: len(before.segments)] == parts(before)
+            (answer, said), (role, _) = parts(after)[len(before.segments) :]
+            assert (answer, role) == ("assistant", "user")
+            assert len(said) == before.output_tokens
+
+
+def test_chat_turns_are_geometric() -> None:
+    fields = {"system_tokens": 0, "user_tokens": 1, "output_tokens": 1, "turns": 3}
+    turns = Counter(r.session for r in Chat(sessions=2000, **fields).requests())
+    lengths = np.array(list(turns.values()))
+    assert lengths.mean() == pytest.approx(3, rel=0.1)
+    assert (lengths == 1).mean() == pytest.approx(1 / 3, rel=0.15)
+
+
+def reads(requests: list[Request]) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """The files that each session read, in order."""
+    last = {s: turns[-1] for s, turns in of_sessions(requests).items()}
+    return {s: [p for p in parts(r) if p[0].startswith("file")] for s, r in last.items()}
+
+
+def test_agents_append_a_call_and_a_file() -> None:
+    requests = small("agents")
+    assert len({parts(r)[0] for r in requests}) == 1  # one system prompt
+    for turns in of_sessions(requests).values():
+        assert [name for name, _ in parts(turns[0])] == ["system", "task"]
+        for before, after in pairwise(turns):
+            assert parts(after)[: len(before.segments)] == parts(before)
+            (call, text), (file, _) = parts(after)[len(before.segments) :]
+            assert call == "call" and file.startswith("file")
+            assert len(text) == before.output_tokens
+
+
+def test_agents_share_the_files_of_a_repository() -> None:
+    sessions = reads(small("agents", sessions=20, repositories=2, edit=0.0))
+    texts: dict[str, set[tuple[int, ...]]] = {}
+    for files in sessions.values():
+        assert len({int(name.split()[1]) // 5 for name, _ in files}) <= 1
+        for name, text in files:
+            texts.setdefault(name, set()).add(text)
+    assert len(texts) == 10  # of 2 repositories of 5
+    assert all(len(copies) == 1 for copies in texts.values())
+
+
+def test_agents_read_again_as_often_as_told() -> None:
+    fields: dict[str, Any] = {"files": 500, "turns": 20, "sessions": 60, "edit": 0.0}
+    for share in (0.0, 0.4, 1.0):
+        again = total = 0
+        for files in reads(small("agents", reread=share, **fields)).values():
+            names = [name for name, _ in files]
+            total += max(0, len(names) - 1)  # the first cannot be a second reading
+            again += len(names) - len(set(names))
+        assert total > 500
+        assert again / total == pytest.approx(share, abs=0.08)
+
+
+def test_agents_edit_a_run_of_a_file() -> None:
+    changed = same = 0
+    fields: dict[str, Any] = {"sessions": 40, "turns": 20, "edit_tokens": 4}
+    for files in reads(small("agents", edit=0.5, reread=0.6, **fields)).values():
+        copies: dict[str, tuple[int, ...]] = {}
+        for name, text in files:
+            if name in copies:
+                before = np.array(copies[name])
+                assert len(before) == len(text)
+                at = np.flatnonzero(before != np.array(text))
+                assert len(at) == 0 or at[-1] - at[0] < 4
+                changed, same = changed + bool(len(at)), same + (len(at) == 0)
+            copies[name] = text
+    assert changed / (changed + same) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "rag", "documents": 3}, "documents_per_prompt 5, want at most documents 3"),
+        ({"name": "rag", "rate": 0}, r"rate 0\.0, want a number above 0"),
+        ({"name": "rag", "rate": float("inf")}, "rate inf"),
+        ({"name": "rag", "zipf": float("nan")}, "zipf nan"),
+        ({"name": "rag", "seed": -1}, "seed -1"),
+        ({"name": "rag", "vocabulary": 0}, "vocabulary 0, want a number of at least 1"),
+        ({"name": "rag", "vocabulary": 2**31 + 1}, "want at most"),
+        ({"name": "chat", "turns": 0.5}, r"turns 0\.5, want a number of at least 1"),
+        ({"name": "chat", "turn": 5}, "unknown field turn; valid: seed, .*turns"),
+        ({"name": "agents", "reread": 1.5}, r"reread 1\.5, want a share from 0 to 1"),
+        ({"name": "agents", "files": "many"}, "files: .*integer"),
+        ({"name": "dag"}, "unknown generator: got 'dag'; valid: agents, chat, rag"),
+    ],
+)
+def test_bad_configs(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GENERATORS.build(config)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("name", SMALL)
+def test_save_and_read(name: str, suffix: str, tmp_path: Path) -> None:
+    requests = small(name)
+    path = tmp_path / f"trace.jsonl{suffix}"
+    assert save(requests, path) == len(requests)
+    reading = read(path, strict=True)
+    assert facts(list(reading)) == facts(requests)
+    assert reading.format == "tokens"
+    packed = not path.read_bytes().startswith(b"{")
+    assert packed == bool(suffix)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_writes_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("old")
+    lengths_only = Request(0.0, "", 3, 1)
+    with pytest.raises(ValueError, match="request 21 has no token ids"):
+        save([*small("rag"), lengths_only], path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_trace_make_and_info(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    path = tmp_path / "t.jsonl.zst"
+    sets = ["--set", "count=30", "--set", "documents=9", "--set", "reorder=false"]
+    made = run(trace_app, ["make", "rag", "--out", str(path), *sets])
+    assert made.exit_code == 0, made.output
+    assert "30 requests of rag" in made.output
+    rag = list(Rag(count=30, documents=9, reorder=False).requests())
+    assert facts(list(read(path))) == facts(rag)
+
+    answer = json.loads(run(trace_app, ["info", str(path), "--json"]).output)
+    lengths = [r.input_tokens for r in rag]
+    assert answer["format"] == "tokens"
+    assert (answer["requests"], answer["sessions"], answer["bad_count"]) == (30, 30, 0)
+    assert answer["duration_s"] == rag[-1].timestamp - rag[0].timestamp
+    assert answer["input_tokens"]["total"] == sum(lengths)
+    assert answer["input_tokens"]["max"] == max(lengths)
+    assert answer["input_tokens"]["p50"] == np.percentile(lengths, 50)
+    assert "reuse of text" in answer["asks"]
+    table = run(trace_app, ["info", str(path)]).output
+    assert f"{sum(lengths):,}" in table and "reuse of text" in table
+
+
+def test_trace_info_of_blocks_and_lengths(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    blocks, lengths = tmp_path / "b.jsonl", tmp_path / "l.csv"
+    row = {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}
+    blocks.write_text(f"{json.dumps(row)}\n[red]\n{json.dumps(row)}\n")
+    answer = json.loads(run(trace_app, ["info", str(blocks), "--json"]).output)
+    assert (answer["asks"], answer["unique_blocks"]) == ("prefix hit rates", 2)
+    assert (answer["sessions"], answer["bad_count"], answer["bad"][0]["line"]) == (None, 1, 2)
+    assert "b.jsonl:2" in run(trace_app, ["info", str(blocks)]).output
+
+    lengths.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00,7,1\n")
+    answer = json.loads(run(trace_app, ["info", str(lengths), "--json"]).output)
+    assert (answer["asks"], answer["unique_blocks"]) == ("timing only", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["make", "rag", "--out", "t", "--set", "documents"], "want FIELD=VALUE"),
+        (["make", "rag", "--out", "t", "--set", "sed=1"], "unknown field sed"),
+        (["make", "nope", "--out", "t"], "unknown generator"),
+        (["info", "t"], "no such trace"),
+        (["info", "bad.jsonl", "--format", "mooncake", "--strict"], "bad.jsonl:1: "),
+    ],
+)
+def test_trace_says_what_is_wrong_in_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    result = CliRunner().invoke(trace_app, arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "t").exists()
