@@ -201,8 +201,15 @@ def test_a_very_popular_key_does_not_spoil_the_estimate() -> None:
     truth = hit_curve(stack_distances(keys)).infinite
     curves = [shards(keys, rate=0.1, seed=seed) for seed in range(10)]
     assert max(abs(c.infinite - truth) for c in curves) < 0.06
+
+
+def test_an_estimate_is_a_rate_where_the_sample_is_too_large() -> None:
+    """All keys go round, so there are no popular ones to take the accesses in excess from."""
+    keys = np.tile(np.arange(100), 20)
+    curves = [shards(keys, rate=0.1, seed=seed) for seed in range(10)]
     for c in curves:
         assert c.hit_rate[0] >= 0 and c.hit_rate[-1] <= 1 and (np.diff(c.hit_rate) >= 0).all()
+    assert any(c.hit_rate[0] == 0 for c in curves)  # would be below 0
 
 
 KEYS = np.array([0, 1, 0])

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from lmc.sim.trace import Request
     from lmc.sim.ttft import TTFTModel
 
+CAPACITIES = {
+    "blocks": "1k,10k,100k,inf",
+    "tokens": "1M,10M,100M,inf",
+    "bytes": "1GiB,16GiB,256GiB,inf",
+}
+
 
 def sim(
     trace: Annotated[Path, typer.Argument(help="A trace with block ids, token ids or text.")],
@@ -22,12 +28,12 @@ def sim(
         str, typer.Option(help="One or more, such as lru,belady,ttl:seconds=600.")
     ] = "lru",
     capacity: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="One or more, such as 1k,64GiB,inf; + between tiers, such as 1k+50k; or all: "
-            "LRU at every capacity in one pass."
+            "LRU at every capacity in one pass. Default: some, by unit."
         ),
-    ] = "1k,10k,100k,inf",
+    ] = None,
     unit: Annotated[
         Literal["blocks", "tokens", "bytes"], typer.Option(help="Of capacities.")
     ] = "blocks",
@@ -92,6 +98,7 @@ def sim(
 
         times = _profile(profile)
         shape, cut = model_shape(model), parse_chunker(chunker)
+        capacity = capacity or CAPACITIES[unit]
         curve = capacity.strip() == "all"
         if curve and (policy, metric == "store", times) != ("lru", False, None):
             raise ValueError("capacity all: for policy lru and the metrics object and prefix alone")

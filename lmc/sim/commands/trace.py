@@ -166,5 +166,5 @@ def _bad_lines(bad: list[BadLine], count: int) -> Table:
     table = Table("line", "reason", title=title, box=box.SIMPLE_HEAD)
     for b in shown:
         # Text: what a file holds is no markup.
-        table.add_row(Text(f"{b.file}:{b.line}"), Text(b.reason))
+        table.add_row(Text(f"{Path(b.file).name}:{b.line}"), Text(b.reason))
     return table

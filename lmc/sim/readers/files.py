@@ -7,7 +7,8 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,10 +26,11 @@ DAMAGED = (
     zlib.error,
     zstandard.ZstdError,
     ijson.JSONError,
+    UnicodeDecodeError,
 )
 
 
-def unpacked(raw: io.BufferedReader) -> io.BufferedReader:
+def unpacked(raw: io.BufferedReader[Any]) -> io.BufferedReader:
     """The bytes of a file, unpacked if its first ones say gzip, xz or zstd, whatever its name."""
     start = raw.peek(6)
     if start.startswith(b"\x1f\x8b"):
@@ -73,31 +75,30 @@ class Source:
         if self._bar:
             self._bar.stop()
 
-    def open(self, file: Path) -> io.BufferedReader:
+    @contextmanager
+    def open(self, file: Path) -> Iterator[io.BufferedReader]:
         """A file's bytes, unpacked, behind a byte order mark if it has one."""
-        if self._bar is None:
-            stream = unpacked(file.open("rb"))
-        else:
-            counted = _Counted(file, partial(self._bar.advance, self._task))
-            stream = unpacked(io.BufferedReader(counted))
-        try:
-            if stream.peek(3).startswith(b"\xef\xbb\xbf"):
-                stream.read(3)
-        except DAMAGED:
-            pass  # told when it is read
-        return stream
+        tell = partial(self._bar.advance, self._task) if self._bar else None
+        with io.BufferedReader(_Counted(file, tell)) as raw:
+            stream = unpacked(raw)
+            # Damage is told when it is read.
+            with suppress(*DAMAGED):
+                if stream.peek(3).startswith(b"\xef\xbb\xbf"):
+                    stream.read(3)
+            yield stream
 
 
 class _Counted(io.FileIO):
-    """A file that tells how many bytes were read."""
+    """A file that tells how many bytes were read, if anybody wants to know."""
 
-    def __init__(self, file: Path, tell: Callable[[float], None]) -> None:
+    def __init__(self, file: Path, tell: Callable[[float], None] | None) -> None:
         super().__init__(file)
         self._tell = tell
 
     def readinto(self, buffer: Any) -> int:
         n = super().readinto(buffer) or 0
-        self._tell(n)
+        if self._tell:
+            self._tell(n)
         return n
 
 

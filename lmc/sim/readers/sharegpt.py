@@ -15,6 +15,7 @@ from lmc.sim.readers.records import RecordError, fields_of, name_of
 from lmc.sim.readers.text import Framing, Tokenizer
 from lmc.sim.trace import Request
 
+DEEPEST = 100
 ROLES = {"human": "user", "gpt": "assistant"}
 ANSWERS = ("gpt", "assistant", "chatgpt", "bing", "bard")
 
@@ -46,8 +47,7 @@ class ShareGpt:
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         self._arrivals = count()
-        # Floats as floats: the C backend dies of integers of thousands of digits otherwise.
-        return enumerate(ijson.items(stream, "item", use_float=True), 1)
+        return enumerate(_items(stream), 1)
 
     def requests(self, record: Any) -> Iterable[Request]:
         r = fields_of(record)
@@ -70,3 +70,27 @@ class ShareGpt:
                     segments=segments,
                 )
             said.append((ROLES.get(role, role), text))
+
+
+def _items(stream: IO[bytes]) -> Iterator[Any]:
+    """The items of a JSON array, one at a time.
+
+    Not `ijson.items`, which names every level by all levels above it: text nested 100,000 deep
+    would take gigabytes.
+    """
+    builder, depth = ijson.ObjectBuilder(), 0
+    # Floats as floats: ijson's C backend dies of integers of thousands of digits otherwise.
+    events = ijson.basic_parse(stream, use_float=True)
+    if next(events, ("", None))[0] != "start_array":
+        raise ijson.JSONError("want an array of conversations")
+    for event, value in events:
+        if depth == 0:
+            if event == "end_array":
+                return
+            builder = ijson.ObjectBuilder()
+        depth += event.startswith("start_") - event.startswith("end_")
+        if depth > DEEPEST:
+            raise ijson.JSONError(f"nested more than {DEEPEST} deep")
+        builder.event(event, value)
+        if depth == 0:
+            yield builder.value
