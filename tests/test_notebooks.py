@@ -28,17 +28,27 @@ def test_defines_nothing_and_holds_no_outputs(path: Path) -> None:
             assert not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda), cell.source
 
 
-@pytest.mark.engine
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "figures"),
+    [
+        pytest.param(REPO / "notebooks" / f"{name}.ipynb", figures, marks=marks, id=name)
+        for name, figures, marks in (("hit_rates", 5, ()), ("ttft", 3, pytest.mark.engine))
+    ],
+)
+def test_runs_from_top_to_bottom(path: Path, figures: int, tmp_path: Path) -> None:
     from nbclient import NotebookClient
 
     # A copy, so that it finds no results and makes its own small run.
-    shutil.copytree(REPO / "experiments", tmp_path / "experiments")
+    for folder in ("experiments", "benchmarks"):
+        shutil.copytree(REPO / folder, tmp_path / folder)
     (tmp_path / "notebooks").mkdir()
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(tmp_path / "notebooks")}}
     NotebookClient(notebook, timeout=800, kernel_name="python3", resources=where).execute()
     outputs = [output for cell in _code(notebook) for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == figures
+
+
+def test_every_notebook_is_run() -> None:
+    assert {path.stem for path in NOTEBOOKS} == {"hit_rates", "ttft"}

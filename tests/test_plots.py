@@ -6,9 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lmc import plots
+from lmc.chunking import parse
+from lmc.sim.reuse import KINDS, NEW, analyse
+from lmc.sim.stack import NEVER, hit_curve
+from lmc.sim.trace import Request
 
 ARMS = {
     "full_prefill": {"cache": "none"},
@@ -57,3 +62,62 @@ def test_every_arm_is_named_and_no_two_names_overlap() -> None:
     assert {text.get_text() for text in labels} == set(ARMS)
     boxes = [text.get_window_extent() for text in labels]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+HIT_ROWS = [
+    {"policy": p, "capacity": c, "unit": "blocks", "metric": "object", "hit_rate": r}
+    for p, c, r in [
+        ("lru", 10, 0.1),
+        ("lru", 100, 0.3),
+        ("belady", 10, 0.2),
+        ("belady", "inf", 0.4),
+        ("fifo", [10, 90], 0.25),
+        ("none", 0, 0.0),
+    ]
+]
+
+
+def test_hit_rates_have_a_line_a_policy_the_bound_and_what_nothing_evicted_gives() -> None:
+    figure = plots.hit_rates(HIT_ROWS, hit_curve(np.array([5, 50, 500, NEVER])))
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert list(lines) == ["lru", "belady (bound)", "fifo", "lru, all", "nothing evicted"]
+    assert lines["fifo"].get_xdata().tolist() == [100.0]
+    assert lines["belady (bound)"].get_linestyle() == "--"
+    assert set(lines["nothing evicted"].get_ydata()) == {0.75}
+    assert lines["lru, all"].get_ydata().tolist() == [0.25, 0.5, 0.75]
+
+
+def test_the_figures_of_a_trace_draw(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    document = rng.integers(0, 99, 300).astype(np.int32)
+    prompts = [np.concatenate([rng.integers(0, 99, 9), document]).astype(np.int32)] * 2
+    requests = [
+        Request(float(i), "s", len(p), 1, tokens=p, segments=[("system", 0, 9), ("doc", 9, 309)])
+        for i, p in enumerate(prompts)
+    ]
+    done = list(analyse(requests, parse("cdc:64")))
+    plots.reuse_over_time(done).savefig(tmp_path / "time.png")
+    plots.reuse_over_time([]).savefig(tmp_path / "nothing.png")
+    plots.reuse_over_time(done * 300).savefig(tmp_path / "many.png")
+    plots.token_map(done[1], requests[1].segments).savefig(tmp_path / "map.png")
+    plots.reuse_distances(hit_curve(np.array([1, 2, NEVER]))).savefig(tmp_path / "distances.png")
+    plots.ttft_cdf({"a": np.array([1.0, 2.0]), "b": np.array([3.0])}).savefig(tmp_path / "cdf.png")
+
+
+def test_the_bars_of_a_request_add_up() -> None:
+    tokens = np.arange(200, dtype=np.int32)
+    done = list(analyse([Request(0.0, "s", 200, 1, tokens=tokens)] * 2, parse("fixed:64")))
+    (axes,) = plots.reuse_over_time(done).axes
+    tops = [bar.get_y() + bar.get_height() for bar in axes.patches]
+    assert sorted(tops)[-2:] == pytest.approx([1, 1])
+
+
+def test_the_map_has_a_cell_a_token() -> None:
+    tokens = np.arange(300, dtype=np.int32)
+    (done,) = analyse([Request(0.0, "s", 300, 1, tokens=tokens)], parse("fixed:64"))
+    (axes,) = plots.token_map(done, columns=64).axes
+    cells = axes.get_images()[0].get_array()
+    assert cells.shape == (5, 64)
+    assert (np.asarray(cells).ravel()[:300] == NEW).all()
+    assert (np.asarray(cells).ravel()[300:] == len(KINDS)).all()

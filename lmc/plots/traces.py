@@ -72,14 +72,14 @@ def reuse_over_time(done: Sequence[RequestReuse], width: int = 200) -> Figure:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     ordered = sorted(done, key=lambda r: r.timestamp)
-    groups = np.array_split(np.arange(len(ordered)), min(width, len(ordered)) or 1)
+    step = max(-(-len(ordered) // width), 1)
+    groups = [range(i, min(i + step, len(ordered))) for i in range(0, len(ordered), step)]
     shares = np.zeros((len(REUSE_COLOURS), len(groups)))
     for place, group in enumerate(groups):
-        tokens = [list(ordered[i].tokens().values()) for i in group]
-        summed = np.sum(tokens, axis=0) if tokens else np.zeros(len(REUSE_COLOURS))
-        shares[:, place] = summed / max(summed.sum(), 1)
-    left = [group[0] if len(group) else 0 for group in groups]
-    wide = [max(len(group), 1) for group in groups]
+        tokens = np.sum([list(ordered[i].tokens().values()) for i in group], axis=0)
+        shares[:, place] = tokens / max(tokens.sum(), 1)
+    left = [group.start for group in groups]
+    wide = [len(group) for group in groups]
     bottom = np.zeros(len(groups))
     for (kind, colour), share in zip(REUSE_COLOURS.items(), shares, strict=True):
         label = kind.replace("_", " ")

@@ -57,8 +57,8 @@ class Policy(Protocol):
     def evict(self, incoming: Item, now: float, pinned: Container = ()) -> Hashable | None:
         """Choose the held key that makes room for `incoming`, forget it and return it.
 
-        Never a key in `pinned`. Returns None when all held keys are pinned, and `incoming.key`
-        when the policy would rather not admit it (which forgets nothing).
+        Never a key in `pinned`. Returns None when all that may go is pinned, and
+        `incoming.key` when the policy would rather not admit it (which forgets nothing).
         """
         ...
 

@@ -1,9 +1,9 @@
 """Belady's MIN: what is used furthest in the future goes.
 
 Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal
-1966. It needs `Item.next_use`, which a trace tells and a live store cannot. No policy that admits
-every newcomer has more hits where all items are of one size; for other sizes the best choice is
-NP-hard (Chrobak et al. 2012) and this one a good heuristic.
+1966. It needs `Item.next_use`, which a trace tells and a live store cannot. Where all items are of
+one size no policy has more hits (Mattson et al., "Evaluation techniques for storage hierarchies",
+1970); for other sizes the best choice is NP-hard (Chrobak et al. 2012) and this one a heuristic.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ from lmc.policies import Item
 
 @dataclass
 class Belady:
-    """The upper bound of every other policy: furthest next use first."""
+    """The upper bound of every other policy: furthest next use first.
+
+    bypass: refuse a newcomer that is used no sooner than all that could go for it, which no policy
+        can beat at all. False: admit every newcomer, as the paper and other simulators do; a
+        policy that may refuse (leaf_lru) could then have a few more hits.
+    """
 
     capacity: int
+    bypass: bool = False
 
     def __post_init__(self) -> None:
         self._next: dict[Hashable, float] = {}
         self._ticks: dict[Hashable, int] = {}
         self._heap: list[tuple[float, int, Hashable]] = []
-        self._tick = 0  # keys need no order of their own
+        self._tick = 0  # tells equal next uses apart: the one seen first goes first
 
     def touch(self, item: Item, now: float) -> None:
         self._tick += 1
@@ -42,18 +48,19 @@ class Belady:
     def evict(self, incoming: Item, now: float, pinned: Container = ()) -> Hashable | None:
         passed, victim = [], None
         while self._heap and victim is None:
-            entry = heappop(self._heap)
-            _, tick, key = entry
-            if self._ticks.get(key) != tick:
-                continue  # used since, or gone
-            if key in pinned:
-                passed.append(entry)
+            use, tick, key = self._heap[0]
+            if self._ticks.get(key) != tick:  # used since, or gone
+                heappop(self._heap)
+            elif key in pinned:
+                passed.append(heappop(self._heap))
+            elif self.bypass and incoming.next_use >= -use:
+                victim = incoming.key
             else:
+                heappop(self._heap)
+                self.remove(key)
                 victim = key
         for entry in passed:
             heappush(self._heap, entry)
-        if victim is not None:
-            self.remove(victim)
         return victim
 
     def remove(self, key: Hashable) -> None:

@@ -26,7 +26,10 @@ class Queue(OrderedDict[Hashable, int]):
 
     def oldest(self, pinned: Container = ()) -> Hashable | None:
         """The oldest key that is not pinned, or None."""
-        return next((key for key in self if key not in pinned), None)
+        for key in self:
+            if key not in pinned:
+                return key
+        return None
 
     def trim(self, limit: float) -> None:
         """Forget the oldest keys until the sizes add up to at most `limit`."""

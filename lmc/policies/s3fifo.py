@@ -44,22 +44,17 @@ class S3Fifo:
             self._main.push(item.key, item.size)
         else:
             self._small.push(item.key, item.size)
+        # Not when an item goes, for that might forget the newcomer it goes for.
+        self._ghost.trim(GHOST * self.capacity)
 
     def evict(self, incoming: Item, now: float, pinned: Container = ()) -> Hashable | None:
         self._evicted = True
         main_first = self._main.size > (1 - SMALL) * self.capacity or not self._small
-        for sift in (
-            (self._from_main, self._from_small)
-            if main_first
-            else (
-                self._from_small,
-                self._from_main,
-            )
-        ):
-            key = sift(pinned)
-            if key is not None:
-                return key
-        return None
+        if main_first:
+            key = self._from_main(pinned)
+            return self._from_small(pinned) if key is None else key
+        key = self._from_small(pinned)
+        return self._from_main(pinned) if key is None else key
 
     def remove(self, key: Hashable) -> None:
         (self._small if key in self._small else self._main).take(key)
@@ -75,7 +70,6 @@ class S3Fifo:
             if self._uses[key] < TO_MAIN:
                 del self._uses[key]
                 self._ghost.push(key, size)
-                self._ghost.trim(GHOST * self.capacity)
                 return key
             self._uses[key] = 0
             self._main.push(key, size)

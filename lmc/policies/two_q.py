@@ -2,8 +2,8 @@
 
 Johnson and Shasha, "2Q: a low overhead high performance buffer management replacement
 algorithm", VLDB 1994, the full version: A1in is a FIFO of newcomers, A1out remembers the keys it
-let go, Am is an LRU of what was asked for again while A1out remembered it. A1in and A1out take
-25% and 50% of the capacity, as the paper recommends.
+let go, Am is an LRU of what was asked for again while A1out remembered it. A1in takes 25% of the
+capacity, and A1out remembers as much as 50% of it would hold, as the paper recommends.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class TwoQ:
             self._main.push(item.key, item.size)
         else:
             self._in.push(item.key, item.size)
+        # Not when an item goes, for that might forget the newcomer it goes for.
+        self._out.trim(KOUT * self.capacity)
 
     def evict(self, incoming: Item, now: float, pinned: Container = ()) -> Hashable | None:
         queues = (self._in, self._main)
@@ -48,7 +50,6 @@ class TwoQ:
             size = queue.take(key)
             if queue is self._in:
                 self._out.push(key, size)
-                self._out.trim(KOUT * self.capacity)
             return key
         return None
 

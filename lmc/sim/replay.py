@@ -52,7 +52,7 @@ def replay(
         sizes: [A] positive integers; default 1 each, so that capacities count blocks.
         costs: [A] what computing each block again takes, for policies that weigh it.
         write: `through` puts what is new into every tier. `back` puts it into the first alone,
-            and what a tier evicts into the next, unless that holds it already.
+            and what a tier evicts or does not take into the next, unless that holds it already.
 
     Raises:
         ValueError: no capacities, one below 1, a wrong policy, or arrays of another length.
@@ -113,20 +113,22 @@ class MetadataTier:
         held = self._held.get(item.key)
         if held is None:
             return False
-        # The size it came with stays: that is what it occupies.
-        self.policy.touch(item._replace(size=held.size) if held.size != item.size else item, now)
+        if held.size != item.size:
+            item = item._replace(size=held.size)  # what it occupies since it came
+        self._held[item.key] = item
+        self.policy.touch(item, now)
         return True
 
     def put(self, item: Item, now: float) -> list[Item]:
-        """Hold an item, if it fits and the policy admits it; what left for it."""
+        """Hold an item; what left for it, or the item itself if it does not fit or is refused."""
         evicted: list[Item] = []
         if item.size > self.capacity:
-            return evicted
+            return [item]
         while self.size + item.size > self.capacity:
             key = self.policy.evict(item, now)
             assert key is not None  # nothing is pinned
             if key == item.key:
-                return evicted
+                return [*evicted, item]
             left = self._held.pop(key)
             self.size -= left.size
             evicted.append(left)

@@ -1,14 +1,16 @@
-"""Traces that several tests replay."""
+"""Traces that several tests replay, and W-TinyLFU with the parameters of libcachesim."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Hashable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lmc.policies import w_tinylfu
 from lmc.sim.trace import Accesses, Request, accesses
 from tests.policies.traces import trace
 
@@ -45,3 +47,24 @@ def conversation() -> Accesses:
             )
         )
     return accesses(requests)
+
+
+@pytest.fixture
+def library_w_tinylfu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W-TinyLFU where it differs from libcachesim 0.3.5, as its source has it.
+
+    There newcomers enter the protected segment while it has room and probation has not; counts
+    are halved after 32 uses per item; and the filter has 14.4 counters per item in all, here
+    rounded to four rows of 4.
+    """
+
+    def admit(self: w_tinylfu.WTinyLfu, key: Hashable) -> None:
+        size = self._window.take(key)
+        protected = w_tinylfu.PROTECTED * self._main_capacity
+        full = self._probation.size + size > self._main_capacity - protected
+        room = self._protected.size + size <= protected
+        (self._protected if full and room else self._probation).push(key, size)
+
+    monkeypatch.setattr(w_tinylfu.WTinyLfu, "_admit", admit)
+    monkeypatch.setattr(w_tinylfu, "SAMPLE", 32)
+    monkeypatch.setattr(w_tinylfu, "CELLS", 4)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import libcachesim
 import numpy as np
 import pytest
 
-from lmc.policies import w_tinylfu
 from lmc.sim.replay import replay
 from lmc.sim.trace import Accesses
 
@@ -15,18 +16,17 @@ LIBRARY = {
     "fifo": libcachesim.FIFO,
     "lfu": libcachesim.LFU,
     "sieve": libcachesim.Sieve,
-    "belady": libcachesim.Belady,
     "arc": libcachesim.ARC,
     "2q": libcachesim.TwoQ,
     "s3fifo": libcachesim.S3FIFO,
 }
-EQUAL = ("lru", "fifo", "lfu", "sieve", "belady")
 
 
 def library_hits(cache: libcachesim.CacheBase, trace: Accesses) -> int:
-    following = np.where(np.isinf(trace.next_use()), 2**62, trace.next_use()).astype(np.int64)
+    never = 2**63 - 1  # the library's mark of no next use
+    following = [never if n == np.inf else int(n) for n in trace.next_use().tolist()]
     hits = 0
-    for i, (key, then) in enumerate(zip(trace.keys.tolist(), following.tolist(), strict=True)):
+    for i, (key, then) in enumerate(zip(trace.keys.tolist(), following, strict=True)):
         request = libcachesim.Request()
         request.obj_id, request.obj_size = key, 1
         request.clock_time, request.next_access_vtime = i, then
@@ -34,20 +34,29 @@ def library_hits(cache: libcachesim.CacheBase, trace: Accesses) -> int:
     return hits
 
 
+def our_hits(trace: Accesses, capacity: int, policy: Any) -> int:
+    hits = replay(trace, [capacity], policy).hits
+    assert 0.05 < hits / len(trace.keys) < 0.95
+    return hits
+
+
 @pytest.mark.parametrize("capacity", [100, 1000])
 @pytest.mark.parametrize("policy", LIBRARY)
-def test_hits(mixed: Accesses, policy: str, capacity: int) -> None:
-    ours = replay(mixed, [capacity], policy).hits / len(mixed.keys)
-    theirs = library_hits(LIBRARY[policy](capacity), mixed) / len(mixed.keys)
-    assert 0.05 < theirs < 0.95
-    assert ours == pytest.approx(theirs, abs=5e-5 if policy in EQUAL else 0.02)
+def test_equal_hits(mixed: Accesses, policy: str, capacity: int) -> None:
+    theirs = library_hits(LIBRARY[policy](capacity), mixed)
+    assert our_hits(mixed, capacity, policy) == theirs
 
 
 @pytest.mark.parametrize("capacity", [100, 1000])
-def test_w_tinylfu(mixed: Accesses, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the library's sample and an LRU main part in both; test_golden.py says why."""
-    monkeypatch.setattr(w_tinylfu, "SAMPLE", 32)
-    monkeypatch.setattr(w_tinylfu, "PROTECTED", 0.0)
-    ours = replay(mixed, [capacity], "wtinylfu").hits / len(mixed.keys)
-    library = libcachesim.WTinyLFU(capacity, main_cache="LRU")
-    assert ours == pytest.approx(library_hits(library, mixed) / len(mixed.keys), abs=0.02)
+def test_belady(mixed: Accesses, capacity: int) -> None:
+    theirs = library_hits(libcachesim.Belady(capacity), mixed)
+    assert our_hits(mixed, capacity, "belady") == theirs
+    assert our_hits(mixed, capacity, {"name": "belady", "bypass": True}) >= theirs
+
+
+@pytest.mark.usefixtures("library_w_tinylfu")
+@pytest.mark.parametrize("capacity", [100, 1000])
+def test_w_tinylfu(mixed: Accesses, capacity: int) -> None:
+    theirs = library_hits(libcachesim.WTinyLFU(capacity), mixed)
+    ours = our_hits(mixed, capacity, "wtinylfu")
+    assert ours / len(mixed.keys) == pytest.approx(theirs / len(mixed.keys), abs=0.02)

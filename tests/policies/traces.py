@@ -7,17 +7,19 @@ import numpy as np
 from lmc.sim.trace import Accesses
 
 
-def trace(keys: np.ndarray) -> Accesses:
-    """One access a request, a second apart."""
+def trace(keys: np.ndarray, per_request: int = 1) -> Accesses:
+    """Requests of `per_request` accesses, a second apart."""
     n = len(keys)
     _, numbered = np.unique(keys, return_inverse=True)
-    ones = np.ones(n, dtype=np.int64)
+    offsets = np.append(np.arange(0, n, per_request), n)
+    requests = len(offsets) - 1
+    lengths = np.diff(offsets)
     return Accesses(
         keys=numbered.astype(np.int64),
-        tokens=ones,
-        offsets=np.arange(n + 1),
-        timestamps=np.arange(n, dtype=np.float64),
-        input_tokens=ones,
-        output_tokens=ones,
+        tokens=np.ones(n, dtype=np.int64),
+        offsets=offsets,
+        timestamps=np.arange(requests, dtype=np.float64),
+        input_tokens=lengths,
+        output_tokens=np.ones(requests, dtype=np.int64),
         block_tokens=1,
     )

@@ -166,6 +166,15 @@ def test_reuse_shows_a_prompt(ids: Path) -> None:
     assert "new 400-401" in out
 
 
+def test_sessions_of_one_request_are_told(tmp_path: Path) -> None:
+    trace = tmp_path / "rag.jsonl.gz"
+    assert invoke("trace", "make", "rag", "--out", trace, "--set", "count=20")[0] == 0
+    _, out, _ = invoke("reuse", trace)
+    assert "--scope trace" in out
+    assert answer("reuse", trace)["moved"] == 0
+    assert answer("reuse", trace, "--scope", "trace")["moved"] > 0
+
+
 def test_bad_lines_are_told_and_left_out(blocks: Path) -> None:
     blocks.write_text(blocks.read_text() + "{\n")
     code, out, err = invoke("sim", blocks, "--capacity", "inf")

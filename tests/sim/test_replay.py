@@ -127,6 +127,12 @@ def test_tiers_hold_no_more_than_they_can(
     assert done.hits <= everything.hits == len(a.keys) - a.unique
 
 
+def test_what_the_first_tier_cannot_take_is_written_to_the_next() -> None:
+    a = trace(np.array([1, 1]))
+    done = replay(a, [3, 9], sizes=np.array([5, 5]), write="back")
+    assert done.tier.tolist() == [MISS, 1]
+
+
 def test_an_item_larger_than_a_tier_never_enters_it() -> None:
     a = trace(np.array([1, 1, 2, 2]))
     sizes = np.array([5, 5, 1, 1])
@@ -167,6 +173,7 @@ def test_a_tier_counts_what_it_holds() -> None:
 
     assert tier.put(Item("a", 6), 0.0) == []
     assert [item.key for item in tier.put(Item("b", 5), 1.0)] == ["a"]
+    assert [item.key for item in tier.put(Item("large", 11), 2.0)] == ["large"]
     assert (tier.size, tier.written, "a" in tier, "b" in tier) == (5, 11, False, True)
 
 

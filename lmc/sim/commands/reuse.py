@@ -124,7 +124,14 @@ def _print(summary: dict[str, Any], trace: Path) -> None:
         if len(sessions) > SHOWN_SESSIONS:
             table.add_row(f"and {len(sessions) - SHOWN_SESSIONS} more", style="dim")
     add("all", summary, "bold")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if summary["scope"] == "session" and all(row["requests"] == 1 for _, row in sessions):
+        console.print(
+            "Every session has one request, so nothing came before it: --scope trace compares "
+            "with all earlier requests.",
+            style="yellow",
+        )
 
 
 def _print_map(request: Request, done: RequestReuse, reading: Any) -> None:
