@@ -109,7 +109,7 @@ def _print(summary: dict[str, Any], trace: Path) -> None:
         caption_justify="left",
     )
     columns = ("prefix", "moved", "repeated_within", "new", "upper_bound")
-    table.add_column("session")
+    table.add_column("session", no_wrap=True)
     for name in ("requests", "tokens", "prefix", "moved", "repeated", "new", "bound"):
         table.add_column(name, justify="right")
 

@@ -11,6 +11,8 @@ import typer
 from lmc.errors import errors_in_one_line
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from lmc.sim.sweep import Metric, Outcome
     from lmc.sim.trace import Request
     from lmc.sim.ttft import TTFTModel
@@ -196,52 +198,60 @@ def _rows(
 
 
 def _print(trace: Path, rows: Sequence[dict[str, Any]]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     first = rows[-1]
     what = {"object": "accesses", "prefix": "input tokens", "store": "prompt tokens"}
-    table = Table(
-        title=f"{trace.name}: {first['accesses']:,} {what[first['metric']]}",
-        caption=f"metric {first['metric']}",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("policy")
-    table.add_column(f"capacity, {first['unit']}", justify="right")
     extra = [k for k in ("exact", "moved", "recomputed", "computed", "error") if k in first]
     tiers = max(len(row.get("tiers", ())) for row in rows)
-    timed = "ttft_s" in first
-    names = ["hit rate", *extra, *(f"tier {i + 1}" for i in range(tiers))]
-    names += ["TTFT p50", "p90", "p99", "load", "req/s", "slower"] if timed else []
-    for name in names:
-        table.add_column(name, justify="right")
+    rates = _table(
+        f"{trace.name}: {first['accesses']:,} {what[first['metric']]} (metric {first['metric']})",
+        ["policy", first["unit"], "hit rate", *extra, *(f"tier {i + 1}" for i in range(tiers))],
+    )
+    times = _table(
+        "Time to first token, waiting included",
+        ["policy", first["unit"], "p50", "p90", "p99", "load", "req/s", "tokens/s", "slower"],
+    )
     for row in rows:
         capacity = row["capacity"] if isinstance(row["capacity"], list) else [row["capacity"]]
-        cells = [f"{row['hit_rate']:.4f}", *(f"{row[k]:.4f}" if k in row else "" for k in extra)]
-        served = [f"{t['hits'] / row['accesses']:.4f}" for t in row.get("tiers", ())]
-        cells += served + [""] * (tiers - len(served))
-        if timed:
-            cells += [f"{row['ttft_s'][p]:.2f} s" for p in ("p50", "p90", "p99")]
-            cells += [f"{row['offered_load']:.2f}", f"{row['requests_per_s']:.2f}"]
-            cells += [f"{row['reuse_slower']:.1%}"]
-        table.add_row(row["policy"], " + ".join(map(_round, capacity)), *cells)
+        name = (row["policy"], " + ".join(map(_round, capacity)))
+        if row["policy"] != "none":
+            cells = [f"{row[k]:.4f}" for k in ("hit_rate", *extra)]
+            served = [f"{t['hits'] / row['accesses']:.4f}" for t in row.get("tiers", ())]
+            rates.add_row(*name, *cells, *served, *[""] * (tiers - len(served)))
+        if "ttft_s" in row:
+            spread = [f"{row['ttft_s'][p]:.2f} s" for p in ("p50", "p90", "p99")]
+            load, rate = f"{row['offered_load']:.2f}", f"{row['requests_per_s']:.3g}"
+            tokens = f"{row['input_tokens_per_s']:,.0f}"
+            times.add_row(*name, *spread, load, rate, tokens, f"{row['reuse_slower']:.1%}")
     console = Console()
-    console.print(table)
-    if timed and any(row["offered_load"] >= 1 for row in rows):
+    console.print(rates)
+    if not times.row_count:
+        return
+    console.print(times)
+    if any(row["offered_load"] >= 1 for row in rows):
         console.print(
             "load 1 and more: requests come faster than they are served, so that times describe "
             "the length of the trace, not a steady state (--servers, --rate-scale).",
             style="yellow",
         )
-    if timed and any(row["reuse_slower"] for row in rows):
+    if any(row["reuse_slower"] for row in rows):
         console.print(
             "slower: share of requests for which loading what was found, and computing the rest, "
             "takes longer than computing all of it.",
             style="yellow",
         )
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column(columns[0])
+    for name in columns[1:]:
+        table.add_column(name, justify="right")
+    return table
 
 
 def _round(capacity: float | str) -> str:
