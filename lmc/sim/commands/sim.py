@@ -210,7 +210,7 @@ def _print(trace: Path, rows: Sequence[dict[str, Any]]) -> None:
     )
     times = _table(
         "Time to first token, waiting included",
-        ["policy", first["unit"], "p50", "p90", "p99", "load", "req/s", "tokens/s", "slower"],
+        ["policy", first["unit"], "p50 s", "p90 s", "p99 s", "load", "req/s", "tok/s", "slower"],
     )
     for row in rows:
         capacity = row["capacity"] if isinstance(row["capacity"], list) else [row["capacity"]]
@@ -220,7 +220,7 @@ def _print(trace: Path, rows: Sequence[dict[str, Any]]) -> None:
             served = [f"{t['hits'] / row['accesses']:.4f}" for t in row.get("tiers", ())]
             rates.add_row(*name, *cells, *served, *[""] * (tiers - len(served)))
         if "ttft_s" in row:
-            spread = [f"{row['ttft_s'][p]:.2f} s" for p in ("p50", "p90", "p99")]
+            spread = [f"{row['ttft_s'][p]:.2f}" for p in ("p50", "p90", "p99")]
             load, rate = f"{row['offered_load']:.2f}", f"{row['requests_per_s']:.3g}"
             tokens = f"{row['input_tokens_per_s']:,.0f}"
             times.add_row(*name, *spread, load, rate, tokens, f"{row['reuse_slower']:.1%}")
