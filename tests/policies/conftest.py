@@ -29,6 +29,18 @@ def mixed() -> Accesses:
 
 
 @pytest.fixture(scope="session")
+def returning() -> Accesses:
+    """5,200 accesses of which many come back shortly after a small place has let them go."""
+    rng = np.random.default_rng(1)
+    parts = []
+    for i in range(8):
+        parts.append(rng.zipf(1.1, 400) % 300)
+        parts.append(rng.integers(0, 120, 200))
+        parts.append(np.arange(1000 + 50 * i, 1050 + 50 * i))
+    return trace(np.concatenate(parts))
+
+
+@pytest.fixture(scope="session")
 def conversation() -> Accesses:
     """The Mooncake conversation trace, if it is at hand."""
     if not (folder := os.environ.get("LMC_DATA")):

@@ -151,6 +151,45 @@ def arc(keys: list[int], capacity: int) -> list[bool]:
     return hits
 
 
+def w_tinylfu(keys: list[int], capacity: int) -> list[bool]:
+    """Of the paper, with exact counts: a window of 1%, an SLRU of 20:80, all halved at times."""
+    window_size = max(capacity // 100, 1)
+    main_size = capacity - window_size
+    window: list[int] = []
+    probation: list[int] = []
+    protected: list[int] = []
+    uses: Counter[int] = Counter()
+    counted, hits = 0, []
+    for key in keys:
+        hit = key in window or key in probation or key in protected
+        hits.append(hit)
+        if key in probation:
+            probation.remove(key)
+            protected.append(key)
+            if len(protected) > 0.8 * main_size:
+                probation.append(protected.pop(0))
+        elif hit:
+            queue = window if key in window else protected
+            queue.remove(key)
+            queue.append(key)
+        else:
+            if len(window) == window_size:
+                candidate = window.pop(0)
+                main = probation or protected
+                if len(probation) + len(protected) < main_size:
+                    probation.append(candidate)
+                elif main and uses[candidate] > uses[main[0]]:
+                    del main[0]
+                    probation.append(candidate)
+            window.append(key)
+        uses[key] = min(uses[key] + 1, 15)
+        counted += 1
+        if counted >= 10 * max(len(window) + len(probation) + len(protected), 16):
+            uses = Counter({k: n // 2 for k, n in uses.items()})
+            counted //= 2
+    return hits
+
+
 def most_hits(keys: list[int], capacity: int) -> int:
     """Of all ways to hold at most `capacity` keys, each admitted or not when it is accessed."""
     best = {frozenset[int](): 0}

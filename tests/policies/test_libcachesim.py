@@ -1,4 +1,4 @@
-"""The same hits as libcachesim on one trace of all sorts."""
+"""The same hits as libcachesim, on a trace of all sorts and on one that suits ghosts."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def our_hits(trace: Accesses, capacity: int, policy: Any) -> int:
 def test_equal_hits(mixed: Accesses, policy: str, capacity: int) -> None:
     theirs = library_hits(LIBRARY[policy](capacity), mixed)
     assert our_hits(mixed, capacity, policy) == theirs
+
+
+@pytest.mark.parametrize("capacity", [20, 40, 60, 100])
+@pytest.mark.parametrize("policy", LIBRARY)
+def test_equal_hits_where_much_comes_back(returning: Accesses, policy: str, capacity: int) -> None:
+    theirs = library_hits(LIBRARY[policy](capacity), returning)
+    assert our_hits(returning, capacity, policy) == theirs
 
 
 @pytest.mark.parametrize("capacity", [100, 1000])

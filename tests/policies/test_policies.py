@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -15,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmc.policies import POLICIES, Item, Policy, build_policy
-from lmc.policies.w_tinylfu import CELLS, MOST_USES, Sketch
-from lmc.sim.replay import MISS, replay
+from lmc.policies.w_tinylfu import CELLS
+from lmc.sim.replay import replay
 from tests.policies import models
-from tests.policies.traces import trace
+from tests.policies.traces import hits, trace
 
 MAY_REFUSE = {"name": "belady", "bypass": True}
 KEYS = st.lists(st.integers(0, 12), max_size=80)
@@ -129,25 +127,42 @@ def test_the_contract(name: str, accesses: list[tuple[int, int, int, str]], capa
     place.empty(float(len(accesses)))
 
 
-def hits(keys: Iterable[int], capacity: int, policy: Any, per_request: int = 1) -> list[bool]:
-    made = trace(np.array(list(keys), dtype=np.int64), per_request)
-    return (replay(made, [capacity], policy).tier != MISS).tolist()
+MODELS: dict[str, models.Model] = {
+    "lru": models.lru,
+    "fifo": models.fifo,
+    "lfu": models.lfu,
+    "lfu_aged": models.lfu_aged,
+    "gdsf": models.lfu_aged,  # where all costs and sizes are equal
+    "sieve": models.sieve,
+    "2q": models.two_q,
+    "arc": models.arc,
+    "wtinylfu": models.w_tinylfu,
+}
 
 
-@pytest.mark.parametrize("name", ["lru", "fifo", "lfu", "lfu_aged", "sieve", "2q", "arc"])
+@pytest.mark.parametrize("name", MODELS)
 @given(KEYS, st.integers(1, 8))
 def test_a_policy_does_what_its_paper_says(name: str, keys: list[int], capacity: int) -> None:
-    model = getattr(models, {"2q": "two_q"}.get(name, name))
-    assert hits(keys, capacity, name) == model(keys, capacity)
+    assert hits(keys, capacity, name) == MODELS[name](keys, capacity)
 
 
-@pytest.mark.parametrize("name", ["sieve", "2q", "arc"])
-def test_a_policy_of_several_parts_keeps_doing_it(name: str) -> None:
-    model = getattr(models, {"2q": "two_q"}.get(name, name))
+@pytest.mark.parametrize("name", ["lfu_aged", "gdsf", "sieve", "2q", "arc"])
+def test_a_policy_with_a_past_keeps_doing_it(name: str) -> None:
     for seed in range(20):
         rng = np.random.default_rng(seed)
         keys = (rng.zipf(1.3, 500) % 40).tolist()
-        assert hits(keys, 2 + seed, name) == model(keys, 2 + seed)
+        assert hits(keys, 2 + seed, name) == MODELS[name](keys, 2 + seed)
+
+
+@pytest.mark.parametrize("config", [*NAMES, MAY_REFUSE], ids=[*NAMES, "min"])
+def test_only_the_share_of_the_capacity_that_an_item_takes_matters(config: Any) -> None:
+    rng = np.random.default_rng(0)
+    keys = np.concatenate([rng.zipf(1.1, 3000) % 500, rng.integers(0, 300, 1000)])
+    made = trace(keys, per_request=5)
+    # A power of two, so that what is a share of the capacity is rounded alike.
+    large = np.full(len(keys), 1024)
+    ones = replay(made, [100], config).tier
+    assert (replay(made, [100 * 1024], config, sizes=large).tier == ones).all()
 
 
 @given(st.lists(st.integers(0, 4), max_size=12), st.integers(1, 3))
@@ -181,11 +196,6 @@ def test_belady_refuses_what_is_used_last_of_all() -> None:
     always = build_policy("belady", 1)
     always.insert(Item("soon", next_use=3), 0)
     assert always.evict(Item("later", next_use=10), 1) == "soon"
-
-
-@given(KEYS, CAPACITY)
-def test_gdsf_with_equal_costs_is_lfu_with_ageing(keys: list[int], capacity: int) -> None:
-    assert hits(keys, capacity, "gdsf") == hits(keys, capacity, "lfu_aged")
 
 
 def test_gdsf_keeps_what_is_dear_for_its_size() -> None:
@@ -290,53 +300,6 @@ def test_a_place_says_its_own_capacity() -> None:
         build_policy({"name": "lru", "capacity": 3}, 4)
     with pytest.raises(ValueError, match=r"'mru'.*belady.*s3fifo"):
         build_policy("mru", 4)
-
-
-@given(st.lists(st.integers(0, 300), max_size=300), st.integers(0, 3))
-def test_a_sketch_never_counts_too_few(keys: list[int], doublings: int) -> None:
-    sketch = Sketch()
-    for i, key in enumerate(keys):
-        if i == len(keys) // 2:
-            for _ in range(doublings):
-                sketch.double()
-        sketch.add(sketch.places(key))
-    counts = {key: sketch.count(sketch.places(key)) for key in keys}
-    assert all(counts[key] >= min(keys.count(key), MOST_USES) for key in counts)
-    sketch.halve()
-    assert all(sketch.count(sketch.places(key)) == n // 2 for key, n in counts.items())
-
-
-def test_w_tinylfu_admits_what_is_asked_for_more_often() -> None:
-    policy = build_policy("wtinylfu", 4)  # a window of 1, of the main part 3
-    for now, key in enumerate(["a", "b", "c", "d"]):
-        policy.insert(Item(key), now)
-    # d is in the window, a the oldest of the main part; both were asked for once.
-    assert policy.evict(Item("e"), 4) == "d"
-    policy.insert(Item("e"), 4)
-    policy.touch(Item("e"), 5)
-    assert policy.evict(Item("f"), 6) == "a"
-    policy.insert(Item("f"), 6)
-    policy.touch(Item("b"), 7)  # protected now
-    assert policy.evict(Item("g"), 8, pinned={"f"}) == "c"  # f is all that the window holds
-
-
-def test_w_tinylfu_does_not_depend_on_the_hash_seed_of_the_process() -> None:
-    code = (
-        "from lmc.policies.w_tinylfu import Sketch\n"
-        "for key in (7, b'seven', (b'k', b'c', True, False)): print(Sketch.places(key))"
-    )
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(said) == 1
-    assert len(set(said.pop().splitlines())) == 3
 
 
 def entries(x: object) -> int:

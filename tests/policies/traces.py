@@ -1,9 +1,13 @@
-"""Traces of bare keys."""
+"""Traces of bare keys, and what is hit in them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 
+from lmc.sim.replay import MISS, replay
 from lmc.sim.trace import Accesses
 
 
@@ -23,3 +27,9 @@ def trace(keys: np.ndarray, per_request: int = 1) -> Accesses:
         output_tokens=np.ones(requests, dtype=np.int64),
         block_tokens=1,
     )
+
+
+def hits(keys: Iterable[int], capacity: int, policy: Any, per_request: int = 1) -> list[bool]:
+    """Of each access to `keys`, whether it hits."""
+    made = trace(np.array(list(keys), dtype=np.int64), per_request)
+    return (replay(made, [capacity], policy).tier != MISS).tolist()
