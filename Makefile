@@ -5,6 +5,8 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+# Of an environment with a PyTorch for GPUs, which `make setup` does not make.
+GPU_PYTHON ?= $(BIN)/python
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -12,7 +14,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup lint test test-fast test-slow demo clean
+.PHONY: help setup lint test test-fast test-slow gpu-check demo clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +60,9 @@ test-fast: setup ## the tests that do not start vLLM, in under 3 minutes
 
 test-slow: setup ## the slow tests only
 	$(PYTEST) -m slow
+
+gpu-check: ## check and time the kernels on this machine's GPU (GPU_PYTHON: one with lmc[cuda])
+	$(GPU_PYTHON) benchmarks/kernels.py
 
 demo: setup ## run experiments/demo.yaml into results/demo
 	$(BIN)/lmc run experiments/demo.yaml --out results/demo

@@ -19,8 +19,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# What a launch without options gets; triton 3.9 warns where the second is not spelled out.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -46,8 +44,9 @@ def compile_variant(spec: KernelSpec, variant: str, dtype: torch.dtype, target: 
     types: dict[str, str] = {}
     constants: dict[str, int] = {}
     aligned = {}
-    for i, name in enumerate(spec.kernel.arg_names):
-        value = spec.aot[variant][name]
+    kernel, arguments = spec.kernels.get(variant, spec.kernel), spec.aot[variant]
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
         if isinstance(value, int):
             constants[name], types[name] = value, "constexpr"
             continue
@@ -55,9 +54,11 @@ def compile_variant(spec: KernelSpec, variant: str, dtype: torch.dtype, target: 
         types[name] = kind.replace("*b", "*" + DTYPES[dtype]) if kind == "*b" else kind
         if divisor:
             aligned[(i,)] = [["tt.divisibility", int(divisor)]]
-    source = ASTSource(spec.kernel, signature=types, constexprs=constants, attrs=aligned)
+    source = ASTSource(kernel, signature=types, constexprs=constants, attrs=aligned)
     gpu = TARGETS[target]
-    compiled = triton.compile(source, target=gpu, options=OPTIONS)
+    # What a launch without options gets; triton 3.9 warns where the second is not spelled out.
+    options = {"num_warps": arguments.get("num_warps", 4), "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=gpu, options=options)
     return _nvidia(compiled) if gpu.backend == "cuda" else _amd(compiled)
 
 
@@ -71,15 +72,18 @@ def _nvidia(compiled: CompiledKernel) -> Binary:
     ptx = compiled.asm["ptx"]
 
     def widest(op: str) -> int:
-        found = re.findall(rf"{op}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
-        return max(int(n or 1) * int(bits) for n, bits in found)
+        found = re.findall(rf"\b{op}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+        return max((int(n or 1) * int(bits) for n, bits in found), default=0)
+
+    # Loads of a pipelined loop go to shared memory directly; ptxas is told their size in bytes.
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (0x[0-9a-f]+|\d+)", ptx)
 
     return Binary(
         registers=facts["REG"],
         # These kernels have no arrays of their own: whatever lies on the stack was spilled.
         spills=facts["STACK"] + facts["LOCAL"],
         shared=compiled.metadata.shared,
-        load_bits=widest("ld"),
+        load_bits=max([widest("ld"), *(8 * int(n, 0) for n in copies)]),
         store_bits=widest("st"),
     )
 
@@ -96,7 +100,8 @@ def _amd(compiled: CompiledKernel) -> Binary:
     def widest(op: str) -> int:
         found = re.findall(rf"\b(?:global|buffer|flat)_{op}_(dwordx\d|dword|\w*short|\w*byte)", asm)
         words = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-        return max(words.get(name, 16 if name.endswith("short") else 8) for name in found)
+        widths = (words.get(name, 16 if name.endswith("short") else 8) for name in found)
+        return max(widths, default=0)
 
     return Binary(
         registers=fact("vgpr_count"),

@@ -1,11 +1,14 @@
 """Collect a chunk's rows from the paged KV cache: all layers, K and V, in one launch.
 
-Shapes: pages L x [N, P, G, D] of K and of V, slots [T] -> out [L, 2, T, G, D].
+Shapes: pages L x [N, P, G, D] of K and of V, slots [T] -> out [L, 2, T, G, D]; or the latents of
+         MLA, pages L x [N, P, D] -> out [L, 1, T, D].
 Formula: out[l, 0, t] = k[l][slots[t] // P, slots[t] % P], out[l, 1, t] the same of v; -1: left out.
-Bytes:   reads and writes 2*L*T*G*D*b each, and reads the slots.
+Bytes:   reads and writes 2*L*T*G*D*b each (latents: L*T*D*b), and reads the slots.
 Source:  the inverse of vLLM's reshape_and_cache, over all layers through a table of addresses.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,16 +21,43 @@ from lmc.kernels.paged import AOT_ARGS, PagedKV, check_slots, describe, page_run
 from lmc.kernels.spec import EXACT, KernelSpec, block_rows, use_kernel
 
 
+class PagedLatents(PagedKV):
+    """MLA's paged cache: one tensor [N, P, D] a layer, whose last dims of a row are the rotated.
+
+    To the kernels it is the K of one head; its V is the same memory and never moved by itself.
+    """
+
+    def __init__(self, pages: Sequence[Tensor]) -> None:
+        for layer, x in enumerate(pages):
+            if x.ndim != 3:
+                raise ValueError(f"pages must be [N, P, D] each, got pages[{layer}] {describe(x)}")
+        heads = tuple(x.unsqueeze(2) for x in pages)
+        super().__init__(heads, heads)
+
+
+def chunk_shape(paged: PagedKV, T: int) -> tuple[int, ...]:
+    """Of T tokens: [L, 2, T, G, D], or [L, 1, T, D] of latents."""
+    if isinstance(paged, PagedLatents):
+        return paged.L, 1, T, paged.D
+    return paged.L, 2, T, paged.G, paged.D
+
+
+def by_heads(chunk: Tensor) -> Tensor:
+    """The chunk with the axis G that latents lack."""
+    return chunk.unsqueeze(3) if chunk.ndim == 4 else chunk
+
+
 def gather_reference(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None:
-        shape = (paged.L, 2, len(slots), paged.G, paged.D)
+        shape = chunk_shape(paged, len(slots))
         out = torch.zeros(shape, dtype=paged.dtype, device=paged.device)
     runs = list(page_runs(slots, paged.P))
-    for layer in range(paged.L):
-        k, v, (out_k, out_v) = paged.k[layer], paged.v[layer], out[layer]
+    for layer, new in enumerate(by_heads(out)):
+        # Latents are one side.
+        sides = list(zip(new, (paged.k[layer], paged.v[layer]), strict=False))
         for rows, page, offsets in runs:
-            out_k[rows] = k[page, offsets]
-            out_v[rows] = v[page, offsets]
+            for side, pages in sides:
+                side[rows] = pages[page, offsets]
     return out
 
 
@@ -36,11 +66,12 @@ def _gather_kernel(
     out, slots, T, o_l, o_kv, o_t, o_g,
     table, L, limit, k_n, k_p, k_g, v_n, v_p, v_g,
     K_D: tl.constexpr, V_D: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
-    O_D: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    O_D: tl.constexpr, D: tl.constexpr, SIDES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_g = tl.program_id(0).to(tl.int64)
-    i_l = tl.program_id(2).to(tl.int64) // 2
-    i_kv = tl.program_id(2).to(tl.int64) % 2
+    i_l = tl.program_id(2).to(tl.int64) // SIDES
+    i_kv = tl.program_id(2).to(tl.int64) % SIDES
     o_row = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = tl.arange(0, BLOCK_D)
     b_slot = tl.load(slots + o_row, mask=o_row < T, other=-1)
@@ -58,12 +89,12 @@ def _gather_kernel(
 
 
 def gather(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
-    """The rows of `slots` as one chunk [L, 2, T, G, D], on the pages' device.
+    """The rows of `slots` as one chunk [L, 2, T, G, D], of latents [L, 1, T, D], where pages are.
 
     Slot -1 leaves that row of out untouched; in an out made here it is zero.
     """
     check_slots(slots, paged)
-    shape = (paged.L, 2, len(slots), paged.G, paged.D)
+    shape = chunk_shape(paged, len(slots))
     if out is not None and (out.shape, out.dtype, out.device) != (shape, paged.dtype, paged.device):
         raise ValueError(
             f"out must be {paged.dtype} {list(shape)} on {paged.device}, got {describe(out)}"
@@ -75,30 +106,51 @@ def gather(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.zeros(shape, dtype=paged.dtype, device=paged.device)
     if len(slots):
         BLOCK_T = block_rows(len(slots), paged.D)
-        grid = (paged.G, triton.cdiv(len(slots), BLOCK_T), 2 * paged.L)
+        grid = (paged.G, triton.cdiv(len(slots), BLOCK_T), shape[1] * paged.L)
         with torch.cuda.device_of(out):
             _gather_kernel[grid](
-                out, slots.contiguous(), len(slots), *out.stride()[:4], **paged.kernel_args,
-                O_D=out.stride(4), D=paged.D,
+                out, slots.contiguous(), len(slots), *by_heads(out).stride()[:4],
+                **paged.kernel_args, O_D=out.stride(-1), D=paged.D, SIDES=shape[1],
                 BLOCK_T=BLOCK_T, BLOCK_D=triton.next_power_of_2(paged.D),
             )  # fmt: skip
     return out
 
 
+@dataclass(frozen=True)
+class LatentCase(Case):
+    """Latents of MLA, the last R dims of which are rotated."""
+
+    G: int = 1
+    D: int = 576
+    R: int | None = 64
+
+
+def make_latents(case: Case, dtype: torch.dtype, device: str, *, poisoned: bool) -> PagedKV:
+    k = make_paged(case, dtype, device, poisoned=poisoned).k
+    return PagedLatents([x.squeeze(2) for x in k])
+
+
+def chunk_bytes(case: Case, b: int) -> int:
+    sides = 1 if isinstance(case, LatentCase) else 2
+    return sides * case.L * case.T * case.G * case.D * b
+
+
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    shape = torch.Size((case.L, 2, case.T, case.G, case.D))
+    pages = make_latents if isinstance(case, LatentCase) else make_paged
+    paged = pages(case, dtype, device, poisoned=False)
     return {
-        "paged": make_paged(case, dtype, device, poisoned=False),
+        "paged": paged,
         "slots": make_slots(case, device),
-        "out": poison(shape, dtype, device),
+        "out": poison(torch.Size(chunk_shape(paged, case.T)), dtype, device),
     }
 
 
-def _signature(D: int) -> dict[str, str | int]:
+def _signature(D: int, SIDES: int = 2) -> dict[str, str | int]:
     return {
         "out": "*b:16", "slots": "*i64:16", "T": "i32",
         "o_l": "i32:16", "o_kv": "i32:16", "o_t": "i32:16", "o_g": "i32:16", **AOT_ARGS,
-        "O_D": 1, "D": D, "BLOCK_T": block_rows(8192, D), "BLOCK_D": triton.next_power_of_2(D),
+        "O_D": 1, "D": D, "SIDES": SIDES,
+        "BLOCK_T": block_rows(8192, D), "BLOCK_D": triton.next_power_of_2(D),
     }  # fmt: skip
 
 
@@ -116,10 +168,17 @@ SPEC = KernelSpec(
         Case(T=20, G=2, D=256, rotate=False, slots="holes"),
         Case(T=7, G=2, D=64, rotate=False, slots="none"),
         Case(T=0, G=2, D=64, rotate=False),
+        LatentCase(T=21, slots="shuffled"),
+        LatentCase(T=19, D=288, R=32, slots="holes"),
     ),
     bench=Case(L=32, T=2048, G=8, D=128, rotate=False),
     inputs=make_inputs,
-    bytes=lambda c, b: 4 * c.L * c.T * c.G * c.D * b + 8 * c.T,
+    bytes=lambda c, b: 2 * chunk_bytes(c, b) + 8 * c.T,
     check=EXACT,
-    aot={"D128": _signature(128), "D80": _signature(80)},
+    aot={"D128": _signature(128), "D80": _signature(80), "latents": _signature(576, SIDES=1)},
+    traffic={
+        **{f"D{D}": Case(L=1, T=256, G=2, D=D, rotate=False) for D in (128, 80)},
+        "latents": LatentCase(L=1, T=128),
+    },
+    bus=chunk_bytes,
 )

@@ -188,4 +188,9 @@ SPEC = KernelSpec(
         "interleaved": _signature(128, 128, True),
         "partial": _signature(80, 32, False),
     },
+    traffic={
+        "neox": Case(L=1, T=256, G=2, D=128),
+        "interleaved": Case(L=1, T=256, G=2, D=128, interleaved=True),
+        "partial": Case(L=1, T=256, G=2, D=80, R=32),
+    },
 )

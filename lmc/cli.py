@@ -1,4 +1,4 @@
-"""The command line: `lmc run`, `sim`, `reuse`, `fit`, `trace make|info`, `model export`."""
+"""The command line: `lmc run`, `sim`, `reuse`, `fit`, `trace`, `kernels`, `model`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lmc.errors import errors_in_one_line
+from lmc.kernel_table import kernels
 from lmc.sim.commands.fit import fit
 from lmc.sim.commands.reuse import reuse
 from lmc.sim.commands.sim import sim
@@ -22,7 +23,7 @@ app = typer.Typer(
 model_app = typer.Typer(help="Models that come without a hub.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(trace_app, name="trace")
-for command in (sim, reuse, fit):
+for command in (sim, reuse, fit, kernels):
     app.command()(command)
 
 

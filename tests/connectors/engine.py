@@ -24,6 +24,7 @@ def run_scenario(
     tmp_path: Path,
     *,
     separate_worker: bool = False,
+    interpret: bool = False,
     lmc: dict[str, Any] | None = None,
     **engine: Any,
 ) -> Any:
@@ -32,11 +33,14 @@ def run_scenario(
     sent, received = tmp_path / f"{name}-arguments", tmp_path / f"{name}-result"
     sent.write_bytes(pickle.dumps(arguments))
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(separate_worker))}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
     if engine.get("tensor_parallel_size", 1) > 1:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # else it wants a NUMA node a rank
     child = subprocess.run(
         [sys.executable, __file__, str(sent), str(received)],
-        env=environment, capture_output=True, text=True, timeout=280, check=False,
+        env=environment, capture_output=True, text=True, check=False,
+        timeout=800 if interpret else 280,
     )  # fmt: skip
     if child.returncode:
         raise AssertionError(f"scenario {name}:\n{child.stdout[-4000:]}\n{child.stderr[-8000:]}")

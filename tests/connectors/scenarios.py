@@ -301,7 +301,9 @@ def adapter(session: Session) -> dict[str, Any]:
     slots = worker._attention.slots(rows, blocks)
 
     def kv_after(ids: np.ndarray, chosen: np.ndarray, max_rows: int) -> Any:
-        VLLMAdapter(worker._model, worker._attention, ids, blocks, max_rows).run(chosen)
+        VLLMAdapter(
+            worker._model, worker._attention, ids, blocks, max_rows, worker.vllm_config
+        ).run(chosen)
         return gather(worker._paged, slots).clone()
 
     def poison_rows(chosen: np.ndarray) -> None:
@@ -319,7 +321,7 @@ def adapter(session: Session) -> dict[str, Any]:
     changed = kv_after(other, rows, 1000)
     # A forward with the wrong mask, which this must be able to tell from the right one.
     poison_rows(scattered)
-    worker._attention.metadata = bottom_right(worker._attention)
+    worker._attention.prepare = bottom_right(worker._attention)
     wrong = kv_after(tokens, scattered, 1000)
     difference = {
         "scattered": (again - dense).abs().max(),
@@ -334,20 +336,12 @@ def adapter(session: Session) -> dict[str, Any]:
 
 
 def bottom_right(attention: Any) -> Any:
-    """Metadata as both published implementations have it: one sequence, aligned at its end."""
-    import torch
-    from vllm.v1.attention.backend import CommonAttentionMetadata
+    """Rows attend as in both published implementations: as if they were the last ones there are."""
+    prepare = attention.prepare
 
-    def metadata(rows: np.ndarray, blocks: list[int]) -> Any:
-        M, end = len(rows), int(rows[-1]) + 1
-        starts = torch.tensor([0, M], dtype=torch.int32)
-        lengths = torch.tensor([end], dtype=torch.int32)
-        common = CommonAttentionMetadata(
-            query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=lengths, num_reqs=1,
-            num_actual_tokens=M, max_query_len=M, max_seq_len=end,
-            block_table_tensor=torch.tensor([blocks], dtype=torch.int32),
-            slot_mapping=attention.slots(rows, blocks), causal=True,
-        )  # fmt: skip
-        return attention._builder.build(0, common)
+    def wrongly(rows: np.ndarray, blocks: list[int]) -> Any:
+        end = int(rows[-1]) + 1
+        aligned = np.arange(end - len(rows), end)
+        return prepare(rows, blocks)[0], *prepare(aligned, blocks)[1:]
 
-    return metadata
+    return wrongly

@@ -184,8 +184,25 @@ def test_without_our_worker_class(tiny_llama_dir: Path, tmp_path: Path) -> None:
     assert "--worker-cls lmc.connectors.vllm.LMCWorker" in result["epic"].report["reason"]
 
 
-def test_selective_forward_in_vllms_pages(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    difference = run_scenario("adapter", tiny_llama_dir, tmp_path)
+@pytest.mark.timeout(900)
+def test_the_kernels_answer_as_the_backend_does(
+    reuse: Any, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """All of the CUDA path but the GPU: gather, scatter and attention as vLLM would launch them."""
+    by_kernels = run_scenario(
+        "reuse", tiny_llama_dir, tmp_path, lmc={"attention": "kernels"}, interpret=True
+    )
+    for name, answer in by_kernels.items():
+        same(answer, reuse[name])
+        assert answer.kinds == reuse[name].kinds
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("way", ["backend", "kernels"])
+def test_selective_forward_in_vllms_pages(way: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    difference = run_scenario(
+        "adapter", tiny_llama_dir, tmp_path, lmc={"attention": way}, interpret=way == "kernels"
+    )
     assert difference["finite"]
     assert difference["scattered"] < 1e-4
     assert difference["sliced"] < 1e-4

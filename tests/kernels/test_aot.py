@@ -17,11 +17,16 @@ SPECS = load()
     ("spec", "variant"), [pytest.param(s, v, id=f"{s.name}-{v}") for s in SPECS for v in s.aot]
 )
 def test_compiles_without_spills_and_with_wide_access(spec, variant, dtype, target):
+    if target in spec.unsupported.get(variant, ()):
+        pytest.skip(f"{target} cannot run {spec.name} {variant}")
     binary = compile_variant(spec, variant, dtype, target)
     assert binary.spills == 0
-    assert 0 < binary.registers <= 128
-    # Above all for addresses out of a table, where the compiler has only our word for alignment.
-    assert (binary.load_bits, binary.store_bits) == (128, 128)
+    assert 0 < binary.registers <= 255
+    if spec.moves:
+        assert binary.registers <= 128
+        # Above all for addresses out of a table, where the compiler has only our word for
+        # alignment.
+        assert (binary.load_bits, binary.store_bits) == (128, 128)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -13,6 +13,7 @@ import pytest
 from lmc.kernels.spec import interpreted
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(interpreted(), reason="this process is interpreting already")
 def test_kernels_under_the_interpreter():
     target = Path(__file__).with_name("test_reference.py")

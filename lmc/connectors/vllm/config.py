@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -31,6 +31,9 @@ class LMCConfig(BaseModel):
             themselves wants more, or its prefixes are lost (`lmc sim --exact-variants`).
         chunker: cuts prompts whose request gives no spans, and what lies between spans.
         blend: the strategy of requests that name none.
+        attention: how recomputed rows attend: `kernels` (lmc's own), `backend` (the engine's, once
+            a run of rows), or `auto`: kernels on a GPU, where the backend is the oracle of the
+            check at start, and the backend on a CPU.
         min_gain_tokens: rows that blending must save beyond the rows it computes only to
             close gaps; a request that would gain less is served without blending.
     """
@@ -42,6 +45,7 @@ class LMCConfig(BaseModel):
     exact_variants: int = Field(default=2, ge=1)
     chunker: dict[str, Any] | str = "cdc"
     blend: dict[str, Any] | str = "epic"
+    attention: Literal["auto", "kernels", "backend"] = "auto"
     min_gain_tokens: int = Field(default=32, ge=1)
 
     def build_chunker(self) -> Chunker:

@@ -48,20 +48,23 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], KV]] = {
 CPU_ISAS = ("vec", "vec16")
 
 
-def paged_kv(layers: list[Any]) -> PagedKV:
-    """The paged KV of vLLM's attention layers, in layer order.
+def views_of(layer: Any) -> KV:
+    """One layer's K and V, views `[N, P, G, D]` of its pages.
 
     Raises:
         ValueError: a backend, or a CPU instruction set, whose layout is not known.
     """
-    views = []
-    for layer in layers:
-        backend = layer.attn_backend.get_name()
-        if backend not in LAYOUTS:
-            raise ValueError(
-                f"KV layout of attention backend {backend} is unknown; known: {sorted(LAYOUTS)}"
-            )
-        if backend == "CPU_ATTN" and layer.isa not in CPU_ISAS:
-            raise ValueError(f"KV layout of CPU ISA {layer.isa!r} is unknown; known: {CPU_ISAS}")
-        views.append(LAYOUTS[backend](layer.kv_cache))
+    backend = layer.attn_backend.get_name()
+    if backend not in LAYOUTS:
+        raise ValueError(
+            f"KV layout of attention backend {backend} is unknown; known: {sorted(LAYOUTS)}"
+        )
+    if backend == "CPU_ATTN" and layer.isa not in CPU_ISAS:
+        raise ValueError(f"KV layout of CPU ISA {layer.isa!r} is unknown; known: {CPU_ISAS}")
+    return LAYOUTS[backend](layer.kv_cache)
+
+
+def paged_kv(layers: list[Any]) -> PagedKV:
+    """The paged KV of vLLM's attention layers, in layer order; ValueError as `views_of`."""
+    views = [views_of(layer) for layer in layers]
     return PagedKV(k=tuple(k for k, _ in views), v=tuple(v for _, v in views))

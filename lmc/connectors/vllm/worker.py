@@ -13,7 +13,8 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
 from lmc.connectors.vllm import identity
-from lmc.connectors.vllm.adapter import PagedAttention, VLLMAdapter, self_check
+from lmc.connectors.vllm.adapter import VLLMAdapter, self_check
+from lmc.connectors.vllm.attention import BackendAttention, PagedAttention, paged_attention
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.layouts import paged_kv
 from lmc.connectors.vllm.messages import (
@@ -52,6 +53,7 @@ class WorkerSide:
         self.counts: Counter[str] = Counter()
         self._rope = identity.rope_of(vllm_config)
         self._model: Any = None
+        self._way = config.attention
         self._attention: PagedAttention | None = None
         self._paged: PagedKV | None = None
         # One thread, so that saves and frees happen in the order the scheduler wanted.
@@ -72,7 +74,7 @@ class WorkerSide:
         """
         layers = self.vllm_config.compilation_config.static_forward_context
         by_name = {name: layers[name] for name in self.layer_names}
-        self._attention = PagedAttention(by_name, self.spec, self.vllm_config)
+        self._attention = paged_attention(self._way, by_name, self.spec, self.vllm_config)
         self._paged = paged_kv(list(by_name.values()))
 
     def enable_blending(self, model: Any) -> None:
@@ -81,9 +83,9 @@ class WorkerSide:
         if isinstance(self._rope, str):
             self.refusal = self._rope
         else:
-            vocab_size = self.vllm_config.model_config.get_vocab_size()
             self._rope, mismatch = _as_in_model(self._rope, model)
-            self.refusal = mismatch or self_check(model, self._attention, vocab_size)
+            oracle = BackendAttention(self._attention.layers, self.spec, self.vllm_config)
+            self.refusal = mismatch or self_check(model, self._attention, oracle, self.vllm_config)
         self._model = model if self.refusal is None else None
         # Kernels are compiled when first launched: better now than within a request.
         assert self._paged is not None
@@ -178,7 +180,12 @@ class WorkerSide:
         if len(rows):
             assert self._attention is not None
             VLLMAdapter(
-                self._model, self._attention, blend.tokens, blend.blocks, self.max_rows
+                self._model,
+                self._attention,
+                blend.tokens,
+                blend.blocks,
+                self.max_rows,
+                self.vllm_config,
             ).run(rows)
             self.counts["rows_computed"] += len(rows)
 
