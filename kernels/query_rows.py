@@ -16,8 +16,6 @@ Tile = tuple[int, int, int]
 # more pairs spare L2, until their results fill the registers, which a large D does sooner. A few
 # rows, as in decoding, would leave most of them idle; 16 is the least that matrix units take.
 TILES: tuple[Tile, ...] = ((16, 32, 4), (64, 32, 8), (128, 32, 8))
-
-
 # Keys below which a share of a tile's keys is not worth a partial result.
 SPLIT_KEYS = 256
 

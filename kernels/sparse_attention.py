@@ -4,7 +4,7 @@ Shapes:  q [M, H, D], positions [M], k and v [N, P, G, D], tables [B, pages] -> 
 Formula: out[i] = softmax(scale q[i] K^T) V over the keys k_pos <= positions[i] of its request.
 Bytes:   reads q and, once, the keys and values that any row needs, 2*G*D*b a token; writes out.
          Tiles of one request read them again, but out of L2, where a layer's 32 MiB at 8K stay.
-Source:  FlashAttention-2, arXiv 2307.08691; splits over keys: Flash-Decoding, arXiv 2311.01282.
+Source:  FlashAttention-2, arXiv 2307.08691; splits over keys: Flash-Decoding, Dao et al. 2023.
 """
 
 from itertools import pairwise
@@ -72,12 +72,12 @@ def sparse_attention_reference(
 @triton.constexpr_function
 def _pairs(bits, BLOCK_M):
     # NVIDIA multiplies fp32 without matrix units, out of registers that a whole tile would exceed:
-    # programs share a tile, and take some dims at a time.
+    # there programs share a tile, and take some dims at a time.
     return BLOCK_M if bits == 16 else 16
 
 
 @triton.jit
-def _capped(x, softcap: tl.constexpr):
+def _capped(x, softcap):
     # softcap * tanh(x / softcap). 1 - 2/(e^2y + 1) cancels near 0; there Lambert's continued
     # fraction is exact to fp32.
     b_y = x / softcap
@@ -88,7 +88,7 @@ def _capped(x, softcap: tl.constexpr):
 
 @triton.jit
 def _attention_kernel(
-    q, k, v, out, lse, tables, positions, tiles, scale,
+    q, k, v, out, lse, tables, positions, tiles, scale, softcap,
     q_m, q_h, o_s, o_m, o_h, l_s, l_m, t_b, k_n, k_p, k_g, v_n, v_p, v_g,
     K_D: tl.constexpr, V_D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -161,7 +161,7 @@ def _attention_kernel(
                     b_q = tl.load(p_q + o_c[None, :], mask=m_pair[:, None] & m_c, other=0.0)
                 b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision="ieee")
             if SOFTCAP:
-                b_s = _capped(b_s * scale, SOFTCAP)
+                b_s = _capped(b_s * scale, softcap)
             if MASKED:
                 b_behind = b_pos[:, None] - o_n[None, :]
                 m_s = b_behind >= 0
@@ -235,7 +235,7 @@ def sparse_attention(
     Row i sees the keys of its request at k_pos <= positions[i], its own included, so that must be
     in the pages; with a window only those at k_pos > positions[i] - window. softcap c makes
     c tanh(x / c) of a logit x. Page numbers in tables [B, pages] are used up to a request's
-    largest position and not checked on a GPU. lse [M, H], in fp32, takes the log-sum-exps.
+    largest position and not checked. lse [M, H], in fp32, takes the log-sum-exps.
     """
     numbers = {"scale": scale, "window": window, "softcap": softcap, "splits": splits}
     _check(q, k, v, tables, rows, out, lse, numbers)
@@ -256,12 +256,12 @@ def sparse_attention(
         lses = torch.empty((splits, M, H), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _attention_kernel[(programs, splits)](
-            q, k, v, parts, lses, tables, rows.positions, rows.tiles, scale,
+            q, k, v, parts, lses, tables, rows.positions, rows.tiles, scale, softcap or 0.0,
             *q.stride()[:2], *parts.stride()[:3], *((0, 0) if lses is None else lses.stride()[:2]),
             tables.stride(0), *k.stride()[:3], *v.stride()[:3],
             K_D=k.stride(3), V_D=v.stride(3), P=P, G=G, GROUP=rows.group, D=D,
             BLOCK_M=rows.tile[0], BLOCK_N=rows.tile[1], BLOCK_D=triton.next_power_of_2(D),
-            WINDOW=window or 0, SOFTCAP=softcap or 0, LSE=lses is not None,
+            WINDOW=window or 0, SOFTCAP=softcap is not None, LSE=lses is not None,
             # Triton 3.9's interpreter multiplies bf16 as integers.
             UPCAST=interpreted() and q.dtype != torch.float32,
             num_warps=rows.tile[2],
@@ -322,17 +322,18 @@ def _bench(T: int) -> Prompts:
 
 
 def _signature(
-    D: int, GROUP: int, pairs: int = 1024, *, window: int = 0, softcap: int = 0
+    D: int, GROUP: int, pairs: int = 1024, *, window: int = 0, softcap: bool = False
 ) -> dict[str, str | int]:
     BLOCK_M, BLOCK_N, warps = choose_tile(pairs, D)
     strides = "q_m q_h o_s o_m o_h l_s l_m t_b k_n k_p k_g v_n v_p v_g"
     return {
         **dict.fromkeys(("q", "k", "v", "out"), "*b:16"), "lse": "*fp32:16",
-        "tables": "*i32:16", "positions": "*i64:16", "tiles": "*i32:16", "scale": "fp32",
+        "tables": "*i32:16", "positions": "*i64:16", "tiles": "*i32:16",
+        "scale": "fp32", "softcap": "fp32",
         **dict.fromkeys(strides.split(), "i32:16"),
         "K_D": 1, "V_D": 1, "P": 16, "G": 8, "GROUP": GROUP, "D": D,
         "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": triton.next_power_of_2(D),
-        "WINDOW": window, "SOFTCAP": softcap, "LSE": 1, "UPCAST": 0, "num_warps": warps,
+        "WINDOW": window, "SOFTCAP": int(softcap), "LSE": 1, "UPCAST": 0, "num_warps": warps,
     }  # fmt: skip
 
 
@@ -359,7 +360,7 @@ SPEC = KernelSpec(
     aot={
         **{f"D{D}-GQA{n}": _signature(D, n) for D, n in VARIANTS},
         "D128-GQA8-few": _signature(128, 8, pairs=16),
-        "D128-window-softcap": _signature(128, 4, window=4096, softcap=50),
+        "D128-window-softcap": _signature(128, 4, window=4096, softcap=True),
     },
     traffic={
         **{f"D{D}-GQA{n}": Prompts(requests=((512, 64),), H=2 * n, D=D) for D, n in VARIANTS},

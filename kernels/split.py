@@ -3,7 +3,7 @@
 Shapes:  parts [S, M, H, D] and lses [S, M, H] in fp32 -> out [M, H, D], lse [M, H]; S splits.
 Formula: out = sum_s exp(lses[s] - lse) parts[s], where lse = log sum_s exp(lses[s]).
 Bytes:   reads 4*S*M*H*(D + 1), writes M*H*D*b and, where the lse is asked for, 4*M*H.
-Source:  the last step of Flash-Decoding, arXiv 2311.01282.
+Source:  the last step of Flash-Decoding, Dao et al. 2023, pytorch.org/blog/flash-decoding.
 """
 
 from dataclasses import dataclass

@@ -145,6 +145,12 @@ def test_kernel_is_the_reference_for_any_prompts(case, dtype):
     verify(spec, case, dtype, "cpu")
 
 
+@needs_interpreter
+@pytest.mark.parametrize("softcap", [0.3, 0.8, 2.0, 50.0])
+def test_soft_caps_are_exact_at_either_side_of_where_their_formula_changes(softcap):
+    verify(SPEC, Prompts(requests=((60, 20),), softcap=softcap), torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("case", SPEC.cases, ids=str)
 def test_lse_is_that_of_the_logits(case):
     inputs = make_inputs(case, torch.float32, "cpu")
@@ -324,6 +330,9 @@ def test_query_rows_refuses(call, message):
         ),
         ({"q": torch.zeros(2, 4, 64).half()}, "q must be .*got float16"),
         ({"q": torch.zeros(2, 64, 4).mT}, "last stride of q must be 1"),
+        ({"q": torch.zeros(2, 4, 64, device="meta")}, "q must be .*on cpu .*on meta"),
+        ({"lse": torch.zeros(2, 4, device="meta")}, "lse must be .*on cpu .*on meta"),
+        ({"tables": torch.zeros(1, 6, device="meta").int()}, "tables must be .*on meta"),
         ({"k": torch.zeros(6, 16, 2)}, r"needs floating \[N, P, G, D\]"),
         ({"v": torch.zeros(6, 16, 2, 32)}, r"v\[0\] is .*32"),
         ({"out": torch.zeros(2, 4, 32)}, r"out must be .*\[2, 4, 64\].*got .*\[2, 4, 32\]"),
@@ -382,7 +391,7 @@ def test_merge_refuses(change, message):
 def test_kernels_under_the_interpreter():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-         "-k", "not under_the_interpreter", __file__],
+         "-k", "not under_the_interpreter and not loop_says", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
