@@ -74,8 +74,8 @@ def self_check(
 
     Runs in blocks that no request owns yet, once whole through `model.forward` with the backend's
     attention and once by the loop in two parts with `attention`, and compares hidden states and
-    the KV left behind. Architectures that do
-    more between their layers than hand on (hidden, residual) are found out here.
+    the KV left behind. Architectures that do more between their layers than hand on
+    (hidden, residual) are found out here.
     """
     T, block_size = 64, attention.block_size
     tokens = np.arange(T, dtype=np.int64) * 7919 % vllm_config.model_config.get_vocab_size()

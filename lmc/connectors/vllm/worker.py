@@ -84,7 +84,9 @@ class WorkerSide:
             self.refusal = self._rope
         else:
             self._rope, mismatch = _as_in_model(self._rope, model)
-            oracle = BackendAttention(self._attention.layers, self.spec, self.vllm_config)
+            oracle = self._attention
+            if not isinstance(oracle, BackendAttention):
+                oracle = BackendAttention(oracle.layers, self.spec, self.vllm_config)
             self.refusal = mismatch or self_check(model, self._attention, oracle, self.vllm_config)
         self._model = model if self.refusal is None else None
         # Kernels are compiled when first launched: better now than within a request.

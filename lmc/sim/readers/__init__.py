@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar, Protocol, runtime_checkable
+from typing import IO, Any, ClassVar, Protocol
 
 from lmc.registry import Registry
 from lmc.sim.readers.files import DAMAGED, Source
 from lmc.sim.readers.records import Broken, RecordError
+from lmc.sim.readers.text import TextFormat
 from lmc.sim.trace import Request
 
 FORMATS = Registry(
@@ -30,7 +31,7 @@ MOST_SHOWN = 100
 
 
 class Format(Protocol):
-    """A frozen dataclass that knows one format.
+    """A dataclass that knows one format.
 
     has_text: its prompts are text, so that it has a field `tokenizer`.
     """
@@ -43,15 +44,6 @@ class Format(Protocol):
 
     def requests(self, record: Any) -> Iterable[Request]:
         """The requests of one record. Raises RecordError, with the reason, for a wrong one."""
-        ...
-
-
-@runtime_checkable
-class TextFormat(Format, Protocol):
-    """A format whose prompts are text."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Token ids -> text."""
         ...
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 from lmc.sim.readers.records import (
     RecordError,
@@ -16,35 +15,17 @@ from lmc.sim.readers.records import (
     number,
     text_of,
 )
-from lmc.sim.readers.text import Framing, Tokenizer
+from lmc.sim.readers.text import TextFormat
 from lmc.sim.trace import Request
 
 
-@dataclass(frozen=True)
-class Chat:
+@dataclass
+class Chat(TextFormat):
     """JSONL of {session, timestamp (s), messages: [{role, content}]}; a line is one request.
 
     Its prompt is all its messages. Content is text, or a list of parts of which those of type
     text count. output_length is 0 where the line does not say.
-
-    tokenizer: a tokenizer.json, or a folder that holds one.
-    framing: `chatml` puts <|im_start|>role, newline, content, <|im_end|>, newline; `plain` puts
-        the content and a newline.
     """
-
-    has_text: ClassVar[bool] = True
-    tokenizer: str
-    framing: Framing = "chatml"
-
-    def __post_init__(self) -> None:
-        assert self._tokenizer  # a wrong one is told before anything is read
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.tokenizer, self.framing)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids)
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         return json_lines(stream)

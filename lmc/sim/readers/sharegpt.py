@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import count
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import ijson
 
 from lmc.sim.readers.chat import message_of
 from lmc.sim.readers.records import RecordError, fields_of, name_of
-from lmc.sim.readers.text import Framing, Tokenizer
+from lmc.sim.readers.text import TextFormat
 from lmc.sim.trace import Request
 
 DEEPEST = 100
@@ -21,29 +20,16 @@ ANSWERS = ("gpt", "assistant", "chatgpt", "bing", "bard")
 
 
 @dataclass
-class ShareGpt:
+class ShareGpt(TextFormat):
     """A JSON array of {id, conversations: [{from, value}]}.
 
     Every answer is a request whose prompt is all that was said before it. There are no times, so
     requests arrive a second apart in the order of the file.
-
-    tokenizer, framing: as of the format chat.
     """
 
-    has_text: ClassVar[bool] = True
-    tokenizer: str
-    framing: Framing = "chatml"
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._arrivals = count()
-        assert self._tokenizer  # a wrong one is told before anything is read
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.tokenizer, self.framing)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids)
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         self._arrivals = count()

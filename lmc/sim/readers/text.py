@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -68,3 +69,26 @@ class Tokenizer:
         else:
             self._known.move_to_end(key)
         return ids
+
+
+@dataclass
+class TextFormat:
+    """What formats share whose prompts are text.
+
+    tokenizer: a tokenizer.json, or a folder that holds one.
+    framing: `chatml` puts <|im_start|>role, newline, content, <|im_end|>, newline; `plain` puts
+        the content and a newline.
+
+    Raises ValueError for what is no tokenizer file, before anything is read.
+    """
+
+    has_text: ClassVar[bool] = True
+    tokenizer: str
+    framing: Framing = "chatml"
+
+    def __post_init__(self) -> None:
+        self._tokenizer = Tokenizer(self.tokenizer, self.framing)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids -> text."""
+        return self._tokenizer.decode(ids)
