@@ -1,4 +1,4 @@
-"""The command line: `lmc run`, `sim`, `reuse`, `fit`, `trace`, `kernels`, `model`."""
+"""The command line: `lmc run` and its fellows; `lmc --help` lists them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from lmc.calibration.command import calibrate
 from lmc.errors import errors_in_one_line
+from lmc.evaluation.command import workload_app
 from lmc.kernel_table import kernels
 from lmc.sim.commands.fit import fit
 from lmc.sim.commands.reuse import reuse
@@ -23,7 +25,8 @@ app = typer.Typer(
 model_app = typer.Typer(help="Models that come without a hub.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(trace_app, name="trace")
-for command in (sim, reuse, fit, kernels):
+app.add_typer(workload_app, name="workload")
+for command in (calibrate, sim, reuse, fit, kernels):
     app.command()(command)
 
 

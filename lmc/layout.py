@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -50,10 +51,13 @@ class PrefillCost:
     linear: float
     attention: float
 
-    def fraction(self, computed: list[tuple[int, int]], T: int) -> float:
-        """Share of the FLOPs of a full prefill of T tokens that rows `[start, end)` cost."""
+    def fraction(self, computed: Sequence[tuple[int, int, float]], T: int) -> float:
+        """Share of the FLOPs of a full prefill of T tokens that runs of rows cost.
+
+        computed: `(start, end, share)`: rows `[start, end)`, of whose layers a share is computed.
+        """
         total = self.flops(0, T)
-        return sum(self.flops(start, end) for start, end in computed) / total
+        return sum(share * self.flops(start, end) for start, end, share in computed) / total
 
     def flops(self, start: int, end: int) -> float:
         """FLOPs of rows `[start, end)`, each of which attends to itself and all before it."""

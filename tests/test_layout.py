@@ -17,5 +17,5 @@ def test_unknown_dtype_is_refused() -> None:
 def test_late_rows_cost_more() -> None:
     cost = PrefillCost(linear=10.0, attention=1.0)
     by_hand = sum(10 + p + 1 for p in range(60, 100)) / sum(10 + p + 1 for p in range(100))
-    assert cost.fraction([(60, 100)], 100) == pytest.approx(by_hand)
-    assert cost.fraction([(0, 40), (40, 100)], 100) == pytest.approx(1.0)
+    assert cost.fraction([(60, 100, 1.0)], 100) == pytest.approx(by_hand)
+    assert cost.fraction([(0, 40, 1.0), (40, 100, 1.0)], 100) == pytest.approx(1.0)

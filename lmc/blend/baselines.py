@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from lmc.blend.strategy import Run, Strategy, positions
+from lmc.blend.evidence import Run, positions
+from lmc.blend.strategy import Strategy
 
 
 @dataclass(frozen=True)

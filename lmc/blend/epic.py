@@ -1,13 +1,15 @@
-"""EPIC's LegoLink: recompute the first rows of every moved chunk."""
+"""Recompute the beginning of every moved chunk: its first rows, or its first page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from lmc.blend.strategy import Run, Strategy, positions
+from lmc.blend.evidence import Run, positions
+from lmc.blend.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,36 @@ class Epic(Strategy):
 
     link_tokens: int = 16
 
+    knob: ClassVar[str | None] = "link_tokens"
+
     def __post_init__(self) -> None:
         if self.link_tokens < 0:
             raise ValueError(f"link_tokens must be at least 0, got {self.link_tokens}")
 
     def rows(self, moved: Sequence[Run]) -> np.ndarray:
         return positions([(start, min(start + self.link_tokens, end)) for start, end in moved])
+
+
+@dataclass(frozen=True)
+class Block(Strategy):
+    """The page in which every moved run begins, so that all its other pages stay as they were.
+
+    MEPIC, arXiv 2512.16822, where chunks begin with a page: then it is the first `page` rows.
+
+    Attributes:
+        page: P, tokens of a page.
+
+    Raises:
+        ValueError: a page of less than one token.
+    """
+
+    page: int = 16
+
+    def __post_init__(self) -> None:
+        if self.page < 1:
+            raise ValueError(f"page must be at least 1, got {self.page}")
+
+    def rows(self, moved: Sequence[Run]) -> np.ndarray:
+        return positions(
+            [(start, min((start // self.page + 1) * self.page, end)) for start, end in moved]
+        )

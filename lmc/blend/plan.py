@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 from blake3 import blake3
 
-from lmc.blend.strategy import Run, Strategy, positions, runs_of
+from lmc.blend.evidence import Outline, Run, positions, probe_row_layers, runs_of, without
+from lmc.blend.strategy import Selective, Strategy
 from lmc.chunk import Piece, chunk_key, context_digests
 from lmc.store import Index, Record
 
@@ -46,11 +47,15 @@ class Plan:
         local: tokens the engine has already; never written.
         end: end of the claim.
         segments: what is loaded, ascending, inside `[local, end)`.
-        rows: ascending positions in `[local, end)` that are computed: gaps and the strategy's.
+        rows: ascending positions in `[local, end)` that all layers compute: gaps, and what a
+            strategy that is not selective chose.
         chosen: those of them that had been found.
+        moved: the runs of moved tokens in the claim.
         found_beyond: found tokens at or after `end`: computed with the suffix all the same.
         first_moved: the first moved token, or None. From it on nothing is exact.
-        strategy: what chose the rows.
+        strategy: what chooses rows.
+        digest: of all tokens, for a selective strategy: what it chooses may depend on each.
+        L: layers of the model, as far as a selective strategy must know them.
     """
 
     T: int
@@ -59,9 +64,12 @@ class Plan:
     segments: tuple[Segment, ...]
     rows: np.ndarray
     chosen: np.ndarray
+    moved: tuple[Run, ...]
     found_beyond: int
     first_moved: int | None
     strategy: Strategy = field(repr=False)
+    digest: bytes = field(default=b"", repr=False)
+    L: int = 1
 
     @property
     def claimed(self) -> int:
@@ -80,31 +88,62 @@ class Plan:
             segments=tuple(s for s in (_clip(s, local, end) for s in self.segments) if s),
             rows=self.rows[self.rows >= local],
             chosen=self.chosen[self.chosen >= local],
+            moved=tuple((max(a, local), b) for a, b in self.moved if b > local),
             found_beyond=self.found_beyond - max(0, local - self.end),
         )
 
     def recomputing(self, found: np.ndarray) -> Plan:
         """The same plan when found rows at these positions had to be computed after all."""
         rows, chosen = np.union1d(self.rows, found), np.union1d(self.chosen, found)
-        return replace(self, rows=rows, chosen=chosen)
+        # None of them is left to a selective strategy; without any it has nothing to choose from.
+        moved = without(self.moved, found) if self.selective else self.moved
+        return replace(self, rows=rows, chosen=chosen, moved=moved)
+
+    @property
+    def outline(self) -> Outline:
+        """The request as its strategy sees it."""
+        new = len(self.rows) + self.T - self.end
+        return Outline(L=self.L, T=self.T, end=self.end, moved=self.moved, new=new)
+
+    @property
+    def selective(self) -> bool:
+        """Whether the strategy chooses rows while the request runs."""
+        return isinstance(self.strategy, Selective) and bool(self.moved)
 
     def kinds(self, local_blended: int = 0) -> dict[str, int]:
-        """Tokens of each kind; they add up to T. `local_blended` of the local ones are blended."""
+        """Tokens of each kind; they add up to T. `local_blended` of the local ones are blended.
+
+        Of a selective strategy, whose rows differ by layer, the mean over layers is recomputed.
+        """
         reused = {"exact": 0, "moved": 0}
         for s in self.segments:
             chosen = (self.chosen >= s.start) & (self.chosen < s.end)
             reused[s.kind] += s.end - s.start - int(chosen.sum())
+        selected = round(sum(self.strategy.counts(self.outline)) / self.L) if self.selective else 0
+        reused["moved"] -= selected
         kinds = {
             "local": self.local - local_blended,
             "local_blended": local_blended,
             **reused,
-            "recomputed": len(self.chosen) + self.found_beyond,
+            "recomputed": len(self.chosen) + selected + self.found_beyond,
         }
         return kinds | {"new": self.T - sum(kinds.values())}
 
-    def computed_runs(self) -> list[Run]:
-        """Ascending runs of rows that this request's prefill computes, the suffix included."""
-        return [*runs_of(self.rows), (self.end, self.T)]
+    def computed_runs(self) -> list[tuple[int, int, float]]:
+        """Runs of rows `(start, end, share)` and the share of their row-layers that is computed.
+
+        The suffix is among them. Where a selective strategy will take its rows is not known yet,
+        so its share is that of all moved rows; what its probe runs through counts once more.
+        """
+        probe, selected = 0.0, []
+        if self.selective:
+            outline = self.outline
+            needs = self.strategy.needs(outline)
+            probe = probe_row_layers(needs, outline) / outline.new / self.L
+            share = sum(self.strategy.counts(outline)) / outline.n / self.L
+            selected = [(start, end, share) for start, end in outline.moved]
+        new = [*runs_of(self.rows), (self.end, self.T)]
+        return [*((start, end, 1.0 + probe) for start, end in new), *selected]
 
     def recipes(self, block_size: int, nonce: bytes = b"") -> dict[int, bytes]:
         """Digest, by block, of how its KV came to be, from the first moved token's block on.
@@ -115,15 +154,25 @@ class Plan:
         """
         if self.first_moved is None:
             return {}
+        whole = b""
+        if self.selective:
+            # Which rows of a block are computed depends on all of the request.
+            chosen = blake3(self.digest + repr(self.strategy).encode())
+            # Of what is exact the engine holds now more, now less, and it is the same KV.
+            for s in (s for s in self.segments if s.start >= self.first_moved):
+                chosen.update(s.record.key + s.record.context + s.record.origin.encode())
+                chosen.update(np.array([s.origin, s.start, s.end], "<i8").tobytes())
+            whole = chosen.digest()
         first, last = self.first_moved // block_size, (self.end - 1) // block_size
         recipes = {}
         for block in range(first, last + 1):
             start, end = block * block_size, (block + 1) * block_size
-            digest = blake3(nonce + bytes([self.strategy.rotate]))
+            digest = blake3(nonce + bytes([self.strategy.rotate]) + whole)
             for s in self.segments:
                 if s.start < end and s.end > start:
                     digest.update(s.record.key + s.record.context + s.record.origin.encode())
-                    digest.update(np.array([s.origin, s.start, s.end], "<i8").tobytes())
+                    part = [s.origin, max(s.start, start), min(s.end, end)]
+                    digest.update(np.array(part, "<i8").tobytes())
             inside = self.rows[(self.rows >= start) & (self.rows < end)]
             digest.update(inside.astype("<i8").tobytes())
             recipes[block] = digest.digest()
@@ -140,6 +189,8 @@ def make_plan(
     local: int = 0,
     min_gain: int = 1,
     contiguous: bool = False,
+    L: int | None = None,
+    decline: bool = True,
 ) -> Plan:
     """The best claim for one request; an empty one when plain prefill is as good.
 
@@ -152,19 +203,36 @@ def make_plan(
         local: tokens the engine holds already.
         min_gain: rows that blending must save beyond the gap rows computed.
         contiguous: claim only exact chunks without gaps, so that no row need be computed.
+        L: layers of the model; a selective strategy is not weighed without.
+        decline: whether to leave a request alone that blending saves too little of.
+
+    Raises:
+        ValueError: a selective strategy and no `L`.
     """
     T = len(tokens)
+    control = strategy.control or not decline
     moves = strategy.moves and not contiguous
     segments = _find(tokens, pieces, index, namespace, local, moves)
-    chosen = strategy.rows(_moved_runs(segments))
-    # Whole runs are shown to the strategy: one that began inside `local` has its first rows
-    # behind it already.
-    chosen = chosen[chosen >= local]
+    runs = _moved_runs(segments)
+    moved = [(max(a, local), b) for a, b in runs if b > local]
     found = [s for s in (_clip(s, local, T) for s in segments) if s]
+    share = 0.0  # of the moved rows, what a selective strategy recomputes
+    if isinstance(strategy, Selective):
+        if L is None:
+            raise ValueError(
+                f"{type(strategy).__name__} chooses rows by layer: give the number of layers"
+            )
+        chosen = positions([])
+        share = _selected_share(strategy, moved, found, local, T, L)
+    else:
+        # Whole runs are shown to the strategy: one that began inside `local` has its first rows
+        # behind it already.
+        chosen = strategy.rows(runs)
+        chosen = chosen[chosen >= local]
     claimable = _leading(found, local) if contiguous else found
-    end, gain = _best_end(claimable, chosen, local, T, strategy.control)
+    end, gain = _best_end(claimable, chosen, share, local, T, control)
     blends = any(s.kind == "moved" and s.start < end for s in claimable)
-    if blends and not strategy.control and gain < min_gain:
+    if blends and not control and gain < min_gain:
         end = local
     inside = tuple(s for s in (_clip(s, local, end) for s in found) if s)
     chosen = chosen[chosen < end]
@@ -175,10 +243,27 @@ def make_plan(
         segments=inside,
         rows=np.union1d(_gaps(inside, local, end), chosen),
         chosen=chosen,
+        moved=tuple((a, min(b, end)) for a, b in moved if a < end),
         found_beyond=sum(s.end - max(s.start, end) for s in found if s.end > end),
         first_moved=next((s.start for s in inside if s.kind == "moved"), None),
         strategy=strategy,
+        digest=blake3(np.ascontiguousarray(tokens, "<i8").tobytes()).digest() if share else b"",
+        L=L or 1,
     )
+
+
+def _selected_share(
+    strategy: Strategy, moved: list[Run], found: list[Segment], local: int, T: int, L: int
+) -> float:
+    """Of the moved rows, what a selective strategy and its probe compute, as whole rows."""
+    total = sum(end - start for start, end in moved)
+    if not total:
+        return 0.0
+    end = min(found[-1].end, T - 1)
+    new = T - local - sum(min(s.end, end) - s.start for s in found)
+    outline = Outline(L=L, T=T, end=end, moved=tuple(moved), new=new)
+    computed = sum(strategy.counts(outline)) + probe_row_layers(strategy.needs(outline), outline)
+    return computed / L / total
 
 
 def _find(
@@ -275,19 +360,27 @@ def _leading(segments: Sequence[Segment], local: int) -> list[Segment]:
 
 
 def _best_end(
-    segments: Sequence[Segment], chosen: np.ndarray, local: int, T: int, control: bool
-) -> tuple[int, int]:
+    segments: Sequence[Segment],
+    chosen: np.ndarray,
+    share: float,
+    local: int,
+    T: int,
+    control: bool,
+) -> tuple[int, float]:
     """The claim's end that saves most, and its gain: rows saved minus gap rows computed.
 
     A control saves nothing by design, so there every found row counts as saved. The last
     token is always the engine's, since its hidden state gives the first new token.
     """
-    best_end, best_gain, gain, position = local, 0, 0, local
+    best_end, best_gain, gain, position = local, 0.0, 0.0, local
     for s in segments:
         end = min(s.end, T - 1)
         if end <= s.start:
             break
-        recomputed = 0 if control else int(((chosen >= s.start) & (chosen < end)).sum())
+        recomputed = 0.0
+        if not control:
+            recomputed += int(((chosen >= s.start) & (chosen < end)).sum())
+            recomputed += share * (end - s.start) if s.kind == "moved" else 0.0
         gain += (end - s.start) - recomputed - (s.start - position)
         position = end
         if gain > best_gain:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -39,6 +39,9 @@ class Strict(BaseModel):
                 f"got unknown key {', '.join(unknown)}; valid: {', '.join(cls.model_fields)}"
             )
         return data
+
+
+M = TypeVar("M", bound=Strict)
 
 
 class EngineConfig(Strict):
@@ -210,22 +213,35 @@ class ExperimentConfig(Strict):
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> ExperimentConfig:
-    """Read an experiment; `extends: other.yaml` merges into it key by key, a null arm drops one.
+def read_settings(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What an experiment file says: `extends: other.yaml` merges into it, a null arm drops one.
 
     overrides: `a.b=value`, the value in YAML; they come last.
 
-    Raises ValueError for a file that is missing or is not YAML, and for unknown or wrong keys.
+    Raises ValueError for a file that is missing or is not YAML.
     """
     raw = _read(path, [])
     for override in overrides or []:
         _set(raw, override)
     if isinstance(raw.get("arms"), dict):
         raw["arms"] = {name: arm for name, arm in raw["arms"].items() if arm is not None}
+    return raw
+
+
+def validated(path: Path, model: type[M], raw: dict[str, Any]) -> M:
+    """Settings as a model; ValueError that names the file for unknown or wrong keys."""
     try:
-        config = ExperimentConfig.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         raise ValueError(f"{path}: {_explain(error)}") from error
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> ExperimentConfig:
+    """Read an experiment on vLLM.
+
+    Raises ValueError for a file that is missing or is not YAML, and for unknown or wrong keys.
+    """
+    config = validated(path, ExperimentConfig, read_settings(path, overrides))
     _check_lmc(path, config)
     return config
 

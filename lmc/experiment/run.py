@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lmc import models, shapes
 from lmc.blend.plan import KINDS
-from lmc.experiment.config import BlendArm, ExperimentConfig, StockArm, load_config
+from lmc.experiment.config import BlendArm, ExperimentConfig, StockArm, load_config, read_settings
 from lmc.experiment.engines import Answer, Engine, Request
 from lmc.experiment.progress import progress
 from lmc.experiment.quality import Quality, compare
@@ -37,6 +37,11 @@ def run(experiment: Path, out: Path, overrides: list[str]) -> None:
 
     Raises ValueError for bad input, before an engine is started.
     """
+    if read_settings(experiment, overrides).get("connector") == "hf":
+        from lmc.experiment.hf_run import run as run_hf
+
+        run_hf(experiment, out, overrides)
+        return
     console = Console()
     config = load_config(experiment, overrides)
     model = models.resolve(config.model)
@@ -190,7 +195,7 @@ def _what_was_computed(answer: Answer, T: int, engine: Engine) -> Row:
         "prompt_tokens": T,
         "kinds": kinds,
         "compute_fraction": kinds["new"] / T,
-        "flops_fraction": engine.cost.fraction([(answer.cached, T)], T),
+        "flops_fraction": engine.cost.fraction([(answer.cached, T, 1.0)], T),
         "strategy": None,
         "reason": None,
         "bytes": {},

@@ -139,7 +139,7 @@ def _summary(arm: str, by_arm: dict[str, list[Row]]) -> ArmSummary:
         top1_agreement=_mean(rows, "top1_agreement"),
         delta_nll=_mean(rows, "delta_nll"),
         greedy_agreement=_mean(rows, "greedy_agreement"),
-        recovery=_recovery(kl, _by_prompt(by_arm.get(FULL_REUSE, []), "kl_mean")),
+        recovery=recovery(kl, _by_prompt(by_arm.get(FULL_REUSE, []), "kl_mean")),
         reasons=dict(reasons),
     )
 
@@ -154,13 +154,14 @@ def _mean(rows: Sequence[Row], column: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _recovery(arm: dict[int, float], reuse: dict[int, float]) -> Estimate | None:
+def recovery(arm: dict[int, float], reuse: dict[int, float]) -> Estimate | None:
+    """1 - mean KL / mean KL of full_reuse, by prompt, over the prompts that both have."""
     pairs = [(kl, reuse[prompt]) for prompt, kl in arm.items() if prompt in reuse]
     if not pairs or not any(reference for _, reference in pairs):
         return None
 
-    def recovery(sample: list[Any]) -> float:
+    def statistic(sample: list[Any]) -> float:
         kl, reference = np.sum(sample, axis=0)
         return float(1 - kl / reference) if reference else float("nan")
 
-    return bootstrap(pairs, recovery)
+    return bootstrap(pairs, statistic)

@@ -1,5 +1,6 @@
 """Figures, one function each: of measured runs, and of traces. All return a matplotlib Figure."""
 
+from lmc.plots.pareto import deviation_map, pareto, quality_by_position
 from lmc.plots.runs import kinds, ttft, ttft_quality
 from lmc.plots.traces import (
     hit_rates,
@@ -10,8 +11,11 @@ from lmc.plots.traces import (
 )
 
 __all__ = [
+    "deviation_map",
     "hit_rates",
     "kinds",
+    "pareto",
+    "quality_by_position",
     "reuse_distances",
     "reuse_over_time",
     "token_map",

@@ -101,7 +101,7 @@ def replay_store(
         now = r.timestamp
         marked = [(start, end) for _, start, end in r.segments] if spans else None
         pieces = split(r.tokens, chunker, marked)
-        plan = make_plan(r.tokens, pieces, index, b"", strategy)
+        plan = make_plan(r.tokens, pieces, index, b"", strategy, L=model.L)
         for slot in {s.record.slot for s in plan.segments}:
             index.touch(slot)
         for _, record in keep(index, b"", r.tokens, pieces, plan.first_moved, bytes_per_token):
@@ -109,10 +109,12 @@ def replay_store(
         index.take_freed()
         runs = plan.computed_runs()
         found.append(plan.kinds())
-        rows.append(sum(end - start for start, end in runs))
-        pairs.append(sum((end - start) * (end + start + 1) // 2 for start, end in runs))
+        rows.append(round(sum(share * (end - start) for start, end, share in runs)))
+        pairs.append(
+            round(sum(share * (end - start) * (end + start + 1) / 2 for start, end, share in runs))
+        )
         loaded.append(sum(s.end - s.start for s in plan.segments))
-        blends.append(len(plan.rows) > 0)
+        blends.append(len(plan.rows) > 0 or plan.selective)
     return StoreReplay(
         tokens={kind: np.array([k[kind] for k in found], dtype=np.int64) for kind in KINDS},
         rows=np.array(rows, dtype=np.int64),

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmc.blend import STRATEGIES
+from lmc.blend.evidence import positions, runs_of
 from lmc.blend.plan import Plan, make_plan
-from lmc.blend.strategy import positions, runs_of
 from lmc.chunk import Piece, chunk_key, context_digests
 from lmc.store import Index, Record, origin_of
 
@@ -84,7 +84,7 @@ def test_reordered_documents_are_found(corpus: Index) -> None:
 def test_epic_recomputes_the_boundary_rows_of_moved_chunks_only(corpus: Index) -> None:
     plan = plan_of(corpus, SYSTEM, B, A, C, QUESTION, blend={"name": "epic", "link_tokens": 4})
     assert runs_of(plan.rows) == [(70, 74), (120, 124)]
-    assert plan.computed_runs() == [(70, 74), (120, 124), (190, 198)]
+    assert plan.computed_runs() == [(70, 74, 1.0), (120, 124, 1.0), (190, 198, 1.0)]
     assert plan.kinds()["recomputed"] == 8
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from vllm import SamplingParams
 
 from lmc.connectors.vllm import drain
+from tests.connectors import selective
 
 
 @dataclass
@@ -20,6 +21,8 @@ class Answer:
     logprobs: np.ndarray  # of the greedy tokens
     cached: int  # what vLLM counts as cached
     report: dict[str, Any]
+    # By layer, what its strategy chose; known only where the worker lives in this process.
+    selected: list[list[int]] = field(default_factory=list)
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -42,6 +45,20 @@ class Session:
         self.llm = llm
         self.engine = llm.llm_engine
         self._ids = 0
+        self.selected: list[list[int]] = []  # of the latest claim, by layer
+        self._record()
+
+    def _record(self) -> None:
+        from lmc.connectors.vllm.adapter import VLLMAdapter
+
+        run = VLLMAdapter.run
+
+        def recorded(*arguments: Any) -> Any:
+            outcome = run(*arguments)
+            self.selected = [rows.tolist() for rows in outcome.selected]
+            return outcome
+
+        VLLMAdapter.run = recorded
 
     @property
     def scheduler(self) -> Any:
@@ -86,8 +103,11 @@ class Session:
 
     def ask(self, parts: list[list[int]], blend: Any = "prefix", **options: Any) -> Answer:
         """One request, alone."""
+        self.selected = []
         request_id = self.add(parts, blend, **options)
-        return self.finish()[request_id]
+        answer = self.finish()[request_id]
+        answer.selected = self.selected
+        return answer
 
     def fresh(self, *arguments: Any, **options: Any) -> Answer:
         """One request, alone, with nothing in vLLM's own cache."""
@@ -135,6 +155,7 @@ def reuse(session: Session) -> dict[str, Any]:
         "unaligned": session.fresh([text(7, 13), *prompt(1, 4)], "full_recompute", save=False),
         "unaligned_plain": plain(session, [text(7, 13), *prompt(1, 4)]),
         "little_gain": session.fresh([text(8, 90), DOCUMENTS[0]], EPIC, save=False),
+        **selective.arms(session, parts, gap=text(14, 9), suffix=text(15, 160)),
     }
     # Saved twice in two contexts, the second is exact there: the key scheme of prefix caching.
     session.fresh(parts, "prefix")
@@ -152,7 +173,11 @@ def poison(session: Session, *, tainted: bool = True) -> dict[str, Any]:
     orders = [(2, 0, 3), (5, 1, 4), (3, 2, 1)]
     before = [plain(session, prompt(*order)) for order in orders]
     session.llm.reset_prefix_cache()
-    blended = [session.ask(prompt(*order), "full_reuse", save=False) for order in orders]
+    blends = ["full_reuse", selective.CACHEBLEND, selective.QUERY]
+    blended = [
+        session.ask(prompt(*order), blend, save=False)
+        for order, blend in zip(orders, blends, strict=True)
+    ]
     after = [session.ask(prompt(*order), enabled=False) for order in orders]
     return {"before": before, "blended": blended, "after": after}
 
@@ -168,6 +193,7 @@ def together(session: Session) -> dict[str, Any]:
         # First, so that the others find its system prompt in pages it has yet to fill.
         "plain": ([SYSTEM, text(12, 60)], {"enabled": False}),
         "blended": (prompt(2, 0, 3), {"blend": EPIC}),
+        "selective": (prompt(5, 0, 3), {"blend": selective.CACHEBLEND}),
         "exact": ([SYSTEM, DOCUMENTS[5], text(11, 15)], {"blend": "prefix"}),
         "lost": (prompt(4, 1), {"blend": "full_recompute"}),
     }
@@ -203,6 +229,7 @@ def together(session: Session) -> dict[str, Any]:
     )
     lossy_answer = session.finish()[lossy]
     lossy_plain = plain(session, prompt(5, 3))
+    selective_lossy = selective.lost_chunks(session, prompt(5, 2, 0), prompt(2, 4))
     # Planned, then forgotten by the scheduler itself.
     session.llm.reset_prefix_cache()
     forgotten = session.add(prompt(2, 0, 3), "full_recompute", save=False, tokens=20)
@@ -212,6 +239,7 @@ def together(session: Session) -> dict[str, Any]:
         "together": {name: answers[i] for name, i in ids.items()},
         "lossy": lossy_answer,
         "lossy_plain": lossy_plain,
+        "selective_lossy": selective_lossy,
         "forgotten": session.finish()[forgotten],
         "forgotten_plain": plain(session, prompt(2, 0, 3), tokens=20),
         "counts": counts + side.counts,
@@ -268,6 +296,7 @@ def bad_requests(session: Session) -> dict[str, Any]:
     results = {
         "plain": plain(session, parts),
         "unknown_strategy": session.fresh(parts, "cachblend"),
+        "unknown_layer": session.fresh(parts, {"name": "query", "layers": [7]}),
         "unknown_key": session.fresh(parts, chunk=[]),
         "overlap": session.fresh(parts, chunks=[[0, 50], [40, 60]]),
         "beyond": session.fresh(parts, chunks=[[0, 5000]]),
@@ -319,6 +348,7 @@ def adapter(session: Session) -> dict[str, Any]:
     poison_rows(scattered)
     sliced = kv_after(tokens, scattered, 7)
     changed = kv_after(other, rows, 1000)
+    measured = selective.measured(session, tokens, blocks)
     # A forward with the wrong mask, which this must be able to tell from the right one.
     poison_rows(scattered)
     worker._attention.prepare = bottom_right(worker._attention)
@@ -331,7 +361,8 @@ def adapter(session: Session) -> dict[str, Any]:
         "bottom_right_mask": (wrong - dense).abs().max(),
     }
     return {name: float(x) for name, x in difference.items()} | {
-        "finite": bool(torch.isfinite(dense).all())
+        "finite": bool(torch.isfinite(dense).all()),
+        "measured": measured,
     }
 
 
@@ -342,6 +373,6 @@ def bottom_right(attention: Any) -> Any:
     def wrongly(rows: np.ndarray, blocks: list[int]) -> Any:
         end = int(rows[-1]) + 1
         aligned = np.arange(end - len(rows), end)
-        return prepare(rows, blocks)[0], *prepare(aligned, blocks)[1:]
+        return replace(prepare(rows, blocks), how=prepare(aligned, blocks).how)
 
     return wrongly

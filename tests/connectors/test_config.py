@@ -1,13 +1,29 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from lmc.blend.baselines import FullReuse
 from lmc.blend.epic import Epic
+from lmc.blend.query import Query
 from lmc.connectors.vllm import kv_transfer_params
-from lmc.connectors.vllm.config import LMCConfig, check_memory, load_config, parse_request
+from lmc.connectors.vllm.config import (
+    LMCConfig,
+    check_layers,
+    check_memory,
+    load_config,
+    parse_request,
+)
+
+
+@dataclass(frozen=True)
+class Dense(FullReuse):
+    """A strategy that asks for what pages do not give."""
+
+    dense: ClassVar[bool] = True
 
 
 def test_defaults_and_yaml_file(tmp_path: Path) -> None:
@@ -30,12 +46,19 @@ def test_defaults_and_yaml_file(tmp_path: Path) -> None:
         ({"policy": "mru"}, "'mru'.*lru.*sieve"),
         ({"policy": {"name": "ttl", "minutes": 3}}, "minutes.*seconds"),
         ({"policy": "belady"}, "accesses to come"),
+        ({"blend": {"name": "cacheblend", "causal": "bottom_right"}}, "ablation.*Hugging Face"),
         ("/does/not/exist.yaml", "exist.yaml.*cannot be read"),
     ],
 )
 def test_wrong_settings_are_named(raw: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config({"lmc": raw})
+
+
+def test_layers_that_the_model_lacks_are_refused() -> None:
+    check_layers(Query(layers=[2]), 3)
+    with pytest.raises(ValueError, match=r"\[3\], want layers of 0 to 2"):
+        check_layers(Query(layers=[3]), 3)
 
 
 def test_memory_for_less_than_one_chunk_is_refused() -> None:
@@ -55,6 +78,8 @@ def test_memory_for_less_than_one_chunk_is_refused() -> None:
         ({"chunks": "0-5"}, "list of spans, got '0-5'"),
         ({"blend": "nope"}, "'nope'"),
         ({"blend": {"ratio": 0.1}}, "blend strategy"),
+        ({"blend": {"name": "tests.connectors.test_config:Dense"}}, "paged engine.*Hugging Face"),
+        ({"blend": {"name": "cacheblend", "causal": "bottom_right"}}, "ablation.*Hugging Face"),
         ({"save": "no"}, "save must be true or false, got 'no'"),
         ([1], "must be an object, got list"),
     ],

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from typer.testing import CliRunner
 
-from lmc.blend.strategy import Run
+from lmc.blend.evidence import Run
 from lmc.experiment.rows import ROWS
 from lmc.shapes import shape
 from lmc.sim.commands.fit import fit as fit_command
@@ -320,7 +320,7 @@ def rows_of(
                         "prompt_tokens": T,
                         "kinds": kinds,
                         "compute_fraction": computed / T,
-                        "flops_fraction": SHAPE.cost.fraction(runs, T),
+                        "flops_fraction": SHAPE.cost.fraction([(a, b, 1.0) for a, b in runs], T),
                         "bytes": {"host": loaded * 46080} if loaded else {},
                     }
                 )

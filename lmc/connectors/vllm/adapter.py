@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import set_forward_context
 
-from lmc.blend.forward import State, selective_forward
-from lmc.connectors.vllm.attention import BackendAttention, PagedAttention
+from lmc.blend.evidence import Deviation, Importance, Need, Outline
+from lmc.blend.forward import Outcome, State, selective_forward
+from lmc.blend.strategy import Strategy
+from lmc.connectors.vllm.attention import BackendAttention, Current, Measure, PagedAttention, Rows
+from lmc.kernels.gather import gather
+from lmc.kernels.scatter import scatter
 
 
 class VLLMAdapter:
@@ -17,6 +25,11 @@ class VLLMAdapter:
 
     QKV projections, q/k norm, RoPE, MLP, quantisation and tensor-parallel reductions are the
     modules' own; only attention is told where the rows are.
+
+    Args:
+        tokens: `[T]` token ids, as far as rows are computed.
+        blocks: the request's block ids, in order.
+        max_rows: rows that one call of a layer may carry.
     """
 
     def __init__(
@@ -35,35 +48,97 @@ class VLLMAdapter:
         self._embed = inner.embed_input_ids
         self._attention = attention
         self._tokens, self._blocks = tokens, blocks
-        self._current: dict[str, Any] = {}
+        self._current = Current()
+        self._outline: Outline | None = None
         self._vllm_config = vllm_config
-        self._slices: dict[int, tuple[torch.Tensor, Any]] = {}
+        self._prepared: dict[bytes, Rows] = {}
+        self._prepared_in = 0
 
     def embed(self, rows: np.ndarray) -> State:
-        device = self._attention.device
-        # A slice of rows is the same in every layer, and so is all that depends on it alone.
-        self._slices[int(rows[0])] = (
-            torch.from_numpy(rows).to(device),
-            self._attention.prepare(rows, self._blocks),
-        )
-        ids = torch.from_numpy(self._tokens[rows]).to(device)
+        self._prepared.clear()
+        ids = torch.from_numpy(self._tokens[rows]).to(self._attention.device)
         return (self._embed(ids),)
 
-    def layer(self, index: int, rows: np.ndarray, state: State) -> State:
-        where, self._current["prepared"] = self._slices[int(rows[0])]
+    def layer(
+        self, index: int, rows: np.ndarray, state: State, needs: Sequence[Need] = ()
+    ) -> tuple[State, list[torch.Tensor]]:
+        self._current.rows = self._rows(index, rows)
+        self._current.measure = measure = Measure(needs, self._outline)
         hidden, residual = state if len(state) == 2 else (state[0], None)
+        where = self._current.rows.where
         hidden, residual = self.layers[index](where, hidden, residual)
-        return (hidden, residual)
+        scores = [_of_all_heads(need, measure.scores[need]) for need in needs]
+        return (hidden, residual), scores
+
+    def read(self, index: int, rows: np.ndarray) -> torch.Tensor:
+        pages = self._attention.pages(self.layers[index])
+        return gather(pages, self._attention.slots(rows, self._blocks))
+
+    def write(self, index: int, rows: np.ndarray, kv: torch.Tensor) -> None:
+        pages = self._attention.pages(self.layers[index])
+        scatter(kv, pages, self._attention.slots(rows, self._blocks))
+
+    def agree(self, scores: torch.Tensor) -> torch.Tensor:
+        # The sum over ranks; the same bits on each, whatever order a reduction adds in.
+        group = get_tp_group()
+        return group.broadcast(group.all_reduce(scores.clone()))
 
     @torch.inference_mode()
-    def run(self, rows: np.ndarray) -> State:
-        """Compute `rows` and leave their KV in the request's blocks."""
+    def run(
+        self, forced: np.ndarray, strategy: Strategy | None = None, outline: Outline | None = None
+    ) -> Outcome:
+        """Compute `forced` and what the strategy chooses; their KV stays in the request's blocks.
+
+        A probe runs the suffix too, as far as the blocks reach: its KV there is the engine's to
+        write afterwards. Where they do not reach its end, the last rows within reach ask.
+        """
+        if strategy is None or outline is None:
+            with self._installed(len(forced)):
+                return selective_forward(self, forced)
+        reach = min(outline.T, len(self._blocks) * self._attention.block_size)
+        self._outline = replace(outline, T=reach)
+        probe_rows = np.union1d(forced, np.arange(outline.end, reach))
+        with self._installed(max(len(forced) + outline.n, len(probe_rows))):
+            return selective_forward(self, forced, strategy, self._outline, probe_rows)
+
+    @torch.inference_mode()
+    def measure(
+        self, rows: np.ndarray, needs: Sequence[Need], outline: Outline
+    ) -> list[torch.Tensor]:
+        """Scores of `rows` in layer 0, over the heads of all ranks."""
+        self._outline = outline
+        with self._installed(len(rows)):
+            _, scores = self.layer(0, rows, self.embed(rows), needs)
+        return [self.agree(score) for score in scores]
+
+    @contextmanager
+    def _installed(self, most_rows: int) -> Iterator[None]:
         # A context of its own, since layers such as MoE read the number of tokens from it.
         context = set_forward_context(
-            None, self._vllm_config, num_tokens=min(len(rows), self.max_rows)
+            None, self._vllm_config, num_tokens=min(most_rows, self.max_rows)
         )
         with context, self._attention.installed(self._current):
-            return selective_forward(self, rows)
+            yield
+
+    def _rows(self, index: int, rows: np.ndarray) -> Rows:
+        """What depends on rows alone; the same in every layer until a strategy drops some."""
+        key = rows.tobytes()
+        if key not in self._prepared:
+            if index != self._prepared_in:
+                self._prepared.clear()
+            self._prepared_in = index
+            self._prepared[key] = self._attention.prepare(rows, self._blocks)
+        return self._prepared[key]
+
+
+def _of_all_heads(need: Need, score: torch.Tensor) -> torch.Tensor:
+    """One rank's part of a score; the parts of all ranks add up to that of all heads.
+
+    A deviation is a sum over heads (its cosine form is taken to be one). An importance is a mean
+    over heads, so over ranks too: exact with queries summed, near it with their norm or maximum,
+    and with the maximum over heads the mean of the ranks' maxima.
+    """
+    return score / get_tp_group().world_size if isinstance(need, Importance) else score
 
 
 @torch.inference_mode()
@@ -75,7 +150,7 @@ def self_check(
     Runs in blocks that no request owns yet, once whole through `model.forward` with the backend's
     attention and once by the loop in two parts with `attention`, and compares hidden states and
     the KV left behind. Architectures that do more between their layers than hand on
-    (hidden, residual) are found out here.
+    (hidden, residual) are found out here, and pages in which rows cannot be measured.
     """
     T, block_size = 64, attention.block_size
     tokens = np.arange(T, dtype=np.int64) * 7919 % vllm_config.model_config.get_vocab_size()
@@ -84,13 +159,13 @@ def self_check(
     caches = [layer.kv_cache for layer in attention.layers.values()]
     before = [cache[blocks].clone() for cache in caches]
     try:
-        slots, metadata = oracle.prepare(rows, blocks)
+        checked = oracle.prepare(rows, blocks)
         names = list(attention.layers)
         with set_forward_context(
-            dict.fromkeys(names, metadata),
+            dict.fromkeys(names, checked.how),
             vllm_config,
             num_tokens=T,
-            slot_mapping=dict.fromkeys(names, slots),
+            slot_mapping=dict.fromkeys(names, checked.slots),
         ):
             device = attention.device
             whole = model(
@@ -101,12 +176,13 @@ def self_check(
         for cache, old in zip(caches, before, strict=True):
             cache[blocks] = old
         adapter = VLLMAdapter(model, attention, tokens, blocks, T // 2, vllm_config)
-        hidden, residual = adapter.run(rows)
+        hidden, residual = adapter.run(rows).state
         looped, _ = model.model.norm(hidden, residual)
         pairs = [(whole, looped), *zip(kept, (cache[blocks] for cache in caches), strict=True)]
         # Sums are taken in another order, and compiled code may fuse; no more than that.
         tolerance = torch.finfo(whole.dtype).eps ** 0.5
         worst = max(_relative_error(a, b) for a, b in pairs)
+        wrong = _mismeasured(adapter, T, tolerance)
     except Exception as error:  # an architecture of another shape may fail in any way
         return f"the layer loop does not run on this model: {type(error).__name__}: {error}"
     finally:
@@ -114,6 +190,20 @@ def self_check(
             cache[blocks] = old
     if not worst <= tolerance:
         return f"the layer loop differs from model.forward by {worst:.1e} (at most {tolerance:.1e})"
+    return wrong
+
+
+def _mismeasured(adapter: VLLMAdapter, T: int, tolerance: float) -> str | None:
+    """What is wrong with scores of the rows `[T/2, T)` of tokens that are in the pages, if any."""
+    half = T // 2
+    outline = Outline(L=adapter.num_layers, T=T, end=half, moved=((0, half),), new=half)
+    needs = (Deviation(0, "both", "cosine"), Importance((0,), queries="sum"))
+    far, paid = adapter.measure(np.arange(half, T), needs, outline)
+    if far.shape != (half,) or not float(far.max()) <= tolerance:
+        return f"rows that are in their pages deviate from them by {float(far.max()):.1e}"
+    # What one row pays to all keys adds up to 1.
+    if paid.shape != (T,) or not abs(float(paid.sum()) / half - 1) <= tolerance:
+        return f"{half} rows pay {float(paid.sum()):.3f} of attention"
     return None
 
 

@@ -3,29 +3,90 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from lmc.blend.strategy import runs_of
+from lmc.blend.evidence import Deviation, Importance, Need, Outline, runs_of
 from lmc.connectors.vllm.layouts import views_of
+from lmc.kernels.deviation import deviation
+from lmc.kernels.importance import importance
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.query_rows import query_rows
 from lmc.kernels.scatter import scatter
 from lmc.kernels.sparse_attention import sparse_attention
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of one request, as every layer needs them.
+
+    Attributes:
+        positions: `[M]`, ascending, int64; `where` is the same on the device.
+        reach: positions that the last row sees: its own and all before.
+        slots: `[M]` flat slots.
+        table: int32 `[1, pages]`, the request's pages up to `reach`.
+        how: what the way of attending made of them.
+    """
+
+    positions: np.ndarray
+    where: torch.Tensor
+    reach: int
+    slots: torch.Tensor
+    table: torch.Tensor
+    how: Any
+
+
+@dataclass
+class Measure:
+    """What is asked of one layer about its rows, and what it answers.
+
+    Attributes:
+        needs: what is asked. outline: of whom; needed with an importance.
+        scores: by need, fp32: of a deviation `[M]`, of an importance `[T]`.
+    """
+
+    needs: Sequence[Need] = ()
+    outline: Outline | None = None
+    scores: dict[Need, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Current:
+    """What the attention layers work on: set before each of them is called."""
+
+    rows: Rows | None = None
+    measure: Measure = field(default_factory=Measure)
+
+
 class PagedAttention(ABC):
-    """Attention of rows `[M]` of one request, their fresh K and V written to its pages first."""
+    """Attention of rows `[M]` of one request, their fresh K and V written to its pages first.
+
+    Raises:
+        ValueError: pages whose layout is not known.
+    """
 
     def __init__(self, layers: dict[str, Any], kv_cache_spec: Any) -> None:
         self.layers = layers
         self.block_size = kv_cache_spec.block_size
         self.device = next(iter(layers.values())).kv_cache.device
+        self._pages = {id(layer): _pages_of(layer) for layer in layers.values()}
+
+    def pages(self, module: Any) -> PagedKV:
+        """The pages of the attention layer inside a decoder layer, as of one layer.
+
+        Raises:
+            ValueError: it has not one such layer.
+        """
+        inside = [self._pages[id(m)] for m in module.modules() if id(m) in self._pages]
+        if len(inside) != 1:
+            raise ValueError(f"{type(module).__name__} has {len(inside)} attention layers, want 1")
+        return inside[0]
 
     def slots(self, rows: np.ndarray, blocks: list[int]) -> torch.Tensor:
         """Flat slots `[M]` of rows in the request's blocks."""
@@ -33,24 +94,45 @@ class PagedAttention(ABC):
         flat = table[rows // self.block_size] * self.block_size + rows % self.block_size
         return torch.from_numpy(flat).to(self.device)
 
-    @abstractmethod
-    def prepare(self, rows: np.ndarray, blocks: list[int]) -> Any:
+    def prepare(self, rows: np.ndarray, blocks: list[int]) -> Rows:
         """What is the same in every layer for these rows."""
+        reach = int(rows[-1]) + 1
+        table = torch.tensor([blocks[: -(-reach // self.block_size)]], dtype=torch.int32)
+        slots = self.slots(rows, blocks)
+        return Rows(
+            positions=rows,
+            where=torch.from_numpy(rows).to(self.device),
+            reach=reach,
+            slots=slots,
+            table=table.to(self.device),
+            how=self._how(rows, slots, table),
+        )
 
-    @abstractmethod
     def attend(
         self,
         layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        prepared: Any,
+        rows: Rows,
+        measure: Measure,
     ) -> torch.Tensor:
-        """Write key and value `[M, G, D]`, and attend with query `[M, H, D]`; `[M, H, D]`."""
+        """Write key and value `[M, G, D]`, and attend with query `[M, H, D]`; `[M, H, D]`.
+
+        What is asked of these rows is answered on the way.
+        """
+        asked = [need for need in measure.needs if isinstance(need, Deviation)]
+        measure.scores.update(zip(asked, self._write(layer, key, value, rows, asked), strict=True))
+        for need in measure.needs:
+            if isinstance(need, Importance):
+                assert measure.outline is not None
+                score = self._importance(layer, query, rows, need, measure.outline)
+                measure.scores[need] = score
+        return self._attend(layer, query, key, value, rows)
 
     @contextmanager
-    def installed(self, current: dict[str, Any]) -> Iterator[None]:
-        """While open, attention layers work on the rows that `current["prepared"]` describes."""
+    def installed(self, current: Current) -> Iterator[None]:
+        """While open, attention layers work on what `current` holds."""
         for layer in self.layers.values():
             layer.forward = self._forward_of(layer, current)
         try:
@@ -59,7 +141,68 @@ class PagedAttention(ABC):
             for layer in self.layers.values():
                 del layer.forward  # the instance's; the class's own shows again
 
-    def _forward_of(self, layer: Any, current: dict[str, Any]) -> Any:
+    @abstractmethod
+    def _how(self, rows: np.ndarray, slots: torch.Tensor, table: torch.Tensor) -> Any:
+        """`Rows.how`; `table` is on the host."""
+
+    @abstractmethod
+    def _write(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: Rows,
+        needs: list[Deviation],
+    ) -> list[torch.Tensor]:
+        """Write the fresh rows; how far each was from what they replace, `[M]` by need."""
+
+    @abstractmethod
+    def _attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: Rows,
+    ) -> torch.Tensor:
+        """Attention `[M, H, D]` over the pages, in which the fresh rows are."""
+
+    def _importance(
+        self, layer: Any, query: torch.Tensor, rows: Rows, need: Importance, outline: Outline
+    ) -> torch.Tensor:
+        """What the asking ones of `rows` pay to each position of the prompt, `[T]` fp32.
+
+        A soft cap of the logits is left out: it keeps the order of what a row looks at.
+        """
+        first = int(np.searchsorted(rows.positions, need.first_asking(outline)))
+        scores = torch.zeros(outline.T, dtype=torch.float32, device=self.device)
+        importance(
+            query[first:],
+            self._pages[id(layer)].k[0],
+            rows.table[0],
+            rows.where[first:],
+            rows.reach,
+            layer.impl.scale,
+            heads=need.heads,
+            queries=need.queries,
+            out=scores[: rows.reach],
+        )
+        return scores
+
+    def _deviation(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: Rows,
+        need: Deviation,
+        *,
+        write: bool,
+    ) -> torch.Tensor:
+        pages, tensor, norm = self._pages[id(layer)], need.tensor, need.norm
+        return deviation(key, value, pages, rows.slots, tensor=tensor, norm=norm, write=write)
+
+    def _forward_of(self, layer: Any, current: Current) -> Any:
         def forward(
             query: torch.Tensor,
             key: torch.Tensor,
@@ -67,13 +210,15 @@ class PagedAttention(ABC):
             output_shape: Any = None,
             output_dtype: torch.dtype | None = None,
         ) -> torch.Tensor:
+            assert current.rows is not None
             M = query.shape[0]
             return self.attend(
                 layer,
                 query.view(M, layer.num_heads, layer.head_size),
                 key.view(M, layer.num_kv_heads, layer.head_size),
                 value.view(M, layer.num_kv_heads, layer.head_size_v),
-                current["prepared"],
+                current.rows,
+                current.measure,
             ).view(M, -1)
 
         return forward
@@ -93,14 +238,11 @@ class BackendAttention(PagedAttention):
         builder = first.attn_backend.get_builder_cls()
         self._builder = builder(kv_cache_spec, list(layers), vllm_config, self.device)
 
-    def metadata(self, rows: np.ndarray, blocks: list[int]) -> Any:
-        """The backend's metadata for `rows` as pseudo-sequences."""
+    def _how(self, rows: np.ndarray, slots: torch.Tensor, table: torch.Tensor) -> Any:
         runs = np.asarray(runs_of(rows), np.int32)
         lengths = runs[:, 1] - runs[:, 0]
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         ends = torch.from_numpy(runs[:, 1].copy())
-        used = -(-int(runs[-1, 1]) // self.block_size)
-        table = torch.tensor(blocks[:used], dtype=torch.int32).repeat(len(runs), 1)
         common = CommonAttentionMetadata(
             query_start_loc=starts.to(self.device),
             query_start_loc_cpu=starts,
@@ -110,32 +252,39 @@ class BackendAttention(PagedAttention):
             num_actual_tokens=len(rows),
             max_query_len=int(lengths.max()),
             max_seq_len=int(runs[-1, 1]),
-            block_table_tensor=table.to(self.device),
-            slot_mapping=self.slots(rows, blocks),
+            block_table_tensor=table.repeat(len(runs), 1).to(self.device),
+            slot_mapping=slots,
             causal=True,
         )
         return self._builder.build(0, common)
 
-    def prepare(self, rows: np.ndarray, blocks: list[int]) -> Any:
-        return self.slots(rows, blocks), self.metadata(rows, blocks)
+    def _write(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: Rows,
+        needs: list[Deviation],
+    ) -> list[torch.Tensor]:
+        scores = [self._deviation(layer, key, value, rows, need, write=False) for need in needs]
+        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, rows.slots)
+        return scores
 
-    def attend(
+    def _attend(
         self,
         layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        prepared: Any,
+        rows: Rows,
     ) -> torch.Tensor:
-        slots, metadata = prepared
-        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
         output = torch.empty_like(query)
-        layer.impl.forward(layer, query, key, value, layer.kv_cache, metadata, output=output)
+        layer.impl.forward(layer, query, key, value, layer.kv_cache, rows.how, output=output)
         return output
 
 
 class KernelAttention(PagedAttention):
-    """lmc's own kernel: one launch a layer, whatever the rows, masked by absolute position.
+    """lmc's own kernels: one launch a layer, whatever the rows, masked by absolute position.
 
     Raises:
         ValueError: layers with what the kernel does not compute (ALiBi, sinks), or pages whose
@@ -144,39 +293,47 @@ class KernelAttention(PagedAttention):
 
     def __init__(self, layers: dict[str, Any], kv_cache_spec: Any) -> None:
         super().__init__(layers, kv_cache_spec)
-        self._views: dict[int, PagedKV] = {}
         for name, layer in layers.items():
             for extra in ("alibi_slopes", "sinks"):
                 if getattr(layer.impl, extra, None) is not None:
                     raise ValueError(f"attention: kernels do not compute the {extra} of {name}")
-            k, v = views_of(layer)
-            self._views[id(layer)] = PagedKV((k,), (v,))
 
-    def prepare(self, rows: np.ndarray, blocks: list[int]) -> Any:
+    def _how(self, rows: np.ndarray, slots: torch.Tensor, table: torch.Tensor) -> Any:
         layer = next(iter(self.layers.values()))
-        keys = self._views[id(layer)].k[0]
-        tiles = query_rows(torch.from_numpy(rows), (0, len(rows)), layer.num_heads, keys)
-        used = -(-(int(rows[-1]) + 1) // self.block_size)
-        table = torch.tensor([blocks[:used]], dtype=torch.int32, device=self.device)
-        return self.slots(rows, blocks), table, tiles
+        keys = self._pages[id(layer)].k[0]
+        return query_rows(torch.from_numpy(rows), (0, len(rows)), layer.num_heads, keys)
 
-    def attend(
+    def _write(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: Rows,
+        needs: list[Deviation],
+    ) -> list[torch.Tensor]:
+        if not needs:
+            scatter(torch.stack((key, value))[None], self._pages[id(layer)], rows.slots)
+        # The last one stores the rows in the pass in which it reads them.
+        return [
+            self._deviation(layer, key, value, rows, need, write=need is needs[-1])
+            for need in needs
+        ]
+
+    def _attend(
         self,
         layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        prepared: Any,
+        rows: Rows,
     ) -> torch.Tensor:
-        slots, table, tiles = prepared
-        pages = self._views[id(layer)]
-        scatter(torch.stack((key, value))[None], pages, slots)
+        pages = self._pages[id(layer)]
         return sparse_attention(
             query,
             pages.k[0],
             pages.v[0],
-            table,
-            tiles,
+            rows.table,
+            rows.how,
             layer.impl.scale,
             window=layer.sliding_window,
             softcap=getattr(layer.impl, "logits_soft_cap", None) or None,
@@ -191,3 +348,8 @@ def paged_attention(
     if way == "kernels" or (way == "auto" and on_gpu):
         return KernelAttention(layers, kv_cache_spec)
     return BackendAttention(layers, kv_cache_spec, vllm_config)
+
+
+def _pages_of(layer: Any) -> PagedKV:
+    k, v = views_of(layer)
+    return PagedKV((k,), (v,))

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmc.blend import STRATEGIES
+from lmc.blend.evidence import Outline
 from lmc.blend.strategy import Strategy
 from lmc.chunk import split
 from lmc.chunking import CHUNKERS, Chunker
@@ -73,8 +74,33 @@ def load_config(extra: Mapping[str, Any]) -> LMCConfig:
         raise ValueError(f"lmc config: {one_line(error)}; valid keys: {valid}") from error
     Index(config.memory_bytes, policy=config.policy)
     config.build_chunker()
-    STRATEGIES.build(config.blend)
+    build_strategy(config.blend)
     return config
+
+
+def build_strategy(blend: Mapping[str, Any] | str) -> Strategy:
+    """The strategy that a config names.
+
+    Raises:
+        ValueError: a wrong one, or one that a paged engine cannot run.
+    """
+    strategy: Strategy = STRATEGIES.build(blend)
+    why = None
+    if strategy.dense:
+        why = "needs more than a paged engine offers"
+    elif strategy.mask != "position":
+        why = f"masks by {strategy.mask!r}, an ablation"
+    if why:
+        raise ValueError(
+            f"blend strategy {blend!r} {why}: it runs on Hugging Face models only "
+            "(lmc.connectors.hf)"
+        )
+    return strategy
+
+
+def check_layers(strategy: Strategy, L: int) -> None:
+    """Raise ValueError unless a model of L layers has those that the strategy looks at."""
+    strategy.needs(Outline(L=L, T=2, end=1, moved=((0, 1),), new=1))
 
 
 def check_memory(memory_bytes: int, bytes_per_token: int, longest: int) -> None:
@@ -134,7 +160,7 @@ def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
     blend = config.blend if raw.get("blend") is None else raw["blend"]
     return RequestOptions(
         chunks=chunks,
-        strategy=STRATEGIES.build(blend),
+        strategy=build_strategy(blend),
         blend=blend if isinstance(blend, str) else blend["name"],
         save=raw.get("save", True),
         enabled=raw.get("enabled", True),

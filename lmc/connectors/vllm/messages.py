@@ -14,6 +14,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
+from lmc.blend.evidence import Outline
+from lmc.blend.strategy import Strategy
+
 
 @dataclass(frozen=True)
 class ChunkLoad:
@@ -38,16 +41,22 @@ class Blend:
     """One request's claim: chunks to load, then rows to compute, into its own blocks.
 
     Attributes:
-        tokens: `[end]` token ids, int64.
+        end: end of the claim.
+        tokens: token ids, int64: `[end]`, or `[T]` with a strategy, whose probe runs the suffix.
         blocks: the request's block ids, in order.
-        rows: ascending positions to compute.
+        rows: ascending positions that all layers compute.
+        strategy: what chooses further rows while the request runs, if anything does.
+        outline: the request as it sees it.
     """
 
     request_id: str
+    end: int
     tokens: np.ndarray
     blocks: list[int]
     loads: list[ChunkLoad]
     rows: np.ndarray
+    strategy: Strategy | None = None
+    outline: Outline | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,13 @@ from lmc.blend.baselines import Prefix
 from lmc.blend.plan import Plan, make_plan
 from lmc.chunk import split
 from lmc.connectors.vllm import identity
-from lmc.connectors.vllm.config import LMCConfig, check_memory, parse_request
+from lmc.connectors.vllm.config import (
+    LMCConfig,
+    build_strategy,
+    check_layers,
+    check_memory,
+    parse_request,
+)
 from lmc.connectors.vllm.keeping import chunks_to_keep
 from lmc.connectors.vllm.messages import (
     Blend,
@@ -27,7 +33,7 @@ from lmc.connectors.vllm.messages import (
     WorkerReport,
 )
 from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, rechain
-from lmc.connectors.vllm.tracked import Tracked, report_of
+from lmc.connectors.vllm.tracked import Tracked, report_of, unblendable
 from lmc.store import Index
 
 logger = init_logger(__name__)
@@ -37,7 +43,8 @@ class SchedulerSide:
     """Decides for every request what is reused and what is kept.
 
     Raises:
-        ValueError: memory for less than one chunk.
+        ValueError: memory for less than one chunk, or a strategy that names layers which the model
+            does not have.
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, config: LMCConfig) -> None:
@@ -62,6 +69,7 @@ class SchedulerSide:
             self.cost,
             exact_variants=config.exact_variants,
         )
+        check_layers(build_strategy(config.blend), self.layout.L)
         self.chains = ChainMap()
         self.requests: dict[str, Tracked] = {}
         self.saving: dict[int, Tracked] = {}  # by slot
@@ -113,11 +121,15 @@ class SchedulerSide:
         if grown or local < tracked.plan.local or not self._still_held(tracked):
             self._replan(tracked, local)
         self._lease(tracked)  # a preempted request's lease ended with its first admission
-        tracked.admitted = tracked.plan.after(local)
-        if len(tracked.admitted.rows) and self._hits_uncomputed(tracked, local):
+        plan = tracked.admitted = tracked.plan.after(local)
+        if (len(plan.rows) or plan.selective) and self._hits_uncomputed(tracked, local):
             self.counts["deferred"] += 1
             return None
-        return tracked.admitted.claimed
+        if plan.selective and plan.first_moved is not None and local > plan.first_moved:
+            # Out of fewer moved rows it may choose others than the hashes stand for.
+            recipes = plan.recipes(self.block_size, nonce=os.urandom(16))
+            rechain(request, self.block_size, local // self.block_size, [], recipes)
+        return plan.claimed
 
     def allocated(self, request: Any, blocks: list[int], claimed: int) -> None:
         """vLLM admitted `request` with these blocks and `claimed` tokens of ours."""
@@ -217,10 +229,11 @@ class SchedulerSide:
     def _read(self, request: Any) -> Tracked:
         """The request's options, or why it is served as if lmc were not there."""
         raw = (request.kv_transfer_params or {}).get("lmc")
-        if reason := _unblendable(request):
+        if reason := unblendable(request):
             return Tracked(request, None, reason)
         try:
             options = parse_request(raw, request.num_prompt_tokens, self.config)
+            check_layers(options.strategy, self.layout.L)
         except ValueError as error:
             return Tracked(request, None, f"bad_request:{error}")
         if not options.enabled:
@@ -265,7 +278,9 @@ class SchedulerSide:
         strategy = tracked.options.strategy
         arguments = (tracked.tokens, tracked.pieces, self.index, tracked.namespace)
         gain, exact_only = self.config.min_gain_tokens, self.blend_refusal is not None
-        plan = make_plan(*arguments, strategy, local=local, min_gain=gain, contiguous=exact_only)
+        plan = make_plan(
+            *arguments, strategy, local=local, min_gain=gain, contiguous=exact_only, L=self.layout.L
+        )
         tracked.reason = None
         if exact_only and strategy.moves:
             tracked.reason = f"blending_refused:{self.blend_refusal}"
@@ -364,25 +379,13 @@ def _saves(tracked: Tracked) -> bool:
     return tracked.options is not None and tracked.options.save
 
 
-def _unblendable(request: Any) -> str | None:
-    """Why this request's KV is not lmc's business, whatever its parameters say."""
-    if request.prompt_token_ids is None or request.mm_features:
-        return "multimodal"
-    if request.lora_request is not None:
-        return "lora_without_digest"
-    if request.resumable:
-        return "streaming_input"
-    if request.pooling_params is not None:
-        return "pooling"
-    if request.skip_reading_prefix_cache:
-        return "prompt_logprobs"
-    return None
-
-
 def _blend_of(request_id: str, tokens: np.ndarray, blocks: list[int], plan: Plan) -> Blend:
     loads = [
         ChunkLoad(s.record.slot, s.start, s.end, s.origin, s.record.T,
                   s.delta if plan.strategy.rotate else 0)
         for s in plan.segments
     ]  # fmt: skip
-    return Blend(request_id, tokens[: plan.end], blocks, loads, plan.rows)
+    claim = (request_id, plan.end)
+    if not plan.selective:
+        return Blend(*claim, tokens[: plan.end], blocks, loads, plan.rows)
+    return Blend(*claim, tokens, blocks, loads, plan.rows, plan.strategy, plan.outline)

@@ -52,16 +52,31 @@ class Tracked:
     report: dict[str, Any] | None = None
 
 
+def unblendable(request: Any) -> str | None:
+    """Why this request's KV is not lmc's business, whatever its parameters say."""
+    if request.prompt_token_ids is None or request.mm_features:
+        return "multimodal"
+    if request.lora_request is not None:
+        return "lora_without_digest"
+    if request.resumable:
+        return "streaming_input"
+    if request.pooling_params is not None:
+        return "pooling"
+    if request.skip_reading_prefix_cache:
+        return "prompt_logprobs"
+    return None
+
+
 def report_of(tracked: Tracked, bytes_per_token: int, cost: PrefillCost) -> dict[str, Any]:
     """What becomes of a request's prompt.
 
-    Keys: prompt_tokens, kinds (which add up to it), compute_fraction (rows computed of all:
-    every chosen row goes through all layers), flops_fraction, bytes by tier, strategy, reason.
+    Keys: prompt_tokens, kinds (which add up to it), compute_fraction (row-layers computed of
+    all, probe and check layers included), flops_fraction, bytes by tier, strategy, reason.
     """
     T, local, plan = tracked.request.num_prompt_tokens, tracked.local, tracked.admitted
     if plan is None:
         kinds = dict.fromkeys(KINDS, 0) | {"local": local, "new": T - local}
-        computed, loaded = [(local, T)], 0
+        computed, loaded = [(local, T, 1.0)], 0
     else:
         blended_from = T if tracked.blended_from is None else tracked.blended_from
         kinds = plan.kinds(local_blended=max(0, local - blended_from))
@@ -70,7 +85,7 @@ def report_of(tracked: Tracked, bytes_per_token: int, cost: PrefillCost) -> dict
     return {
         "prompt_tokens": T,
         "kinds": kinds,
-        "compute_fraction": sum(end - start for start, end in computed) / T,
+        "compute_fraction": sum(share * (end - start) for start, end, share in computed) / T,
         "flops_fraction": cost.fraction(computed, T),
         "bytes": {"host": loaded * bytes_per_token},
         "strategy": tracked.options.blend if tracked.options else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
+from lmc.blend.evidence import without
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.adapter import VLLMAdapter, self_check
 from lmc.connectors.vllm.attention import BackendAttention, PagedAttention, paged_attention
@@ -117,7 +119,7 @@ class WorkerSide:
                 # vLLM truncates the request there and computes the rest itself.
                 logger.exception("lmc could not serve its claim on %s", blend.request_id)
                 self.counts["claims_failed"] += 1
-                self._fail(blend, int(blend.rows[0]) if len(blend.rows) else 0)
+                self._fail(blend, min([load.start for load in blend.loads] + blend.rows.tolist()))
 
     def save(self, metadata: StepMetadata) -> None:
         """After the forward: copy new chunks out of the pages, behind the model's back."""
@@ -170,26 +172,38 @@ class WorkerSide:
             self._report.lost += missing
         somewhere = _on_any_rank(missing)
         lost = [load for load in blend.loads if load.slot in somewhere]
-        rows = blend.rows
+        rows, strategy, outline = blend.rows, blend.strategy, blend.outline
         for load in lost:
             rows = np.union1d(rows, np.arange(load.start, load.end))
         if lost:
             if self._model is None:
                 self._fail(blend, min(load.start for load in lost))
                 return
+            anew = np.setdiff1d(rows, blend.rows)
             with self._lock:
-                self._report.recomputed[blend.request_id] = np.setdiff1d(rows, blend.rows).tolist()
-        if len(rows):
+                self._report.recomputed[blend.request_id] = anew.tolist()
+            if outline is not None:
+                # As Plan.recomputing has it on the scheduler's side.
+                moved, new = without(outline.moved, anew), outline.new + len(anew)
+                outline = replace(outline, moved=moved, new=new)
+        if outline is not None and not outline.moved:
+            strategy = outline = None
+        if len(rows) or strategy is not None:
             assert self._attention is not None
-            VLLMAdapter(
+            adapter = VLLMAdapter(
                 self._model,
                 self._attention,
                 blend.tokens,
                 blend.blocks,
                 self.max_rows,
                 self.vllm_config,
-            ).run(rows)
+            )
+            outcome = adapter.run(rows, strategy, outline)
             self.counts["rows_computed"] += len(rows)
+            self.counts["row_layers_selected"] += sum(len(chosen) for chosen in outcome.selected)
+            self.counts["row_layers_probed"] += outcome.probe
+            if outcome.probe and len(blend.blocks) * self.spec.block_size < len(blend.tokens):
+                self.counts["probes_cut_short"] += 1
 
     def _load(self, blend: Blend, load: ChunkLoad) -> bool:
         chunk = self.memory.get(load.slot)
@@ -212,7 +226,7 @@ class WorkerSide:
 
     def _fail(self, blend: Blend, start: int) -> None:
         block_size = self.spec.block_size
-        last = -(-len(blend.tokens) // block_size)
+        last = -(-blend.end // block_size)
         self._failed_blocks.update(blend.blocks[start // block_size : last])
 
     def _save(self, save: ChunkSave, ready: Any) -> None:

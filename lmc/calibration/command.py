@@ -1,0 +1,148 @@
+"""`lmc calibrate`: measure strategies on a model, and write its quality profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lmc.errors import errors_in_one_line
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lmc.calibration.profile import QualityProfile
+    from lmc.evaluation.samples import Sample
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A known name such as smollm2, or a folder.")],
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: the model's own.")
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|YAML",
+            help="Prompts, such as pydoc or '{name: passages, path: FILE}'; may be repeated.",
+        ),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="How many of each workload.")] = 16,
+    blend: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|YAML",
+            help="Strategies, such as epic or '{name: query, ratio: 0.1}'; may be repeated. "
+            "Default: all that are worth it, over their range.",
+        ),
+    ] = None,
+    context: Annotated[
+        str, typer.Option(help="How chunks were encoded: isolated, anchored or first_seen.")
+    ] = "isolated",
+    out: Annotated[
+        Path | None, typer.Option(help="The YAML file; default: where an engine looks for it.")
+    ] = None,
+) -> None:
+    """Measure what blending costs a model in quality, and write the profile that allows it.
+
+    What is known after each prompt lies in FILE.partial; FILE is replaced when all is measured.
+    """
+    with errors_in_one_line():
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"--dtype: got {dtype!r}; valid: {', '.join(DTYPES)}")
+
+        from typing import get_args
+
+        from rich.console import Console
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        import lmc
+        from lmc.calibration.measure import calibrate as measured
+        from lmc.calibration.measure import grid
+        from lmc.calibration.profile import QualityProfile, user_profiles
+        from lmc.connectors.hf.model import HFModel
+        from lmc.connectors.hf.store import Context
+        from lmc.evaluation import WORKLOADS
+        from lmc.experiment.progress import progress
+        from lmc.experiment.rows import git_commit
+        from lmc.models import EXPORTS, resolve, weights_digest
+
+        if context not in get_args(Context):
+            raise ValueError(f"--context: got {context!r}; valid: {', '.join(get_args(Context))}")
+        configs = grid([_config("--blend", text) for text in blend or []])
+        workloads = [_config("--workload", text) for text in workload or ["pydoc"]]
+        built = [WORKLOADS.build(config) for config in workloads]
+        folder = resolve(model)
+        weights = weights_digest(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        samples = [s for w in built for s in _first(prompts, w.samples(tokenizer), w)]
+        hf = HFModel(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval())
+        console = Console()
+        with progress(console, len(samples) * len(configs)) as step:
+            for rows in measured(hf, samples, configs, step, context):  # type: ignore[arg-type]
+                profile = QualityProfile(
+                    model=model if model in EXPORTS else Path(folder).resolve().name,
+                    weights=weights.hex(),
+                    dtype=str(hf.dtype).removeprefix("torch."),
+                    rope=hf.rope.fingerprint.hex(),
+                    lmc_version=lmc.__version__,
+                    git_commit=git_commit(),
+                    workloads=[{"name": w} if isinstance(w, str) else w for w in workloads],
+                    prompts=rows[0].prompts,
+                    context=context,
+                    rows=rows,
+                )
+                path = out or user_profiles() / profile.file_name
+                partial = path.with_name(f"{path.name}.partial")
+                profile.save(partial)
+        partial.replace(path)
+        console.print(table(profile))
+        console.print(f"profile: {path}", soft_wrap=True, highlight=False)
+
+
+def table(profile: QualityProfile) -> Table:
+    """What was measured, by strategy."""
+    from rich import box
+    from rich.table import Table
+
+    from lmc.calibration.profile import knob_of
+
+    title = f"{profile.model}, {profile.dtype}, {profile.prompts} prompts, {profile.context} chunks"
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    result.show_edge, result.pad_edge, result.padding = False, False, (0, 0, 0, 1)
+    result.add_column("strategy", no_wrap=True)
+    for column in ("knob", "compute", "recovery [95%]", "KL"):
+        result.add_column(column, justify="right", no_wrap=True)
+    for row in profile.rows:
+        knob = row.strategy.knob
+        rest = [f"{k}={v}" for k, v in row.blend.items() if k not in ("name", knob)]
+        result.add_row(
+            " ".join([row.blend["name"], *rest]),
+            "–" if knob is None else f"{knob} {knob_of(row.strategy)}",
+            f"{row.compute_fraction:.1%}",
+            f"{row.recovery:.2f} [{row.low:.2f}, {row.high:.2f}]",
+            f"{row.kl:.3f}",
+        )
+    return result
+
+
+def _config(option: str, text: str) -> str | dict[str, Any]:
+    """A name, or a YAML object with a name in it."""
+    import yaml
+
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{option}: got {text!r}, which is no YAML") from error
+    if isinstance(config, str) or (isinstance(config, dict) and "name" in config):
+        return config
+    raise ValueError(f"{option}: got {text!r}, want a name or {{name: ..., ...}}")
+
+
+def _first(prompts: int, samples: list[Sample], workload: Any) -> list[Sample]:
+    if len(samples) < prompts:
+        raise ValueError(f"--prompts: got {prompts}, but {workload} has {len(samples)}")
+    return samples[:prompts]

@@ -1,0 +1,268 @@
+"""A Hugging Face decoder as an adapter of the selective forward, without a patch to the model.
+
+Its layers run as they are. What is ours comes in by the doors that transformers has: a cache
+object, which puts fresh keys and values where their rows are, and an attention function, which
+masks by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from lmc.blend.ape import Ape
+from lmc.blend.evidence import Deviation, Importance, Need, Outline
+from lmc.blend.forward import State
+from lmc.kernels.deviation import deviation
+from lmc.kernels.gather import gather
+from lmc.kernels.importance import importance
+from lmc.kernels.paged import PagedKV
+from lmc.kernels.scatter import scatter
+
+PAGE = 16
+NAME = "lmc"
+# Rows that one call may carry: activations of a small model, and a mask of this many rows.
+MAX_ROWS = 4096
+# Is shown every attention: rows [M], query [1, H, M, D], key [1, G, T, D], scale.
+Watch = Callable[[np.ndarray, torch.Tensor, torch.Tensor, float], None]
+
+
+class Pages:
+    """K and V of one request: `[L, 2, N, P, G, D]`, row t in slot t.
+
+    Args:
+        shape: L, G, D. T: rows it must hold.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], T: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        L, G, D = shape
+        N = max(1, -(-T // PAGE))
+        self.buffer = torch.zeros(L, 2, N, PAGE, G, D, dtype=dtype, device=device)
+        self.layers = [PagedKV((layer[0],), (layer[1],)) for layer in self.buffer]
+        self.all = PagedKV(
+            tuple(layer[0] for layer in self.buffer), tuple(layer[1] for layer in self.buffer)
+        )
+        self.table = torch.arange(N, dtype=torch.int32, device=device)
+
+    def rows(self, start: int, end: int) -> torch.Tensor:
+        """A view `[L, 2, T, G, D]` of rows `[start, end)`."""
+        return self.buffer.flatten(2, 3)[:, :, start:end]
+
+
+class HFAdapter:
+    """The rows of one request through the layers of a Hugging Face model.
+
+    Args:
+        inner: the decoder: `embed_tokens`, `rotary_emb`, `layers`.
+        tokens: `[T']` token ids; those behind the prompt's T are an answer that is forced.
+        pages: what is reused lies there already; fresh rows go there.
+        positions: `[T']` RoPE positions, where they are not 0..T'-1. The mask goes by rows.
+        outline: of the request, for rows that ask and for the ablation of the mask.
+        mask: see `Strategy.mask`.
+        ape: merges attention to moved tokens as APE does, or None.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        tokens: np.ndarray,
+        pages: Pages,
+        positions: np.ndarray | None = None,
+        *,
+        outline: Outline | None = None,
+        mask: Literal["position", "bottom_right"] = "position",
+        ape: Ape | None = None,
+    ) -> None:
+        self.layers = list(inner.layers)
+        self.num_layers = len(self.layers)
+        # A bottom-right mask goes by how many rows there are, so all must be in one call.
+        self.max_rows = MAX_ROWS if mask == "position" else max(MAX_ROWS, len(tokens))
+        self.pages = pages
+        self.device = pages.buffer.device
+        # Attention outputs `[M, H * D]` of the last call of each layer, by layer, if recorded.
+        self.outputs: list[torch.Tensor] | None = None
+        self.watch: Watch | None = None
+        self._inner = inner
+        self._tokens = torch.from_numpy(np.asarray(tokens, np.int64)).to(self.device)
+        at = np.arange(len(tokens)) if positions is None else positions
+        self._positions = torch.from_numpy(np.asarray(at, np.int64)).to(self.device)
+        self._outline, self._mask, self._ape = outline, mask, ape
+        self._rows = np.empty(0, np.int64)
+        self._needs: Sequence[Need] = ()
+        self._scores: dict[Need, torch.Tensor] = {}
+        self._prepared: tuple[bytes, Any] = (b"", None)
+
+    # -- the adapter's side ------------------------------------------------------------------
+
+    def embed(self, rows: np.ndarray) -> State:
+        return (self._inner.embed_tokens(self._tokens[self._at(rows)]),)
+
+    def layer(
+        self, index: int, rows: np.ndarray, state: State, needs: Sequence[Need] = ()
+    ) -> tuple[State, list[torch.Tensor]]:
+        hidden = state[0][None]
+        where, angles, _ = self._prepare(rows, hidden)
+        self._rows, self._needs, self._scores = rows, needs, {}
+        out = self.layers[index](
+            hidden,
+            attention_mask=None,
+            position_ids=self._positions[where][None],
+            past_key_values=self,
+            use_cache=True,
+            position_embeddings=angles,
+            lmc=self,
+        )
+        out = out[0] if isinstance(out, tuple) else out
+        return (out[0],), [self._scores[need] for need in needs]
+
+    def read(self, index: int, rows: np.ndarray) -> torch.Tensor:
+        return gather(self.pages.layers[index], self._at(rows))
+
+    def write(self, index: int, rows: np.ndarray, kv: torch.Tensor) -> None:
+        scatter(kv.contiguous(), self.pages.layers[index], self._at(rows))
+
+    def agree(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores  # one rank holds all heads
+
+    # -- the model's side --------------------------------------------------------------------
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `transformers.Cache.update`: takes `[1, G, M, D]`, gives all rows up to the last."""
+        k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        pages, where = self.pages.layers[layer_idx], self._prepared[1][0]
+        for need in self._needs:
+            if isinstance(need, Deviation):
+                self._scores[need] = deviation(
+                    k, v, pages, where, tensor=need.tensor, norm=need.norm
+                )
+        scatter(torch.stack((k, v))[None], pages, where)
+        used = self.pages.rows(0, self._used())[layer_idx].transpose(1, 2)
+        return used[0][None], used[1][None]
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int,
+        scale: float, softcap: float | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attention of query `[1, H, M, D]` to keys `[1, G, T, D]`: `[1, M, H, D]`."""
+        for need in self._needs:
+            if isinstance(need, Importance):
+                self._scores[need] = self._importance(need, query, layer, scale)
+        if self.watch is not None:
+            self.watch(self._rows, query, key, scale)
+        mask = self._prepared[1][2]
+        if self._ape is not None and self._outline is not None:
+            out = self._ape.attend(query, key, value, mask, self._outline, scale)
+        elif softcap:
+            out = _softcapped(query, key, value, mask, scale, softcap)
+        elif mask is None:
+            out = scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            )
+        else:
+            out = scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+            )
+        out = out.transpose(1, 2).contiguous()
+        if self.outputs is not None:
+            recorded = out[0].flatten(1)
+            if layer < len(self.outputs):  # a further slice of the same layer
+                self.outputs[layer] = torch.cat((self.outputs[layer], recorded))
+            else:
+                self.outputs.append(recorded)
+        return out
+
+    @contextmanager
+    def installed(self, model: Any) -> Iterator[None]:
+        """While open, the model's layers attend by this module's function."""
+        before = model.config._attn_implementation
+        model.set_attn_implementation(NAME)
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(before)
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _at(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(rows).to(self.device)
+
+    def _used(self) -> int:
+        """Rows that may be attended to: a bottom-right mask looks beyond a row."""
+        last = int(self._rows[-1]) + 1
+        if self._mask == "bottom_right" and self._outline:
+            return max(last, self._outline.end)
+        return last
+
+    def _prepare(self, rows: np.ndarray, hidden: torch.Tensor) -> Any:
+        """What depends on the rows alone: where they are, their angles, their mask."""
+        key = rows.tobytes()
+        if self._prepared[0] != key:
+            self._rows = rows
+            where = self._at(rows)
+            angles = self._inner.rotary_emb(hidden, position_ids=self._positions[where][None])
+            self._prepared = (key, (where, angles, self._mask_of(rows)))
+        return self._prepared[1]
+
+    def _mask_of(self, rows: np.ndarray) -> torch.Tensor | None:
+        """True `[M, T]` where row i may look; None for the plain causal mask of a whole prompt."""
+        last = self._at(rows)
+        if self._mask == "bottom_right" and self._outline and rows[0] < self._outline.end:
+            # Query i of M sees keys <= T - M + i, whichever row it is, as both published
+            # implementations compute it; there the suffix is part of the M.
+            M = len(rows) + self._outline.T - self._outline.end
+            last = self._outline.T - M + torch.arange(len(rows), device=self.device)
+        elif self._ape is None and len(rows) == rows[-1] + 1:
+            return None
+        return torch.arange(self._used(), device=self.device)[None] <= last[:, None]
+
+    def _importance(
+        self, need: Importance, query: torch.Tensor, layer: int, scale: float
+    ) -> torch.Tensor:
+        assert self._outline is not None
+        asks = self._rows >= need.first_asking(self._outline)
+        asking = self._at(self._rows[asks])
+        q = query[0].transpose(0, 1)[torch.from_numpy(asks)]
+        pages, T = self.pages.layers[layer], self._outline.T
+        return importance(
+            q, pages.k[0], self.pages.table, asking, T, scale,
+            heads=need.heads, queries=need.queries,
+        )  # fmt: skip
+
+
+def _softcapped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    scale: float, softcap: float,
+) -> torch.Tensor:  # fmt: skip
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    logits = torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap)) * softcap
+    if mask is None:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    return logits.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+
+
+def _attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: Any, scaling: float | None = None, dropout: float = 0.0,
+    softcap: float | None = None, lmc: HFAdapter | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """What transformers calls in place of its own attention."""
+    if lmc is None:
+        raise ValueError("its layers do not hand keyword arguments on to their attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return lmc.attend(query, key, value, module.layer_idx, scale, softcap), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, lambda *_, **__: None)

@@ -1,0 +1,189 @@
+"""Which Hugging Face models rows can be recomputed in, and their full prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmc import shapes
+from lmc.blend.forward import Outcome, selective_forward
+from lmc.connectors.hf.adapter import HFAdapter, Pages, Watch
+from lmc.kernels.rerotate import rerotate
+from lmc.rope import from_config
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A whole computation.
+
+    Attributes:
+        pages: K and V of all its rows. logits: `[n, V]` fp32 of the rows that were asked for.
+        outputs: attention outputs `[L, n, H * D]` of those rows, if recorded.
+    """
+
+    pages: Pages
+    logits: torch.Tensor
+    outputs: torch.Tensor | None = None
+
+
+class HFModel:
+    """A decoder with RoPE and full attention in every layer, ready to blend.
+
+    It is compared with its own forward first: 64 tokens once by `model(...)` and once by the
+    layer loop in two parts, and keys re-rotated against keys computed where they go.
+
+    Args:
+        model: a transformers `...ForCausalLM`; it is not changed.
+
+    Raises:
+        ValueError: sliding windows, no RoPE or one that depends on the length, or an
+            architecture whose layers do more than hand hidden states on.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        if reason := _windows(config):
+            raise ValueError(f"{type(model).__name__}: {reason}; full attention in every layer is")
+        self.rope = from_config(config)
+        self.model = model
+        self.inner: Any = getattr(model, "model", None)
+        for part in ("embed_tokens", "layers", "rotary_emb", "norm"):
+            if not hasattr(self.inner, part):
+                raise ValueError(f"{type(model).__name__} has no model.{part}: not supported")
+        self.shape = shapes.from_config(config)
+        self.L: int = self.shape.L
+        self.dtype, self.device = model.dtype, model.device
+        self.vocabulary: int = config.vocab_size
+        self._check()
+
+    def pages(self, T: int) -> Pages:
+        """Room for the KV of T tokens."""
+        return Pages((self.L, self.shape.G, self.shape.D), T, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray | None = None,
+        *,
+        logits_from: int | None = None,
+        split: int | None = None,
+        record: bool = False,
+        room: int = 0,
+        watch: Watch | None = None,
+    ) -> Prefill:
+        """Compute all of `tokens` `[T]`.
+
+        Args:
+            positions: `[T]` RoPE positions, default 0..T-1.
+            logits_from: the first row whose logits are wanted; default the last one.
+            split: compute in two parts, `[0, split)` and the rest: the same but for rounding.
+            record: keep the attention outputs of the rows from `logits_from` on.
+            room: further rows that the pages must hold.
+            watch: is shown every attention.
+        """
+        T = len(tokens)
+        first = T - 1 if logits_from is None else logits_from
+        pages = self.pages(T + room)
+        adapter = HFAdapter(self.inner, tokens, pages, positions)
+        adapter.watch = watch
+        parts = [(0, T)] if split is None else [(0, split), (split, T)]
+        states, outputs = [], []
+        with adapter.installed(self.model):
+            for start, end in parts:
+                adapter.outputs = [] if record else None
+                outcome = selective_forward(adapter, np.arange(start, end, dtype=np.int64))
+                states.append(outcome.state[0])
+                if adapter.outputs is not None:
+                    outputs.append(torch.stack(adapter.outputs))
+        hidden = torch.cat(states)[first:]
+        recorded = torch.cat(outputs, 1)[:, first:] if record else None
+        return Prefill(pages, self.logits(hidden), recorded)
+
+    def forced(
+        self, tokens: np.ndarray, answer: Sequence[int], pages: Pages, *, record: bool = False
+    ) -> Prefill:
+        """Logits `[n, V]` while `answer` `[n]` is forced behind a prompt that `pages` holds.
+
+        The prompt's last row is computed again, and so are the answer's but its last.
+        """
+        T, n = len(tokens), len(answer)
+        adapter = HFAdapter(self.inner, np.array([*tokens, *answer]), pages)
+        adapter.outputs = [] if record else None
+        hidden = self.run(adapter, np.arange(T - 1, T + n - 1)).state[0]
+        outputs = torch.stack(adapter.outputs) if adapter.outputs else None
+        return Prefill(pages, self.logits(hidden), outputs)
+
+    def greedy(
+        self, tokens: np.ndarray, logits: torch.Tensor, pages: Pages, n: int, **options: Any
+    ) -> list[int]:
+        """The n most likely tokens behind a prompt, one by one.
+
+        Args:
+            tokens: `[T]`. logits: `[V]` of its last row.
+            pages: K and V of the prompt, with room for n - 1 rows more, which are written.
+            options: of `HFAdapter`, where the answer does not attend as usual.
+        """
+        answer = [int(logits.argmax())] if n else []
+        for i in range(n - 1):
+            adapter = HFAdapter(self.inner, np.array([*tokens, *answer]), pages, **options)
+            hidden = self.run(adapter, np.array([len(tokens) + i])).state[0]
+            answer.append(int(self.logits(hidden)[0].argmax()))
+        return answer
+
+    def run(self, adapter: HFAdapter, *arguments: Any) -> Outcome:
+        """`selective_forward(adapter, *arguments)` on this model."""
+        with torch.inference_mode(), adapter.installed(self.model):
+            return selective_forward(adapter, *arguments)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits `[n, V]` of hidden states `[n, hidden]` behind the last layer."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self.model.lm_head(self.inner.norm(hidden)).float()
+        return logits
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        T, shift = 64, 100
+        tokens = np.arange(T, dtype=np.int64) * 7919 % self.vocabulary
+        whole = self.model(torch.from_numpy(tokens).to(self.device)[None], use_cache=False)
+        try:
+            ours = self.prefill(tokens, logits_from=0, split=T // 2)
+            moved = self.prefill(tokens, np.arange(T) + shift)
+        except Exception as error:  # an architecture of another shape may fail in any way
+            raise ValueError(
+                f"{type(self.model).__name__}: the layer loop does not run on this model: {error}"
+            ) from error
+        # Sums are taken in another order; no more than that.
+        tolerance = torch.finfo(self.dtype).eps ** 0.5
+        # Keys of the first layer depend on their own token and its position alone.
+        keys = ours.pages.rows(0, T)[0, 0]
+        cos, sin = (torch.from_numpy(x).to(self.device) for x in self.rope.angles(shift))
+        turned = rerotate(keys, cos, sin, interleaved=self.rope.interleaved)
+        pairs = {
+            "logits": (whole.logits[0].float(), ours.logits),
+            "re-rotated keys": (moved.pages.rows(0, T)[0, 0], turned),
+        }
+        for name, (expected, got) in pairs.items():
+            scale = expected.float().abs().max().clamp_min(1e-6)
+            worst = float((expected.float() - got.float()).abs().max() / scale)
+            if not worst <= tolerance:
+                raise ValueError(
+                    f"{type(self.model).__name__}: {name} differ from the model's own by "
+                    f"{worst:.1e} (at most {tolerance:.1e}), so its rows cannot be recomputed"
+                )
+
+
+def _windows(config: Any) -> str | None:
+    """Why not every layer attends to everything before it, or None if every one does."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        return f"layers of kind {', '.join(sorted(kinds))} are not supported"
+    # Qwen2 and its kin carry a width that `use_sliding_window: false` switches off.
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"a sliding window of {config.sliding_window} is not supported"
+    return None

@@ -1,0 +1,210 @@
+"""Chunks of one Hugging Face model in memory: what a prompt leaves, and what another finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from lmc.blend.ape import Ape
+from lmc.blend.cachecraft import Attended, CacheCraft, alone
+from lmc.blend.plan import Plan, Segment, make_plan
+from lmc.blend.strategy import Strategy
+from lmc.chunk import Piece, chunk_key, split
+from lmc.chunking import CHUNKERS
+from lmc.connectors.hf.model import HFModel
+from lmc.layout import KVLayout
+from lmc.store import Index, Record
+from lmc.store.keep import keep
+from lmc.store.memory import HostMemory
+
+Context = Literal["isolated", "anchored", "first_seen"]
+NAMESPACE = b"hf"  # a store serves one model
+QUERIES = 256  # rows whose attention is looked at together, so that it fits into memory
+
+
+class HFStore:
+    """Index and bytes, as a serving engine's worker and scheduler have them, in one object.
+
+    Args:
+        model: whose KV it holds.
+        memory_bytes: how much of it.
+    """
+
+    def __init__(self, model: HFModel, memory_bytes: int = 4 << 30) -> None:
+        self.model = model
+        shape = model.shape
+        layout = KVLayout(model.L, shape.G, shape.D, str(model.dtype).removeprefix("torch."))
+        self._per_token = layout.bytes_per_token
+        self._index = Index(memory_bytes, cost=shape.cost)
+        self._memory = HostMemory(layout, memory_bytes)
+        self._chunker = CHUNKERS.build("cdc")
+        self._attended: dict[int, Attended] = {}  # by slot, of chunks that had others in front
+
+    def add(self, tokens: Sequence[int], spans: Sequence[tuple[int, int]], system: int = 0) -> None:
+        """Compute a prompt in full, and keep each span of it as a chunk in that context.
+
+        Args:
+            tokens: `[T]`. spans: where its chunks are.
+            system: how many tokens in front stand before every chunk alike; see `CacheCraft`.
+        """
+        ids = np.asarray(tokens, np.int64)
+        pieces = split(ids, self._chunker, spans)
+        kept = keep(self._index, NAMESPACE, ids, pieces, None, self._per_token)
+        self._free()  # first: bytes of what must go leave no room for what comes
+        if not kept:
+            return
+        chunks = [piece for piece in pieces if piece.start >= system]
+        behind = [(p, record) for p, record in kept if chunks and p.start > chunks[0].start]
+        looks = _Looks(len(ids), chunks) if behind else None
+        pages = self.model.prefill(ids, watch=looks).pages
+        for piece, record in behind:
+            assert looks is not None
+            self._attended[record.slot] = looks.of(ids, piece, self.model.L)
+        for piece, record in kept:
+            if self._memory.put(record.slot, pages.rows(piece.start, piece.end).cpu().clone()):
+                self._index.acknowledge(record.slot, 0)
+            else:
+                self._index.drop(record.slot)
+        self._free()
+
+    def add_chunks(
+        self, context: Context, system: Sequence[int], chunks: Sequence[Sequence[int]]
+    ) -> None:
+        """Keep a system prompt and chunks, encoded as a context policy says.
+
+        `isolated`: each alone. `anchored`: each behind the system prompt and nothing else.
+        `first_seen`: in a prompt that had them all, in the opposite order.
+
+        Raises:
+            ValueError: an unknown policy.
+        """
+        if context not in get_args(Context):
+            raise ValueError(f"context: got {context!r}, valid: {', '.join(get_args(Context))}")
+        if system:
+            self.add(system, [(0, len(system))])
+        if context == "first_seen":
+            parts = [system, *reversed(chunks)] if system else list(reversed(chunks))
+            self.add(*_joined(parts), system=len(system))
+            return
+        for chunk in chunks:
+            if context == "anchored" and system:
+                self.add(*_joined([system, chunk]), system=len(system))
+            else:
+                self.add(chunk, [(0, len(chunk))])
+
+    def plan(
+        self, tokens: Sequence[int], spans: Sequence[tuple[int, int]], strategy: Strategy
+    ) -> Plan:
+        """What becomes of each token of a prompt; reuse is never declined for its gain."""
+        ids = np.asarray(tokens, np.int64)
+        pieces = split(ids, self._chunker, spans)
+        plan = make_plan(
+            ids, pieces, self._index, NAMESPACE, strategy, L=self.model.L, decline=False
+        )
+        if isinstance(strategy, CacheCraft):
+            return self._fixed(plan, strategy, ids, pieces)
+        return _alike(plan) if isinstance(strategy, Ape) else plan
+
+    def chunk(self, slot: int) -> torch.Tensor:
+        """The chunk buffer `[L, 2, T, G, D]` of a record."""
+        chunk = self._memory.get(slot)
+        assert chunk is not None, f"slot {slot} is in the index and not in memory"
+        return chunk
+
+    def _free(self) -> None:
+        for slot in self._index.take_freed():
+            self._memory.evict(slot)
+            self._attended.pop(slot, None)
+
+    def _fixed(
+        self, plan: Plan, strategy: CacheCraft, ids: np.ndarray, pieces: Sequence[Piece]
+    ) -> Plan:
+        """The plan with the variant of each moved chunk that needs the fewest rows, and those."""
+        keys = [(p.end, chunk_key(NAMESPACE, ids[p.start : p.end])) for p in pieces]
+        segments, chosen = [], [np.empty(0, np.int64)]
+        for segment in plan.segments:
+            if segment.kind == "moved":
+                before = [key for end, key in keys if end <= segment.origin]
+                known = self._variants(segment)
+                best = min(known, key=lambda r: strategy.overhead(self._context(r), before))
+                segment = replace(segment, record=best)
+                rows = segment.origin + strategy.rows_of(self._context(best), before)
+                chosen.append(rows[(rows >= segment.start) & (rows < segment.end)])
+            segments.append(segment)
+        again = np.concatenate(chosen)
+        rows = np.union1d(np.setdiff1d(plan.rows, plan.chosen), again)
+        return replace(plan, segments=tuple(segments), rows=rows, chosen=again)
+
+    def _variants(self, segment: Segment) -> list[Record]:
+        """All records that may serve a segment; of equals the plan's own comes first."""
+        same = [r for r in self._index.variants(segment.record.key)
+                if r.tokens == segment.record.tokens and r != segment.record]  # fmt: skip
+        return [segment.record, *same]
+
+    def _context(self, record: Record) -> Attended:
+        return self._attended.get(record.slot) or alone(record.T)
+
+
+class _Looks:
+    """The attention that each token of a prompt pays each of its chunks.
+
+    Args:
+        T: tokens of the prompt. chunks: ascending.
+    """
+
+    def __init__(self, T: int, chunks: Sequence[Piece]) -> None:
+        self._chunks = chunks
+        self._paid = torch.zeros(T, len(chunks))
+        self._member = torch.zeros(T, len(chunks))
+        for i, piece in enumerate(chunks):
+            self._member[piece.start : piece.end, i] = 1
+
+    def __call__(
+        self, rows: np.ndarray, query: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> None:
+        keys = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0).transpose(1, 2)
+        T = keys.shape[2]
+        for i in range(0, len(rows), QUERIES):
+            at = torch.from_numpy(rows[i : i + QUERIES])
+            logits = (query[0, :, i : i + QUERIES] @ keys).float() * scale
+            future = torch.arange(T) > at[:, None]
+            weights = logits.masked_fill_(future.to(logits.device), -torch.inf).softmax(-1).mean(0)
+            self._paid[at] += weights.cpu() @ self._member[:T]
+
+    def of(self, ids: np.ndarray, piece: Piece, L: int) -> Attended:
+        """What the tokens of one chunk paid, mean over L layers."""
+        i = self._chunks.index(piece)
+        paid, before = self._paid[piece.start : piece.end] / L, self._chunks[:i]
+        return Attended(
+            tokens=paid[:, :i].sum(1).numpy(),
+            intra=float(paid[:, i].sum()),
+            before=tuple(chunk_key(NAMESPACE, ids[p.start : p.end]) for p in before),
+            inter=tuple(paid[:, :i].sum(0).tolist()),
+            lengths=tuple(p.end - p.start for p in before),
+        )
+
+
+def _alike(plan: Plan) -> Plan:
+    """The plan with the text behind the system prompt moved by nothing, not exact.
+
+    APE encodes all texts at one place, so the first of them is no other than the rest.
+    """
+    exact = [s for s in plan.segments if s.kind == "exact" and s.record.origin == "anchored"]
+    if not exact or not plan.moved:
+        return plan
+    segments = tuple(replace(s, kind="moved") if s in exact else s for s in plan.segments)
+    moved = sorted([*plan.moved, *((s.start, s.end) for s in exact)])
+    return replace(plan, segments=segments, moved=tuple(moved), first_moved=moved[0][0])
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> tuple[list[int], list[tuple[int, int]]]:
+    tokens: list[int] = []
+    spans = []
+    for part in parts:
+        spans.append((len(tokens), len(tokens) + len(part)))
+        tokens += part
+    return tokens, spans

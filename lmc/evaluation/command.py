@@ -1,0 +1,98 @@
+"""`lmc workload`: see the prompts that quality is measured on, gate them, convert a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lmc.errors import errors_in_one_line
+
+workload_app = typer.Typer(
+    help="Prompts that quality is measured on: look at them, gate them, convert a data set.",
+    no_args_is_help=True,
+)
+Name = Annotated[str, typer.Argument(help="A workload: pydoc, passages, recall, two_hop, ...")]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Set one field; may be repeated."),
+]
+Model = Annotated[str, typer.Option(help="A model's name or folder.")]
+
+
+@workload_app.command()
+def show(
+    name: Name,
+    field: Fields = None,
+    model: Model = "smollm2",
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to print.")] = 1,
+) -> None:
+    """Print prompts as the model reads them, each part on its own."""
+    with errors_in_one_line():
+        from rich.console import Console
+
+        console = Console()
+        tokenizer, samples = _samples(name, field or [], model)
+        for i, sample in enumerate(samples[:prompts]):
+            parts = [("system", sample.system)]
+            parts += [(f"chunk {j + 1}", ids) for j, ids in enumerate(sample.chunks)]
+            parts += [("question", sample.question), ("answer", sample.answer)]
+            for title, ids in parts:
+                console.rule(f"prompt {i + 1}, {title}: {len(ids)} tokens", align="left")
+                console.print(tokenizer.decode(ids), markup=False, highlight=False)
+
+
+@workload_app.command()
+def gate(
+    name: Name,
+    field: Fields = None,
+    model: Model = "smollm2",
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to answer.")] = 24,
+) -> None:
+    """Say whether a model can do a task at all: full prefill must answer 80% of the prompts."""
+    with errors_in_one_line():
+        from transformers import AutoModelForCausalLM
+
+        from lmc import models
+        from lmc.evaluation.gate import USABLE
+        from lmc.evaluation.gate import gate as measure_gate
+
+        _, samples = _samples(name, field or [], model)
+        loaded = AutoModelForCausalLM.from_pretrained(models.resolve(model)).eval()
+        found = measure_gate(loaded, samples[:prompts])
+        share = found.share
+        typer.echo(
+            f"{name}: {sum(found.right)} of {len(found.right)} prompts answered, "
+            f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]: "
+            f"{'usable' if found.usable else f'not usable, below {USABLE:.0%}'} for {model}"
+        )
+
+
+@workload_app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A list of {ctxs, question, answers} in JSON.")],
+    target: Annotated[Path, typer.Argument(help="The JSONL that workload `passages` reads.")],
+) -> None:
+    """Turn a multi-hop data set, as CacheBlend's examples carry it, into passages."""
+    with errors_in_one_line():
+        from lmc.evaluation.texts import convert_musique
+
+        typer.echo(f"{target}: {convert_musique(source, target)} questions")
+
+
+def _samples(name: str, fields: list[str], model: str) -> tuple[Any, list[Any]]:
+    import yaml
+    from transformers import AutoTokenizer
+
+    from lmc import models
+    from lmc.evaluation import WORKLOADS
+
+    config: dict[str, Any] = {"name": name}
+    for text in fields:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set: got {text!r}, want FIELD=VALUE")
+        config[key] = yaml.safe_load(value)
+    tokenizer = AutoTokenizer.from_pretrained(models.resolve(model))
+    return tokenizer, WORKLOADS.build(config).samples(tokenizer)

@@ -1,0 +1,143 @@
+"""What strategies that choose rows while a request runs do in an engine; part of `scenarios`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lmc.blend.cacheblend import CacheBlend
+from lmc.blend.query import Query
+from lmc.connectors.vllm.taint import ChainMap, cached_blocks
+
+
+@dataclass(frozen=True)
+class CheckedCacheBlend(CacheBlend):
+    """Blended even where it saves nothing, to be compared with full prefill."""
+
+    control: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class CheckedQuery(Query):
+    """The same of `query`."""
+
+    control: ClassVar[bool] = True
+
+
+CACHEBLEND = {"name": "cacheblend", "ratio": 0.15}
+QUERY = {"name": "query", "ratio": 0.1, "layers": "all", "queries": "sum"}
+UNION = {"name": "union", "first": {"name": "epic", "link_tokens": 8}, "second": {"name": "query"}}
+# Layer 0 of fresh rows is that of reused ones, and behind it none goes on.
+NONE = {"name": "cacheblend", "ratio": 0.0, "write": "selected"}
+ALL_BY_DEVIATION = {"name": f"{__name__}:CheckedCacheBlend", "ratio": 1.0, "tensor": "both"}
+ALL_BY_QUERY = {"name": f"{__name__}:CheckedQuery", "ratio": 1.0}
+
+
+def arms(session: Any, parts: list[list[int]], gap: list[int], suffix: list[int]) -> dict[str, Any]:
+    """Each of them on `parts`, whose third and fourth are moved; two texts are not seen yet.
+
+    The suffix is longer than a step of the engine.
+    """
+    results = {
+        "cacheblend": session.fresh(parts, CACHEBLEND, save=False),
+        "cacheblend_again": session.ask(parts, CACHEBLEND, save=False),
+        "plain_behind": session.ask(parts, enabled=False),
+        "cacheblend_all": session.fresh(parts, ALL_BY_DEVIATION, save=False),
+        "cacheblend_none": session.fresh(parts, NONE, save=False),
+        "cacheblend_kept": session.fresh(parts, NONE | {"write": "all"}, save=False),
+        "query": session.fresh(parts, QUERY, save=False),
+        "query_all": session.fresh(parts, ALL_BY_QUERY, save=False),
+        "query_none": session.fresh(parts, QUERY | {"ratio": 0.0}, save=False),
+        "union": session.fresh(parts, UNION, save=False),
+    }
+    gapped = [*parts[:2], gap, *parts[2:]]
+    results |= {
+        "gap": session.fresh(gapped, CACHEBLEND, save=False),
+        "gap_all": session.fresh(gapped, ALL_BY_QUERY, save=False),
+        "gap_plain": session.fresh(gapped, enabled=False),
+    }
+    long = [*parts[:-1], suffix]
+    results |= {
+        "long": session.fresh(long, ALL_BY_QUERY, save=False),
+        "long_plain": session.fresh(long, enabled=False),
+    }
+    # Only where worker and scheduler live in this process.
+    if selected := results["cacheblend"].selected:
+        replayed = {"name": "replay", "by_layer": selected}
+        results["replay"] = session.fresh(parts, replayed, save=False)
+        results |= parted(session, parts)
+    return results
+
+
+def parted(session: Any, parts: list[list[int]]) -> dict[str, Any]:
+    """A blend of which vLLM holds the first two blocks only, twice."""
+    session.fresh(parts, CACHEBLEND, save=False)
+    side = session.scheduler.connector._scheduler
+    chain, _ = next(reversed(side.chains._chains.values()))
+    held = cached_blocks(side.kv_cache_manager.block_pool, chain.hashes)
+    side.kv_cache_manager.evict_blocks(set(held[2:]))
+    results = {}
+    for name in ("parted", "parted_again"):
+        side.chains = ChainMap()  # as if the blend had not been answered yet
+        results[name] = session.ask(parts, CACHEBLEND, save=False)
+    return results
+
+
+def lost_chunks(session: Any, two: list[list[int]], one: list[list[int]]) -> dict[str, Any]:
+    """The last of `two` moved documents is lost between plan and load; and the only moved one."""
+    results = {}
+    for name, parts, blend in (("two", two, ALL_BY_DEVIATION), ("one", one, QUERY)):
+        session.llm.reset_prefix_cache()
+        request_id = session.add(parts, blend, save=False)
+        tracked = list(session.scheduler.connector._scheduler.requests.values())[-1]
+        session.lmc_worker.memory.evict(tracked.plan.segments[-1].record.slot)
+        results[name] = session.finish()[request_id]
+        results[name].selected = session.selected
+        results[f"{name}_plain"] = session.fresh(parts, enabled=False)
+    return results
+
+
+def measured(session: Any, tokens: np.ndarray, blocks: list[int]) -> dict[str, Any]:
+    """The selective forward with a strategy, in pages that no request owns: rows and KV of each."""
+    from lmc.blend import STRATEGIES
+    from lmc.blend.evidence import Outline
+    from lmc.connectors.vllm.adapter import VLLMAdapter
+    from lmc.kernels.gather import gather
+    from lmc.kernels.scatter import scatter
+
+    worker, T = session.lmc_worker, len(tokens)
+    end = T - 30
+    moved = ((40, 100), (110, end))
+    outline = Outline(L=3, T=T, end=end, moved=moved, new=10 + 30)
+    slots = worker._attention.slots(np.arange(T), blocks)
+
+    def adapter(max_rows: int = 1000, blocks: list[int] = blocks) -> VLLMAdapter:
+        arguments = (worker._model, worker._attention, tokens, blocks, max_rows)
+        return VLLMAdapter(*arguments, worker.vllm_config)
+
+    adapter().run(np.arange(T))
+    dense = gather(worker._paged, slots).clone()
+    # Rows that were seen elsewhere: the later, the farther from what they should be.
+    stale = dense.clone()
+    for position in outline.candidates:
+        stale[:, :, position] *= 1 + position / T
+
+    def blended(blend: dict[str, Any], **options: Any) -> tuple[Any, np.ndarray]:
+        scatter(stale, worker._paged, slots)
+        outcome = adapter(**options).run(np.arange(100, 110), STRATEGIES.build(blend), outline)
+        return outcome, gather(worker._paged, slots).numpy().copy()
+
+    suffix_in_part = blocks[: -(-(end + 5) // 32)]
+    return {
+        "dense": dense.numpy(),
+        "stale": stale.numpy(),
+        "all": blended(ALL_BY_DEVIATION),
+        "deviation": blended(CACHEBLEND | {"tensor": "both"}),
+        "deviation_sliced": blended(CACHEBLEND | {"tensor": "both"}, max_rows=7),
+        "selected": blended(CACHEBLEND | {"write": "selected"}),
+        "query": blended(QUERY),
+        "query_sliced": blended(QUERY, max_rows=7),
+        "query_in_part": blended(QUERY, blocks=suffix_in_part),
+    }

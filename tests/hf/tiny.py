@@ -1,0 +1,89 @@
+"""Tiny random decoders of each family, and one prompt of a system text, four chunks, a question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmc.blend import STRATEGIES
+from lmc.connectors.hf import Blended, HFModel, HFStore, run_blend
+
+FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma")
+# Keys that only some families know.
+EXTRA: dict[str, dict[str, Any]] = {"Mistral": {"sliding_window": None}}
+
+_rng = np.random.default_rng(0)
+SYSTEM, *CHUNKS, QUESTION = (_rng.integers(5, 500, n).tolist() for n in (20, 40, 40, 40, 40, 10))
+TOKENS = [token for part in (SYSTEM, *CHUNKS, QUESTION) for token in part]
+SPANS = [(0, 20), (20, 60), (60, 100), (100, 140), (140, 180)]
+T, END = 190, 180
+
+
+def decoder(family: str, **options: Any) -> Any:
+    """A random `...ForCausalLM`: L=4, H=4, G=2, D=32, 512 ids."""
+    import transformers
+
+    fields = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 512,
+        "max_position_embeddings": 2048,
+    }
+    config = getattr(transformers, f"{family}Config")(**fields | EXTRA.get(family, {}) | options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                # As initialised, attention is nearly uniform and wrong KV hardly shows.
+                weight.mul_(3.0)
+    return model
+
+
+def tiny(family: str = "Llama") -> HFModel:
+    """One model a family for all tests: none of them changes it."""
+    return _tiny(family)
+
+
+def stored(family: str = "Llama", context: Any = "isolated") -> HFStore:
+    """The prompt's system text and chunks, encoded as a context policy says; one for all tests."""
+    return _stored(family, context)
+
+
+@cache
+def _tiny(family: str) -> HFModel:
+    return HFModel(decoder(family))
+
+
+@cache
+def _stored(family: str, context: Any) -> HFStore:
+    store = HFStore(tiny(family))
+    store.add_chunks(context, SYSTEM, CHUNKS)
+    return store
+
+
+def blended(
+    store: HFStore, strategy: Any, tokens: Sequence[int] = TOKENS, **options: Any
+) -> Blended:
+    """The prompt out of a store, by a strategy as a config has it."""
+    return run_blend(store, tokens, SPANS, STRATEGIES.build(strategy), **options)
+
+
+@torch.inference_mode()
+def reference(model: HFModel, tokens: Sequence[int] = TOKENS) -> torch.Tensor:
+    """Logits `[T, V]` of the model's own forward."""
+    return model.model(torch.tensor([list(tokens)])).logits[0].float()
+
+
+def far(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference."""
+    return float((a - b).abs().max())
