@@ -1,4 +1,4 @@
-"""Quality of blending: prompts with reusable chunks and known answers, and what is measured on them.
+"""Quality of blending: prompts whose chunks may be reused, and what is measured on them.
 
 Adding a workload: one frozen dataclass with `samples(tokenizer) -> list[Sample]`, and one line in
 `WORKLOADS`.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lmc.evaluation.samples import Sample
@@ -46,7 +47,7 @@ def gate(model: Any, samples: Sequence[Sample]) -> Gate:
         if not sample.answer:
             raise ValueError(f"sample {i}: got no answer tokens, want at least one")
     right = [_answers(model, sample) for sample in samples]
-    share = bootstrap([[float(r)] for r in right], lambda draw: sum(map(float, draw)) / len(draw))
+    share = bootstrap([[float(r)] for r in right], np.mean)
     assert share is not None
     return Gate(right, share)
 

@@ -11,8 +11,8 @@ import torch
 
 from lmc.blend.strategy import Strategy
 from lmc.connectors.hf.adapter import Pages
-from lmc.connectors.hf.serve import Blended, Position, run_blend
 from lmc.connectors.hf.model import HFModel
+from lmc.connectors.hf.serve import Blended, Position, run_blend
 from lmc.connectors.hf.store import Context, HFStore
 from lmc.evaluation.metrics import attention_error, compare, kv_deviation
 from lmc.evaluation.samples import Sample

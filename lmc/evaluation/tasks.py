@@ -19,16 +19,61 @@ from typing import Any, ClassVar
 from lmc.evaluation.samples import Sample
 from lmc.experiment.workloads import _ids
 
-NAMES = (
-    "Anna Tom Maria Peter Sarah David Emma James Laura Robert "
-    "Lisa Paul Julia Mark Helen Frank Alice Henry Susan Karl"
-).split()
-CITIES = (
-    "Paris London Berlin Madrid Rome Vienna Athens Cairo "
-    "Moscow Tokyo Delhi Boston Chicago Dublin Oslo Lisbon"
-).split()
-COLOURS = "red blue green yellow black white purple orange pink brown silver golden".split()
-FOODS = "apple banana lemon orange cookie sandwich potato carrot".split()
+NAMES = [
+    "Anna",
+    "Tom",
+    "Maria",
+    "Peter",
+    "Sarah",
+    "David",
+    "Emma",
+    "James",
+    "Laura",
+    "Robert",
+    "Lisa",
+    "Paul",
+    "Julia",
+    "Mark",
+    "Helen",
+    "Frank",
+    "Alice",
+    "Henry",
+    "Susan",
+    "Karl",
+]
+CITIES = [
+    "Paris",
+    "London",
+    "Berlin",
+    "Madrid",
+    "Rome",
+    "Vienna",
+    "Athens",
+    "Cairo",
+    "Moscow",
+    "Tokyo",
+    "Delhi",
+    "Boston",
+    "Chicago",
+    "Dublin",
+    "Oslo",
+    "Lisbon",
+]
+COLOURS = [
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "black",
+    "white",
+    "purple",
+    "orange",
+    "pink",
+    "brown",
+    "silver",
+    "golden",
+]
+FOODS = ["apple", "banana", "lemon", "orange", "cookie", "sandwich", "potato", "carrot"]
 DIGITS = "0123456789"
 AS_SAID = "\n\nAs said above:\n"
 
@@ -84,7 +129,7 @@ class Recall(Task):
     """The number of a person, one person a chunk; the question asks for any of them.
 
     Nothing depends on another chunk, so reusing chunks as they are should pass.
-    SmolLM2-135M: SHARE_RECALL.
+    SmolLM2-135M: 0.98 of 48.
     """
 
     name: ClassVar[str] = "recall"
@@ -106,12 +151,13 @@ class Recall(Task):
 class TwoHop(Task):
     """A key leads to an alias in the last chunk, and the alias to a value in an earlier one.
 
-    All are random digits. The last chunk is the key (26 digits) and the alias (6); an earlier chunk holds the alias with the value (2) behind it, twice; the question repeats the
-    key. The answer is alias and value, so the value can only come from the earlier chunk. A
-    phrase in place of digits ("Anna has the red key", "The red key opens door 7") was solved by
+    All are random digits. The last chunk is the key (26 digits) and the alias (6); an earlier
+    chunk holds the alias with the value (2) behind it, twice; the question repeats the key. The
+    answer is alias and value, so the value can only come from the earlier chunk. A phrase in
+    place of digits ("Anna has the red key", "The red key opens door 7") was solved by
     SmolLM2-135M no better than by guessing between two doors, asked for the door directly or
-    through the key.
-    SmolLM2-135M: SHARE_TWO_HOP.
+    through the key; longer aliases, line breaks and a third repetition did not help either.
+    SmolLM2-135M: 0.69 of 48, so it is not usable for that model.
     """
 
     name: ClassVar[str] = "two_hop"
@@ -135,7 +181,7 @@ class Chain(Task):
     number of the one before, and the question asks for the last person's. What such a chunk says
     depends on the chunk before it when its KV is computed. The number asked for is always the
     last one that stands in the prompt: with a second number behind it, SmolLM2-135M fails.
-    SmolLM2-135M: SHARE_CHAIN.
+    SmolLM2-135M: 0.98 of 48.
     """
 
     name: ClassVar[str] = "chain"
@@ -166,7 +212,7 @@ class Induction(Task):
 
     Needs no language. That the first digit behind a border follows the last one before it is
     known only to KV that was computed across the border.
-    SmolLM2-135M: SHARE_INDUCTION.
+    SmolLM2-135M: 0.94 of 48.
     """
 
     name: ClassVar[str] = "induction"
@@ -181,7 +227,7 @@ class Induction(Task):
 class Order(Task):
     """Who came first, of people who came one after the other, one a chunk, in like words.
 
-    SmolLM2-135M: SHARE_ORDER.
+    SmolLM2-135M: 0.88 of 48.
     """
 
     name: ClassVar[str] = "order"

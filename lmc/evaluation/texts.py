@@ -55,8 +55,7 @@ class Pydoc:
         quote_tokens = self.question_tokens - len(ask)
         if quote_tokens < MIN_QUOTE:
             raise ValueError(
-                f"question_tokens: got {self.question_tokens}, need at least "
-                f"{len(ask) + MIN_QUOTE}"
+                f"question_tokens: got {self.question_tokens}, need at least {len(ask) + MIN_QUOTE}"
             )
         documents = self._documents(tokenizer)
         rng = random.Random(f"pydoc {self.seed}")

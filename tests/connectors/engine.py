@@ -67,7 +67,9 @@ def engine_of(model: str, lmc: dict[str, Any], engine: dict[str, Any]) -> Any:
             kv_connector_module_path="lmc.connectors.vllm",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config={"lmc": {"memory_bytes": 64 << 20} | lmc},
+            kv_connector_extra_config={
+                "lmc": {"memory_bytes": 64 << 20, "min_recovery": None} | lmc
+            },
         ),
     }
     return LLM(model=model, **settings | engine)

@@ -10,7 +10,7 @@ import numpy as np
 from vllm import SamplingParams
 
 from lmc.connectors.vllm import drain
-from tests.connectors import selective
+from tests.connectors import across, selective
 
 
 @dataclass
@@ -134,6 +134,16 @@ def prompt(*order: int) -> list[list[int]]:
 def plain(session: Session, parts: list[list[int]], **options: Any) -> Answer:
     """The request as vLLM alone serves it, from nothing."""
     return session.fresh(parts, enabled=False, **options)
+
+
+def across_and_gated(session: Session) -> dict[str, Any]:
+    """A replayed selection in two engines, and strategies that the gate lets pass or does not."""
+    session.warm()
+    parts = prompt(2, 0, 3)
+    return {
+        "across": across.across(session, SYSTEM, DOCUMENTS, parts),
+        "gated": across.gated(session, parts),
+    }
 
 
 def reuse(session: Session) -> dict[str, Any]:

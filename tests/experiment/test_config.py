@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from lmc.experiment.config import BlendArm, StockArm, load_config
+from lmc.experiment.config import BlendArm, StockArm, load_config, read_settings
+from lmc.experiment.hf_config import load_config as load_hf_config
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_loads(path: Path) -> None:
-    assert load_config(path).arms
+    if read_settings(path).get("connector") == "hf":
+        assert load_hf_config(path).arms
+    else:
+        assert load_config(path).arms
 
 
 def test_demo_has_the_arms_the_readme_names(demo: Path) -> None:
@@ -45,7 +49,7 @@ def test_overrides_are_yaml_and_may_add_an_arm_or_drop_one(demo: Path) -> None:
     [
         ("workload.sed=7", "unknown key sed; valid: name, seed, documents"),
         ("engine.thread=1", "unknown key thread; valid: dtype"),
-        ("arms.epic16.blend.name=epik", "got 'epik'; valid: epic"),
+        ("arms.epic16.blend.name=epik", "got 'epik'; valid: ape, auto, block"),
         ("arms.epic16.blend.links=3", "unknown field links; valid: link_tokens"),
         ("arms.epic16.spam=1", "unknown key spam; valid: blend, spans"),
         ("arms.prefix_caching.cache=all", "'none', 'shared' or 'warmed' (got 'all')"),

@@ -35,6 +35,12 @@ class LMCConfig(BaseModel):
         attention: how recomputed rows attend: `kernels` (lmc's own), `backend` (the engine's, once
             a run of rows), or `auto`: kernels on a GPU, where the backend is the oracle of the
             check at start, and the backend on a CPU.
+        profile: path of a quality profile that `lmc calibrate` wrote; by default the model's own is
+            looked for, in the user's cache and among those that come with lmc.
+        min_recovery: the least share of the quality loss that a strategy must have recovered on
+            this model; one that recovers less moves no chunk, and exact reuse goes on. None turns
+            the gate off.
+        uncalibrated: what becomes of a strategy that no profile tells of.
         min_gain_tokens: rows that blending must save beyond the rows it computes only to
             close gaps; a request that would gain less is served without blending.
     """
@@ -47,6 +53,9 @@ class LMCConfig(BaseModel):
     chunker: dict[str, Any] | str = "cdc"
     blend: dict[str, Any] | str = "epic"
     attention: Literal["auto", "kernels", "backend"] = "auto"
+    profile: str | None = None
+    min_recovery: float | None = Field(default=0.2, allow_inf_nan=False)
+    uncalibrated: Literal["refuse", "allow"] = "refuse"
     min_gain_tokens: int = Field(default=32, ge=1)
 
     def build_chunker(self) -> Chunker:
@@ -85,6 +94,12 @@ def build_strategy(blend: Mapping[str, Any] | str) -> Strategy:
         ValueError: a wrong one, or one that a paged engine cannot run.
     """
     strategy: Strategy = STRATEGIES.build(blend)
+    check_runs(blend, strategy)
+    return strategy
+
+
+def check_runs(blend: Mapping[str, Any] | str, strategy: Strategy) -> None:
+    """Raise ValueError for a strategy that a paged engine cannot run."""
     why = None
     if strategy.dense:
         why = "needs more than a paged engine offers"
@@ -95,7 +110,6 @@ def build_strategy(blend: Mapping[str, Any] | str) -> Strategy:
             f"blend strategy {blend!r} {why}: it runs on Hugging Face models only "
             "(lmc.connectors.hf)"
         )
-    return strategy
 
 
 def check_layers(strategy: Strategy, L: int) -> None:
@@ -120,7 +134,7 @@ class RequestOptions:
     Attributes:
         chunks: spans `(start, end)` the caller knows to be documents, or None.
         strategy: how moved chunks are blended.
-        blend: its name.
+        blend: its name. config: what it was built from.
         save: whether this request's KV is stored.
         enabled: false makes the request one that lmc never saw.
     """
@@ -128,6 +142,7 @@ class RequestOptions:
     chunks: Sequence[tuple[int, int]] | None
     strategy: Strategy
     blend: str
+    config: Mapping[str, Any] | str
     save: bool = True
     enabled: bool = True
 
@@ -162,6 +177,7 @@ def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
         chunks=chunks,
         strategy=build_strategy(blend),
         blend=blend if isinstance(blend, str) else blend["name"],
+        config=blend,
         save=raw.get("save", True),
         enabled=raw.get("enabled", True),
     )

@@ -73,19 +73,20 @@ def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rope | str) -> by
     model = vllm_config.model_config
     digest = blake3(b"lmc-kv" + bytes([FORMAT_VERSION]))
     digest.update(model.hf_text_config.to_json_string().encode())
-    digest.update(_weights(model.model, vllm_config.load_config.load_format))
+    digest.update(weights_of(vllm_config) or os.urandom(32))
     digest.update(str(layout_of(vllm_config, kv_cache_config).dtype).encode())
     digest.update(rope.fingerprint if isinstance(rope, Rope) else b"no rope")
     return digest.digest()
 
 
-def _weights(model: str, load_format: str) -> bytes:
-    if load_format != "dummy":
-        try:
-            return weights_digest(_folder(model))
-        except (ValueError, OSError):
-            pass
-    return os.urandom(32)
+def weights_of(vllm_config: Any) -> bytes | None:
+    """Digest of the model's weights, or None where they are in no files that can be read."""
+    if vllm_config.load_config.load_format == "dummy":
+        return None
+    try:
+        return weights_digest(_folder(vllm_config.model_config.model))
+    except (ValueError, OSError):
+        return None
 
 
 def _folder(model: str) -> Path:

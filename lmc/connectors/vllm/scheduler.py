@@ -15,13 +15,7 @@ from lmc.blend.baselines import Prefix
 from lmc.blend.plan import Plan, make_plan
 from lmc.chunk import split
 from lmc.connectors.vllm import identity
-from lmc.connectors.vllm.config import (
-    LMCConfig,
-    build_strategy,
-    check_layers,
-    check_memory,
-    parse_request,
-)
+from lmc.connectors.vllm.config import LMCConfig, check_memory, parse_request
 from lmc.connectors.vllm.keeping import chunks_to_keep
 from lmc.connectors.vllm.messages import (
     Blend,
@@ -32,6 +26,7 @@ from lmc.connectors.vllm.messages import (
     WorkerHello,
     WorkerReport,
 )
+from lmc.connectors.vllm.quality import QualityGate
 from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, rechain
 from lmc.connectors.vllm.tracked import Tracked, report_of, unblendable
 from lmc.store import Index
@@ -43,8 +38,7 @@ class SchedulerSide:
     """Decides for every request what is reused and what is kept.
 
     Raises:
-        ValueError: memory for less than one chunk, or a strategy that names layers which the model
-            does not have.
+        ValueError: memory for less than one chunk, and what `QualityGate` raises.
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, config: LMCConfig) -> None:
@@ -69,7 +63,7 @@ class SchedulerSide:
             self.cost,
             exact_variants=config.exact_variants,
         )
-        check_layers(build_strategy(config.blend), self.layout.L)
+        self.gate = QualityGate(vllm_config, self.layout, rope, config)
         self.chains = ChainMap()
         self.requests: dict[str, Tracked] = {}
         self.saving: dict[int, Tracked] = {}  # by slot
@@ -233,7 +227,7 @@ class SchedulerSide:
             return Tracked(request, None, reason)
         try:
             options = parse_request(raw, request.num_prompt_tokens, self.config)
-            check_layers(options.strategy, self.layout.L)
+            options, gate = self.gate.admit(options)
         except ValueError as error:
             return Tracked(request, None, f"bad_request:{error}")
         if not options.enabled:
@@ -241,7 +235,7 @@ class SchedulerSide:
         salt = (request.cache_salt or "").encode()
         namespace = self.namespace + salt
         scope = namespace + repr(options.strategy).encode()
-        tracked = Tracked(request, options, None, namespace, scope)
+        tracked = Tracked(request, options, None, namespace, scope, gate=gate)
         self._read_tokens(tracked)
         return tracked
 
@@ -282,7 +276,9 @@ class SchedulerSide:
             *arguments, strategy, local=local, min_gain=gain, contiguous=exact_only, L=self.layout.L
         )
         tracked.reason = None
-        if exact_only and strategy.moves:
+        if tracked.gate:
+            tracked.reason = f"quality_gate:{tracked.gate}"
+        elif exact_only and strategy.moves:
             tracked.reason = f"blending_refused:{self.blend_refusal}"
         elif strategy.moves and not plan.claimed and plan.found_beyond:
             tracked.reason = "gain_below_minimum"

@@ -22,6 +22,7 @@ class Tracked:
         request: vLLM's own.
         options: None when it is served as if lmc were not there.
         reason: why it is not blended, or None.
+        gate: why the strategy that was asked for may not move chunks, or None.
         namespace: what its KV must be compatible with, tenant included.
         scope: what a tainted chain must have in common to be found again.
         tokens, pieces: as of the latest plan; a resumed request has output tokens too.
@@ -40,6 +41,7 @@ class Tracked:
     reason: str | None
     namespace: bytes = b""
     scope: bytes = b""
+    gate: str | None = None
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     pieces: Sequence[Piece] = ()
     local: int = 0

@@ -1,0 +1,73 @@
+"""The quality gate: chunks are moved only by strategies that were measured on this model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from vllm.logger import init_logger
+
+from lmc.blend.auto import Auto
+from lmc.blend.baselines import Prefix
+from lmc.calibration.gate import admit
+from lmc.calibration.profile import Blend, QualityProfile, find_profile
+from lmc.connectors.vllm import identity
+from lmc.connectors.vllm.config import (
+    LMCConfig,
+    RequestOptions,
+    build_strategy,
+    check_layers,
+    check_runs,
+)
+from lmc.layout import KVLayout
+from lmc.rope import Rope
+
+logger = init_logger(__name__)
+
+
+class QualityGate:
+    """What this engine's profile says of a strategy.
+
+    Raises:
+        ValueError: a profile that cannot be read or is of another model, or a strategy of the
+            config that the model or a paged engine cannot run.
+    """
+
+    def __init__(
+        self, vllm_config: Any, layout: KVLayout, rope: Rope | str, config: LMCConfig
+    ) -> None:
+        self._config, self._L = config, layout.L
+        self.profile: QualityProfile | None = None
+        weights = identity.weights_of(vllm_config)
+        if weights is not None and isinstance(rope, Rope):
+            self.profile = find_profile(weights, layout.dtype, rope.fingerprint, config.profile)
+        elif config.profile is not None:
+            raise ValueError(
+                f"profile: got {config.profile!r}, but this model's weights are in no files that "
+                "it could be compared with"
+            )
+        strategy = build_strategy(config.blend)
+        check_layers(strategy, self._L)
+        if isinstance(refusal := self._admit(config.blend, strategy), str):
+            logger.warning("lmc does not move chunks by default: %s", refusal)
+
+    def admit(self, options: RequestOptions) -> tuple[RequestOptions, str | None]:
+        """The request's options with the strategy that runs, and why it is exact reuse only.
+
+        Raises:
+            ValueError: a strategy that this model, or a paged engine, cannot run.
+        """
+        check_layers(options.strategy, self._L)
+        found = self._admit(options.config, options.strategy)
+        if isinstance(found, str):
+            return replace(options, strategy=Prefix()), found
+        return replace(options, strategy=found), None
+
+    def _admit(self, blend: Blend, strategy: Any) -> Any:
+        found = admit(
+            blend, strategy, self.profile, self._config.min_recovery, self._config.uncalibrated
+        )
+        if isinstance(strategy, Auto) and not isinstance(found, str):
+            check_runs(blend, found)
+            check_layers(found, self._L)
+        return found
