@@ -152,12 +152,14 @@ class TwoHop(Task):
     """A key leads to an alias in the last chunk, and the alias to a value in an earlier one.
 
     All are random digits. The last chunk is the key (26 digits) and the alias (6); an earlier
-    chunk holds the alias with the value (2) behind it, twice; the question repeats the key. The
-    answer is alias and value, so the value can only come from the earlier chunk. A phrase in
-    place of digits ("Anna has the red key", "The red key opens door 7") was solved by
-    SmolLM2-135M no better than by guessing between two doors, asked for the door directly or
-    through the key; longer aliases, line breaks and a third repetition did not help either.
-    SmolLM2-135M: 0.69 of 48, so it is not usable for that model.
+    chunk holds the alias with the value (2) behind it, three times; the question repeats the
+    key. The answer is alias and value, so the value can only come from the earlier chunk. No
+    digit comes twice in alias and value: where one may, and the fact stands there only twice,
+    SmolLM2-135M loses its place (0.69 of 48). A phrase in place of digits ("Anna has the red
+    key", "The red key opens door 7") it solved no better than by guessing between two doors,
+    asked for the door directly or through the key.
+    SmolLM2-135M: 0.85 of 48, but 0.82 of 144 over three seeds, so it barely passes; with three
+    chunks 0.46, not usable.
     """
 
     name: ClassVar[str] = "two_hop"
@@ -165,10 +167,12 @@ class TwoHop(Task):
     chunks: int = 2
 
     def texts(self, rng: random.Random) -> Texts:
-        key, alias, value = _digits(26, rng), _digits(6, rng), _digits(2, rng)
-        fact = alias + value
-        chunks = [_digits(36, rng) for _ in range(self.chunks - 1)]
-        chunks[rng.randrange(len(chunks))] = _digits(10, rng) + fact + _digits(10, rng) + fact
+        key = _digits(26, rng)
+        fact = "".join(rng.sample(DIGITS, 8))
+        alias = fact[:6]
+        chunks = [_digits(48, rng) for _ in range(self.chunks - 1)]
+        facts = "".join(_digits(8, rng) + fact for _ in range(3))
+        chunks[rng.randrange(len(chunks))] = facts
         chunks.append(key + alias)
         return "Digits: ", chunks, f"\n\nAgain: {key}", fact
 
@@ -227,7 +231,7 @@ class Induction(Task):
 class Order(Task):
     """Who came first, of people who came one after the other, one a chunk, in like words.
 
-    SmolLM2-135M: 0.88 of 48.
+    SmolLM2-135M: 0.88 of 48; with three chunks 0.60, not usable.
     """
 
     name: ClassVar[str] = "order"

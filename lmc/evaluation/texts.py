@@ -26,8 +26,8 @@ class Pydoc:
 
     A question quotes a place in one of the documents, and the answer is what follows it there.
     A document is a run of the prose of one topic, under its title. The documents are dealt like
-    cards, so that prompts share none until all were dealt (125 of 256 tokens with SmolLM2's
-    tokenizer in Python 3.11, enough for 20 prompts of 6); after that they come again, in other
+    cards, so that prompts share none until all were dealt (129 of 256 tokens with SmolLM2's
+    tokenizer in Python 3.11, enough for 21 prompts of 6); after that they come again, in other
     orders and beside others. No place is quoted twice.
 
     Attributes:

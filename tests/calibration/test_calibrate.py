@@ -87,7 +87,7 @@ def test_anchored_chunks_are_other_numbers(model: HFModel) -> None:
         ([], [BASE], "samples: got none"),
         ([sample(0)], [EPIC], "want {'name': 'full_reuse'} first"),
         ([sample(0)], [BASE, {"name": "full_recompute"}], "loses no quality"),
-        ([sample(0)], [BASE, {"name": "auto"}], "stands for 'cacheblend'; measure that"),
+        ([sample(0)], [BASE, {"name": "auto"}], "stands for 'lmc'; measure that"),
         ([Sample([], [sample(0).chunks[0]], [1], [])], [BASE], "nothing of it is moved"),
     ],
 )

@@ -67,7 +67,7 @@ def test_two_hops_lie_in_different_chunks(tokenizer: Any) -> None:
         key, alias = question.split()[-1], answer[:6]
         assert chunks[-1] == key + alias
         assert answer not in chunks[-1]
-        assert sum(chunk.count(answer) for chunk in chunks[:-1]) == 2
+        assert [chunk.count(answer) for chunk in chunks[:-1]] == [3]
 
 
 def test_links_of_a_chain_lie_in_different_chunks(tokenizer: Any) -> None:

@@ -112,7 +112,7 @@ def test_table_and_comparisons_from_rows() -> None:
         ({"workload": {"name": "nope"}}, "'nope'.*pydoc"),
         ({"workload": {"name": "pydoc", "chunk": 2}}, "unknown field chunk.*chunks"),
         ({"context": "alone"}, "context.*isolated.*anchored.*first_seen"),
-        ({"compare": [["full_reuse", "x"]]}, "compare: got x; valid: full_prefill_split"),
+        ({"compare": [["full_reuse", "x"]]}, "compare: got x; valid: anchored, full_prefill_split"),
         ({"engine": {}}, "unknown key engine; valid: connector, model"),
         (
             {"arms": {"full_reuse": SETTINGS["arms"]["full_reuse"]}
