@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lmc.evaluation.samples import Sample
-from lmc.experiment.workloads import _ids
+from lmc.experiment.workloads import encode
 
 NAMES = [
     "Anna",
@@ -261,4 +261,4 @@ def _numbers(count: int, rng: random.Random) -> list[str]:
 
 
 def _encode(text: str, tokenizer: Any) -> list[int]:
-    return [i for part in re.split(r"(\d)", text) for i in _ids(part, tokenizer)]
+    return [i for part in re.split(r"(\d)", text) for i in encode(part, tokenizer)]

@@ -14,7 +14,16 @@ from typing import IO, Any
 
 from lmc.evaluation.samples import Sample
 from lmc.experiment.config import WorkloadConfig
-from lmc.experiment.workloads import ASK, CHATML, MIN_QUOTE, PLAIN, Frame, _ids, _prose, _system
+from lmc.experiment.workloads import (
+    ASK,
+    CHATML,
+    MIN_QUOTE,
+    PLAIN,
+    Frame,
+    encode,
+    prose,
+    system_prompt,
+)
 
 BRIEFLY = "Answer the question using only the passages below. Give only the answer, in a few words."
 PASSAGE_FIELDS = ("passages", "question", "answer")
@@ -50,8 +59,8 @@ class Pydoc:
         _positive(self, "prompts", "chunks", "chunk_tokens", "answer_tokens")
         frame = _frame(tokenizer)
         config = WorkloadConfig(system_tokens=self.system_tokens)
-        system = _system(frame, config, tokenizer)
-        ask = _ids(ASK + frame.before_answer, tokenizer)
+        system = system_prompt(frame, config, tokenizer)
+        ask = encode(ASK + frame.before_answer, tokenizer)
         quote_tokens = self.question_tokens - len(ask)
         if quote_tokens < MIN_QUOTE:
             raise ValueError(
@@ -89,9 +98,9 @@ class Pydoc:
         """All runs of prose of exactly `chunk_tokens`, and how many of these are the title."""
         documents = []
         for name in sorted(topics):
-            title, text = _prose(topics[name])
-            head = _ids(f"\n\nDocument: {title}\n", tokenizer)
-            body = _ids(text, tokenizer)
+            title, text = prose(topics[name])
+            head = encode(f"\n\nDocument: {title}\n", tokenizer)
+            body = encode(text, tokenizer)
             room = self.chunk_tokens - len(head)
             if room > 0:
                 documents += [
@@ -132,7 +141,7 @@ class Passages:
         """Raises ValueError for a file that cannot be read, naming the line and what is wrong."""
         _positive(self, "tokens_per_passage", "chunks")
         frame = _frame(tokenizer)
-        system = _ids(frame.before_system + BRIEFLY + frame.after_system, tokenizer)
+        system = encode(frame.before_system + BRIEFLY + frame.after_system, tokenizer)
         samples = []
         for number, line in _lines(self.path):
             where = f"{self.path}, line {number}"
@@ -142,15 +151,15 @@ class Passages:
             rng = random.Random(f"passages {self.seed} {number}")
             drawn = sorted(rng.sample(range(len(passages)), self.chunks))
             chunks = [
-                _ids(f"\n\nPassage: {passages[i]}", tokenizer)[: self.tokens_per_passage]
+                encode(f"\n\nPassage: {passages[i]}", tokenizer)[: self.tokens_per_passage]
                 for i in drawn
             ]
             ask = f"\n\nQuestion: {question}{frame.before_answer}"
             if frame is not PLAIN:
                 ask += "Answer:"
             # A plain frame ends in a space, which the answer's first word begins with.
-            ids = _ids(ask.rstrip(" "), tokenizer)
-            samples.append(Sample(system, chunks, ids, _ids(f" {answer}", tokenizer)))
+            ids = encode(ask.rstrip(" "), tokenizer)
+            samples.append(Sample(system, chunks, ids, encode(f" {answer}", tokenizer)))
         if not samples:
             raise ValueError(f"{self.path}: got no lines, want at least one")
         return samples

@@ -66,7 +66,7 @@ def build_workload(config: WorkloadConfig, tokenizer: Any) -> Workload:
     """
     rng = random.Random(f"rag_reorder {config.seed}")
     frame = CHATML if "<|im_start|>" in tokenizer.get_vocab() else PLAIN
-    system = _system(frame, config, tokenizer)
+    system = system_prompt(frame, config, tokenizer)
     pool = _documents(config, tokenizer, rng)
     prompts: list[Prompt] = []
     seen: set[tuple[int, ...]] = set()
@@ -105,9 +105,9 @@ def _documents(config: WorkloadConfig, tokenizer: Any, rng: random.Random) -> li
     """The pool: token ids, exactly `document_tokens` each."""
     candidates = []
     for name in sorted(topics):
-        title, text = _prose(topics[name])
-        head = _ids(f"\n\nDocument: {title}\n", tokenizer)
-        body = _ids(text, tokenizer)
+        title, text = prose(topics[name])
+        head = encode(f"\n\nDocument: {title}\n", tokenizer)
+        body = encode(text, tokenizer)
         room = config.document_tokens - len(head)
         if 0 < room <= len(body):
             candidates.append(head + body[:room])
@@ -119,7 +119,7 @@ def _documents(config: WorkloadConfig, tokenizer: Any, rng: random.Random) -> li
     return rng.sample(candidates, config.documents)
 
 
-def _prose(topic: str) -> tuple[str, str]:
+def prose(topic: str) -> tuple[str, str]:
     """Title, and the paragraphs that are sentences: no grammar rules, code or lists."""
     title, _, body = topic.partition("\n")
     paragraphs = re.split(r"\n{2,}", body)
@@ -131,7 +131,7 @@ def _question(
     document: list[int], frame: Frame, config: WorkloadConfig, tokenizer: Any, rng: random.Random
 ) -> list[int]:
     """Exactly `question_tokens` ids: the quotation takes what the frame leaves."""
-    before = _ids(ASK + frame.before_answer, tokenizer)
+    before = encode(ASK + frame.before_answer, tokenizer)
     room = config.question_tokens - len(before)
     if room < MIN_QUOTE:
         least = config.question_tokens - room + MIN_QUOTE
@@ -149,10 +149,10 @@ def _question(
     return before + document[start : start + room]
 
 
-def _system(frame: Frame, config: WorkloadConfig, tokenizer: Any) -> list[int]:
+def system_prompt(frame: Frame, config: WorkloadConfig, tokenizer: Any) -> list[int]:
     """Exactly `system_tokens` ids: the text is repeated and cut so that its frame fits."""
     parts = (frame.before_system, SYSTEM * 4, frame.after_system)
-    head, body, tail = (_ids(part, tokenizer) for part in parts)
+    head, body, tail = (encode(part, tokenizer) for part in parts)
     least = len(head) + len(tail) + 1
     most = least - 1 + len(body)
     if not least <= config.system_tokens <= most:
@@ -162,5 +162,6 @@ def _system(frame: Frame, config: WorkloadConfig, tokenizer: Any) -> list[int]:
     return head + body[: config.system_tokens - least + 1] + tail
 
 
-def _ids(text: str, tokenizer: Any) -> list[int]:
+def encode(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text, without special tokens; of an empty one, none."""
     return prompt([text], tokenizer).token_ids if text else []

@@ -17,7 +17,7 @@ from matplotlib.transforms import Bbox
 
 from lmc.evaluation.metrics import pareto_front
 from lmc.experiment.summary import FULL_PREFILL, FULL_REUSE, Estimate, recovery
-from lmc.plots.runs import FLOOR, Rows, _bars, _kl_label, _rows
+from lmc.plots.runs import FLOOR, Rows, interval_bars, kl_label, rows_of
 from lmc.plots.style import BLUE, ORANGE, tidy
 from lmc.plots.traces import LINES
 
@@ -36,7 +36,7 @@ def pareto(rows: Rows, title: str | None = None) -> Figure:
     that no other dominates, values alone compared. Arms without a KL are left out, save full
     prefill, whose KL to itself is 0. Raises ValueError without a KL of full_reuse.
     """
-    rows = _rows(rows)
+    rows = rows_of(rows)
     points = _points(rows)
     front = pareto_front([(cost, value.value) for _, cost, value in points])
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -56,7 +56,7 @@ def pareto(rows: Rows, title: str | None = None) -> Figure:
         axes.errorbar(
             cost,
             value.value,
-            yerr=_bars(value),
+            yerr=interval_bars(value),
             fmt="o",
             color=_colour(arm),
             markerfacecolor=_colour(arm) if i in front else "white",
@@ -122,7 +122,7 @@ def quality_by_position(rows: Rows) -> Figure:
     """
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
-    for place, (arm, found) in enumerate(_column(_rows(rows), "kl_by_position").items()):
+    for place, (arm, found) in enumerate(_column(rows_of(rows), "kl_by_position").items()):
         padded = np.full((len(found), max(map(len, found.values()))), np.nan)
         for row, kl in zip(padded, found.values(), strict=True):
             row[: len(kl)] = kl
@@ -130,7 +130,7 @@ def quality_by_position(rows: Rows) -> Figure:
         colour, marker = LINES[place % len(LINES)]
         axes.plot(mean, marker=marker, markersize=4, color=colour, label=arm)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(_kl_label))
+    axes.yaxis.set_major_formatter(FuncFormatter(kl_label))
     axes.set_xlabel("position in the answer")
     axes.set_ylabel("mean KL to full_prefill, nats")
     figure.legend(loc="outside right upper", frameon=False)

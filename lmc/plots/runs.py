@@ -51,8 +51,8 @@ def ttft_quality(rows: Rows) -> Figure:
         axes.errorbar(
             s.speedup.value,
             kl.value,
-            xerr=_bars(s.speedup),
-            yerr=_bars(kl),
+            xerr=interval_bars(s.speedup),
+            yerr=interval_bars(kl),
             fmt=_marker(s),
             color=_colour(s),
             markersize=7,
@@ -66,7 +66,7 @@ def ttft_quality(rows: Rows) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yscale("log")
     axes.set_ylim(FLOOR / 6, 3)
-    axes.yaxis.set_major_formatter(FuncFormatter(_kl_label))
+    axes.yaxis.set_major_formatter(FuncFormatter(kl_label))
     axes.axhline(FLOOR, color="0.75", linewidth=1, zorder=1)
     axes.margins(x=0.15)
     axes.set_xlabel("time to first token: how many times shorter than full_prefill")
@@ -81,7 +81,7 @@ def ttft_quality(rows: Rows) -> Figure:
 
 def ttft(rows: Rows) -> Figure:
     """Time to first token of every request, and the median of each arm."""
-    rows = _rows(rows)
+    rows = rows_of(rows)
     summaries = summarise(rows)
     figure = Figure(figsize=(8, 0.6 + 0.42 * len(summaries)), layout="constrained")
     axes = figure.subplots()
@@ -119,12 +119,13 @@ def kinds(rows: Rows) -> Figure:
     return figure
 
 
-def _rows(rows: Rows) -> Sequence[dict[str, Any]]:
+def rows_of(rows: Rows) -> Sequence[dict[str, Any]]:
+    """The rows themselves, of a folder or a file of them."""
     return read_rows(rows) if isinstance(rows, str | Path) else rows
 
 
 def _summaries(rows: Rows) -> list[ArmSummary]:
-    return summarise(_rows(rows))
+    return summarise(rows_of(rows))
 
 
 def _place(kind: str) -> int:
@@ -139,11 +140,13 @@ def _marker(summary: ArmSummary) -> str:
     return "o" if summary.blends else "s"
 
 
-def _bars(e: Estimate) -> list[list[float]]:
+def interval_bars(e: Estimate) -> list[list[float]]:
+    """How far an interval reaches below and above its value, as matplotlib's error bars want it."""
     return [[max(e.value - e.low, 0)], [max(e.high - e.value, 0)]]
 
 
-def _kl_label(kl: float, _: int) -> str:
+def kl_label(kl: float, _: int) -> str:
+    """A tick of a logarithmic axis of KL, whose lowest stands for all below."""
     return f"≤ {kl:g}" if np.isclose(kl, FLOOR) else f"{kl:g}" if kl > FLOOR else ""
 
 
