@@ -66,7 +66,7 @@ def table(rows: Sequence[Row]) -> Table:
     by_arm = _by_arm(rows)
     shown = Table(
         title="Quality against full prefill",
-        caption="compute: row-layers of all, probe and check layers included. KL(full || arm), "
+        caption="rows: row-layers of all, probe and check layers included. KL(full || arm), "
         "top-1 and top-5: over the forced answer. ΔNLL: of what truly follows, nats a token. "
         "recovery: 1 - KL / that of full_reuse.",
         title_justify="left",
@@ -77,7 +77,7 @@ def table(rows: Sequence[Row]) -> Table:
         padding=0,
     )
     shown.add_column("arm", no_wrap=True)
-    for name in ("compute", "FLOPs", "KL", "top-1", "top-5", "ΔNLL", "recovery [95%]"):
+    for name in ("rows", "FLOPs", "KL", "top-1", "top-5", "ΔNLL", "recovery [95%]"):
         shown.add_column(name, justify="right", no_wrap=True)
     reuse = _kl(by_arm[FULL_REUSE])
     for name, group in by_arm.items():
@@ -88,11 +88,11 @@ def table(rows: Sequence[Row]) -> Table:
         shown.add_row(
             name,
             f"{mean['compute_fraction']:.1%}",
-            f"{mean['flops_fraction']:.1%}",
+            f"{mean['flops_fraction']:.0%}",
             f"{mean['kl_mean']:.4f}" if mean["kl_mean"] > 1e-4 else f"{mean['kl_mean']:.0e}",
             f"{np.mean([row['top1_agreement'] for row in group]):.0%}",
             f"{np.mean([row['top5_overlap'] for row in group]):.0%}",
-            f"{np.mean([row['delta_nll'] for row in group]):+.3f}",
+            f"{np.mean([row['delta_nll'] for row in group]):+.2f}",
             _interval(recovery(_kl(group), reuse)),
         )
     return shown
