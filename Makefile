@@ -55,7 +55,7 @@ lint: setup ## ruff and mypy
 test: lint ## lint and every test that is not slow
 	$(PYTEST) -m "not slow"
 
-test-fast: setup ## the tests that do not start vLLM, in under 3 minutes
+test-fast: setup ## the tests that do not start vLLM, in about 10 minutes
 	$(PYTEST) -m "not slow and not engine"
 
 test-slow: setup ## the slow tests only
