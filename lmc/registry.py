@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +18,20 @@ def one_line(error: ValidationError) -> str:
         got = "" if e["type"] == "missing" else f" (got {e['input']!r})"
         parts.append(f"{field}: {e['msg']}{got}" if field else e["msg"])
     return "; ".join(parts)
+
+
+def assigned(assignments: Sequence[str]) -> dict[str, str]:
+    """Fields for `Registry.build` out of `--set FIELD=VALUE`; its types say what a value may be.
+
+    Raises ValueError for one that is not of that form, or that would set the name.
+    """
+    fields = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not (name and equals) or name == "name":
+            raise ValueError(f"--set: got {text!r}, want FIELD=VALUE such as documents=500")
+        fields[name] = value
+    return fields
 
 
 class Registry:

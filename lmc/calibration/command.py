@@ -60,11 +60,11 @@ def calibrate(
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         import lmc
+        from lmc.blend.encoding import Context
         from lmc.calibration.measure import calibrate as measured
         from lmc.calibration.measure import grid
         from lmc.calibration.profile import QualityProfile, user_profiles
         from lmc.connectors.hf.model import HFModel
-        from lmc.connectors.hf.store import Context
         from lmc.evaluation import WORKLOADS
         from lmc.experiment.progress import progress
         from lmc.experiment.rows import git_commit

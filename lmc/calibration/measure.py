@@ -12,11 +12,11 @@ import numpy as np
 from lmc.blend import STRATEGIES
 from lmc.blend.auto import Auto
 from lmc.blend.controlled import Controlled
+from lmc.blend.encoding import Context
 from lmc.blend.strategy import Strategy
 from lmc.calibration.gate import described
 from lmc.calibration.profile import Measured
 from lmc.connectors.hf.model import HFModel
-from lmc.connectors.hf.store import Context
 from lmc.evaluation.measure import ANSWER_TOKENS, measure, prepare
 from lmc.evaluation.samples import Sample
 from lmc.experiment.progress import Step

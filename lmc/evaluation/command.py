@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lmc.errors import errors_in_one_line
+from lmc.registry import assigned
 
 workload_app = typer.Typer(
     help="Prompts that quality is measured on: look at them, gate them, convert a data set.",
@@ -82,17 +83,11 @@ def convert(
 
 
 def _samples(name: str, fields: list[str], model: str) -> tuple[Any, list[Any]]:
-    import yaml
     from transformers import AutoTokenizer
 
     from lmc import models
     from lmc.evaluation import WORKLOADS
 
-    config: dict[str, Any] = {"name": name}
-    for text in fields:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set: got {text!r}, want FIELD=VALUE")
-        config[key] = yaml.safe_load(value)
+    workload = WORKLOADS.build({"name": name, **assigned(fields)})
     tokenizer = AutoTokenizer.from_pretrained(models.resolve(model))
-    return tokenizer, WORKLOADS.build(config).samples(tokenizer)
+    return tokenizer, workload.samples(tokenizer)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lmc.blend.encoding import Context, Position
 from lmc.blend.strategy import Strategy
 from lmc.connectors.hf.adapter import Pages
 from lmc.connectors.hf.model import HFModel
-from lmc.connectors.hf.serve import Blended, Position, run_blend
-from lmc.connectors.hf.store import Context, HFStore
+from lmc.connectors.hf.serve import Blended, run_blend
+from lmc.connectors.hf.store import HFStore
 from lmc.evaluation.metrics import attention_error, compare, kv_deviation
 from lmc.evaluation.samples import Sample
 

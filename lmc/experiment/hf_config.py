@@ -10,12 +10,11 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lmc.blend import STRATEGIES
+from lmc.blend.encoding import Context, Position
 from lmc.evaluation import WORKLOADS
 from lmc.experiment.config import Strict, read_settings, validated
 from lmc.experiment.summary import FULL_REUSE
 
-Context = Literal["isolated", "anchored", "first_seen"]
-Position = Literal["global", "local"]
 MOST_ARMS = 20
 # These say how much is measured, not what: changing them continues a results folder.
 NOT_HASHED = {"limit", "threads"}

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from lmc.blend import STRATEGIES
+from lmc.blend.encoding import Context, Position
 from lmc.connectors.hf.model import HFModel
-from lmc.connectors.hf.serve import Blended, Position, run_blend
-from lmc.connectors.hf.store import Context, HFStore
+from lmc.connectors.hf.serve import Blended, run_blend
+from lmc.connectors.hf.store import HFStore
 from lmc.prompts import prompt
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from lmc.blend.ape import Ape
+from lmc.blend.encoding import Position
 from lmc.blend.evidence import share, top
 from lmc.blend.forward import Outcome
 from lmc.blend.oracle import OracleDeviation
@@ -20,8 +21,6 @@ from lmc.connectors.hf.model import HFModel
 from lmc.connectors.hf.store import HFStore
 from lmc.kernels.deviation import deviation
 from lmc.kernels.scatter import scatter
-
-Position = Literal["global", "local"]
 
 
 @dataclass(frozen=True)

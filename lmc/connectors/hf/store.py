@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 
 from lmc.blend.ape import Ape
 from lmc.blend.cachecraft import Attended, CacheCraft, alone
+from lmc.blend.encoding import Context
 from lmc.blend.plan import Plan, Segment, make_plan
 from lmc.blend.strategy import Strategy
 from lmc.chunk import Piece, chunk_key, split
@@ -21,7 +22,6 @@ from lmc.store import Index, Record
 from lmc.store.keep import keep
 from lmc.store.memory import HostMemory
 
-Context = Literal["isolated", "anchored", "first_seen"]
 NAMESPACE = b"hf"  # a store serves one model
 QUERIES = 256  # rows whose attention is looked at together, so that it fits into memory
 

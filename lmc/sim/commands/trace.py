@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmc.errors import errors_in_one_line
+from lmc.registry import assigned
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +34,7 @@ def make(
     with errors_in_one_line():
         from lmc.sim.generate import GENERATORS, save
 
-        generator = GENERATORS.build({"name": name, **_fields(field or [])})
+        generator = GENERATORS.build({"name": name, **assigned(field or [])})
         n = save(generator.requests(), out)
         typer.echo(f"{out}: {n:,} requests of {name}")
 
@@ -67,17 +68,6 @@ def info(
         console.print(_lengths(facts))
         if reading.bad:
             console.print(_bad_lines(reading.bad, reading.bad_count))
-
-
-def _fields(assignments: list[str]) -> dict[str, str]:
-    """FIELD=VALUE of each; the generator's own types say what a value may be."""
-    fields = {}
-    for text in assignments:
-        name, equals, value = text.partition("=")
-        if not (name and equals) or name == "name":
-            raise ValueError(f"--set: got {text!r}, want FIELD=VALUE such as documents=500")
-        fields[name] = value
-    return fields
 
 
 def _facts(reading: Reading) -> dict[str, Any]:
