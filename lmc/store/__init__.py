@@ -4,6 +4,7 @@
 owns bytes by slot. They may live in different processes.
 """
 
-from lmc.store.index import Index, Record, origin_of
+from lmc.store.index import Index
+from lmc.store.record import Record, origin_of
 
 __all__ = ["Index", "Record", "origin_of"]

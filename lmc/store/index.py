@@ -8,61 +8,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from lmc.layout import PrefillCost
 from lmc.policies import Item, Policy, build_policy
-
-Origin = Literal["exact", "isolated", "anchored", "blended"]
-
-
-def origin_of(start: int, first_piece_end: int, blended_from: int | None, end: int) -> Origin:
-    """How a chunk `[start, end)` of a request came by its KV.
-
-    Args:
-        start, end: the chunk's tokens.
-        first_piece_end: where the request's first chunk ends.
-        blended_from: the first token whose KV is not exact, or None.
-    """
-    if blended_from is not None and end > blended_from:
-        return "blended"
-    if start == 0:
-        return "isolated"
-    return "anchored" if start == first_piece_end else "exact"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One stored variant of one content.
-
-    Attributes:
-        slot: names its bytes on every worker; never used twice.
-        namespace: all that makes KV incompatible, the tenant included.
-        key: ChunkKey of the content (32 bytes).
-        tokens: its token ids as int64 bytes, compared on every use.
-        start: the position its keys are rotated for.
-        context: digest of all tokens before it when its KV was computed.
-        context_after: the same digest through its last token.
-        origin: see DESIGN's words; only `blended` KV is not what full prefill gave there.
-        nbytes: bytes on one rank.
-        tail: it ends where its prompt ended, not at a cut: used in its exact context only.
-    """
-
-    slot: int
-    namespace: bytes
-    key: bytes
-    tokens: bytes
-    start: int
-    context: bytes
-    context_after: bytes
-    origin: Origin
-    nbytes: int
-    tail: bool = False
-
-    @property
-    def T(self) -> int:  # noqa: N802 the letter of tokens, as everywhere
-        return len(self.tokens) // 8
+from lmc.store.record import Origin, Record, superseded
 
 
 class _Entry:
@@ -164,19 +115,21 @@ class Index:
         policy would rather keep what it has (`not_admitted`).
         """
         self._expire()
-        replaced = self._replaced(namespace, key, context, origin, tail, len(tokens))
+        record = Record(
+            -1, namespace, key, tokens, start, context, context_after, origin, nbytes, tail
+        )
+        replaced = superseded(self._same(record), record, self._exact_variants, self._leased)
         if replaced is None:
             self.counts["known"] += 1
             return None
-        for slot in replaced:
-            self._forget(slot)
-        slot, self._next_slot = self._next_slot, self._next_slot + 1
-        record = Record(
-            slot, namespace, key, tokens, start, context, context_after, origin, nbytes, tail
-        )
+        for known in replaced:
+            self._forget(known.slot)
+        record = replace(record, slot=self._next_slot)
+        self._next_slot += 1
         item = self._item(record)
         if not self._make_room(item):
             return None
+        slot = record.slot
         self._entries[slot] = _Entry(record, item, self._ranks)
         self._slots[item.key] = slot
         self._ends[namespace, context_after] = item.key
@@ -223,32 +176,17 @@ class Index:
         freed, self._freed = self._freed, []
         return freed
 
-    def _replaced(
-        self, namespace: bytes, key: bytes, context: bytes, origin: Origin, tail: bool, size: int
-    ) -> list[int] | None:
-        """Slots that a new record takes the place of; None when it would add nothing."""
-        if tail:
-            if origin == "blended":
-                return None  # a tail serves its exact context only
-            slot = self._tails.get((namespace, context))
-            if slot is None:
-                return []
-            entry = self._entries[slot]
-            grown = len(entry.record.tokens) < size
-            return [slot] if grown and not entry.leases else None
-        same = [self._entries[slot] for slot in self._by_key.get(key, ())]
-        same = [entry for entry in same if not entry.record.tail]
-        if origin == "blended":
-            return None if same else []
-        if any(e.record.context == context and e.record.origin != "blended" for e in same):
-            return None
-        free = [e.record for e in same if not e.leases]
-        out = [r.slot for r in free if r.origin == "blended"]
-        if origin == "exact":
-            exact = [e.record for e in same if e.record.origin == "exact"]
-            oldest = exact[: max(0, len(exact) + 1 - self._exact_variants)]
-            return out + [r.slot for r in oldest if r in free]
-        return out + [r.slot for r in free if r.origin in ("isolated", "anchored")]
+    def _same(self, record: Record) -> list[Record]:
+        """What `record` might take the place of, the oldest first."""
+        if record.tail:
+            slot = self._tails.get((record.namespace, record.context))
+            slots = [] if slot is None else [slot]
+        else:
+            slots = self._by_key.get(record.key, [])
+        return [self._entries[slot].record for slot in slots]
+
+    def _leased(self, record: Record) -> bool:
+        return self._entries[record.slot].leases > 0
 
     def _item(self, record: Record) -> Item:
         # Not the slot: a policy that remembers what it evicted must know it when it comes back.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmc.chunk import Piece, chunk_key, context_digests
-from lmc.store.index import Index, Record, origin_of
+from lmc.store.index import Index
+from lmc.store.record import Record, origin_of
 
 
 def keep(

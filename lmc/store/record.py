@@ -1,0 +1,104 @@
+"""What is known of one stored chunk, wherever its bytes are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from blake3 import blake3
+
+Origin = Literal["exact", "isolated", "anchored", "blended"]
+
+
+def origin_of(start: int, first_piece_end: int, blended_from: int | None, end: int) -> Origin:
+    """How a chunk `[start, end)` of a request came by its KV.
+
+    Args:
+        start, end: the chunk's tokens.
+        first_piece_end: where the request's first chunk ends.
+        blended_from: the first token whose KV is not exact, or None.
+    """
+    if blended_from is not None and end > blended_from:
+        return "blended"
+    if start == 0:
+        return "isolated"
+    return "anchored" if start == first_piece_end else "exact"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stored variant of one content.
+
+    Attributes:
+        slot: names its bytes in host memory, on every worker; never used twice. -1 where it is
+            in no host memory.
+        namespace: all that makes KV incompatible, the tenant included.
+        key: ChunkKey of the content (32 bytes).
+        tokens: its token ids as int64 bytes, compared on every use.
+        start: the position its keys are rotated for.
+        context: digest of all tokens before it when its KV was computed.
+        context_after: the same digest through its last token.
+        origin: see DESIGN's words; only `blended` KV is not what full prefill gave there.
+        nbytes: bytes on one rank.
+        tail: it ends where its prompt ended, not at a cut: used in its exact context only.
+    """
+
+    slot: int
+    namespace: bytes
+    key: bytes
+    tokens: bytes
+    start: int
+    context: bytes
+    context_after: bytes
+    origin: Origin
+    nbytes: int
+    tail: bool = False
+
+    @property
+    def T(self) -> int:  # noqa: N802 the letter of tokens, as everywhere
+        return len(self.tokens) // 8
+
+    @cached_property
+    def id(self) -> bytes:
+        """What names this variant in every tier but host memory: 32 bytes, the same each time."""
+        kind = bytes([self.tail, self.origin == "blended"])
+        return blake3(self.key + self.context + kind).digest()
+
+
+def superseded(
+    known: Iterable[Record],
+    new: Record,
+    exact_variants: int,
+    leased: Callable[[Record], bool] = lambda record: False,
+) -> list[Record] | None:
+    """Of one content, the records that `new` takes the place of; None when it would add nothing.
+
+    Kept of a content: one isolated or anchored variant, the latest `exact_variants` exact ones,
+    and a blended one only while there is no better.
+
+    Args:
+        known: the records of that content, the oldest first; of a tail, the tail of its context.
+        new: the record to come.
+        leased: what must stay.
+    """
+    if new.tail:
+        if new.origin == "blended":
+            return None  # a tail serves its exact context only
+        for record in known:
+            grown = len(record.tokens) < len(new.tokens)
+            return [record] if grown and not leased(record) else None
+        return []
+    same = [record for record in known if not record.tail]
+    if new.origin == "blended":
+        return None if same else []
+    if any(r.context == new.context and r.origin != "blended" for r in same):
+        return None
+    free = [r for r in same if not leased(r)]
+    out = [r for r in free if r.origin == "blended"]
+    if new.origin == "exact":
+        exact = [r for r in same if r.origin == "exact"]
+        oldest = exact[: max(0, len(exact) + 1 - exact_variants)]
+        return out + [r for r in oldest if r in free]
+    return out + [r for r in free if r.origin in ("isolated", "anchored")]

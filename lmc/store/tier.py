@@ -1,0 +1,73 @@
+"""What every place that holds chunks promises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from lmc.store.record import Record
+
+# Bytes of a chunk buffer: uint8 [L, S, T, R], S = 2 for K and V (1 for MLA's latents) and R the
+# bytes of a token in one layer, G * D * b. A chunk is one such array, or several that follow each
+# other along T.
+Rows = np.ndarray
+
+
+class Tier(Protocol):
+    """One place that holds chunks.
+
+    A put is whole or not at all, and lasts from the moment it is acknowledged as long as the place
+    does. A get gives the bytes that were put, or None. What is damaged, missing, full, slow or
+    gone is never an exception: it is a miss, counted by its kind in `counts`. Methods may be called
+    by several threads.
+
+    Attributes:
+        name: for reports.
+        capacity: bytes.
+        size: bytes held now, at most `capacity`.
+        counts: what happened, by kind, since the tier was opened.
+    """
+
+    name: str
+    capacity: int
+    counts: Counter[str]
+
+    @property
+    def size(self) -> int: ...
+
+    def contains(self, records: Sequence[Record]) -> list[bool]:
+        """Which of the records are held; no bytes are read."""
+        ...
+
+    def put(self, items: Sequence[tuple[Record, Sequence[Rows]]]) -> list[bool]:
+        """Hold these chunks: for each, whether it is acknowledged.
+
+        One that is held already, or that has a better variant here, is not put again: False.
+        """
+        ...
+
+    def get(
+        self,
+        record: Record,
+        into: Sequence[Rows] | None = None,
+        deadline: float | None = None,
+    ) -> Sequence[Rows] | None:
+        """The chunk's bytes, verified, or None.
+
+        Args:
+            into: where they go; without it the tier may answer with a view of its own, which must
+                not be written and lasts until the record is evicted.
+            deadline: `time.monotonic()` at which to give up.
+        """
+        ...
+
+    def evict(self, records: Sequence[Record]) -> None:
+        """Let go of records; of one that is not held, too."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files and memory; what was acknowledged stays where the place outlives us."""
+        ...
