@@ -1,0 +1,359 @@
+"""The disk tier: chunks in segment files, found through an LMDB index."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from lmc.layout import KVLayout
+from lmc.store import compress
+from lmc.store.disk import header as fmt
+from lmc.store.disk.catalog import Located
+from lmc.store.disk.encode import Encoded, Encoder
+from lmc.store.disk.folder import Folder
+from lmc.store.disk.header import Header, HeaderError
+from lmc.store.disk.read import Damaged, read_rows
+from lmc.store.disk.room import NoRoomError, Room
+from lmc.store.record import Record, superseded
+from lmc.store.tier import Rows
+
+# What a failing disk, a full one or a damaged index raise.
+FAULTS = (OSError, EOFError, lmdb.Error, HeaderError)
+
+
+class Disk:
+    """Chunks in a folder, which outlive the process and may be shared by several.
+
+    A put is acknowledged when its bytes are synced to the disk and indexed. A get checks every
+    byte that it gives. One process writes at a time, and none ever waits in order to read.
+
+    Args:
+        path: the folder, made when missing. Nothing is written outside it.
+        capacity: bytes of its segment files, dead records included.
+        layout: of the chunks, on one rank; None to read what is there, whatever it is.
+        shard, shards: which of how many ranks' heads.
+        compression: one of `lmc.store.compress.CODECS`.
+        policy: which records go when there is no room, one of `lmc.policies.POLICIES`.
+        exact_variants: exact contexts kept of one content.
+        label: the model's name, for people who list the store.
+        read_only: nothing in the folder is changed.
+
+    Raises:
+        ValueError: a folder that is no store, or of a newer format; a codec or policy that cannot
+            be; a capacity of less than a MiB.
+        OSError: it cannot be opened.
+    """
+
+    name = "disk"
+
+    def __init__(
+        self,
+        path: str | Path,
+        capacity: int,
+        *,
+        layout: KVLayout | None = None,
+        shard: int = 0,
+        shards: int = 1,
+        compression: str = "none",
+        policy: Mapping[str, Any] | str = "lru",
+        exact_variants: int = 2,
+        label: str = "",
+        read_only: bool = False,
+    ) -> None:
+        if capacity < 1 << 20:
+            raise ValueError(f"capacity: got {capacity} bytes, allowed: at least {1 << 20}")
+        if layout is not None:
+            compress.check_codec(compression, layout)
+        self.capacity = capacity
+        self.layout = layout
+        self.shard, self.shards = shard, shards
+        self.read_only = read_only
+        self._exact_variants = exact_variants
+        self.folder = Folder(Path(path), read_only)
+        self.counts: Counter[str] = self.folder.counts
+        try:
+            self.room = Room(self.folder, capacity, policy, self.counts)
+        except ValueError:
+            self.folder.close()
+            raise
+        self._encode: Encoder | None = None
+        if layout is not None:
+            label = label.encode()[:255].decode(errors="ignore")
+            self._encode = Encoder(layout, shard, shards, compression, label, self.counts)
+        self._uses: Counter[bytes] = Counter()  # reads that the index has not been told of
+        self._uses_lock = threading.Lock()
+        self._bad: set[bytes] = set()  # what failed to verify, as far as this process knows
+
+    # -- what is here ------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Bytes of the segment files."""
+        return self.room.size
+
+    def contains(self, records: Sequence[Record]) -> list[bool]:
+        ids = [self.id_of(record) for record in records]
+        try:
+            held = self.folder.catalog.contains(ids)
+        except FAULTS:
+            self.counts["index_faults"] += 1
+            return [False] * len(ids)
+        return [known and id not in self._bad for id, known in zip(ids, held, strict=True)]
+
+    def find(self, namespace: bytes, key: bytes) -> list[Record]:
+        """Records of one content that every rank has, in the order of their puts."""
+        try:
+            return self._usable(
+                self.folder.catalog.variants(key, self.shard, self.shards), namespace
+            )
+        except FAULTS:
+            self.counts["index_faults"] += 1
+            return []
+
+    def tail(self, namespace: bytes, context: bytes) -> Record | None:
+        """The tail that continues `context`, if every rank has one."""
+        digest = fmt.namespace_digest(namespace)
+        try:
+            found = self.folder.catalog.tail(digest, context, self.shard, self.shards)
+            return next(iter(self._usable([found] if found else [], namespace)), None)
+        except FAULTS:
+            self.counts["index_faults"] += 1
+            return None
+
+    def id_of(self, record: Record) -> bytes:
+        """Names this rank's part of a record in the folder."""
+        return fmt.shard_id(record, self.shard, self.shards)
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def get(
+        self,
+        record: Record,
+        into: Sequence[Rows] | None = None,
+        deadline: float | None = None,
+        arrived: Callable[[int], None] = lambda layers: None,
+    ) -> Sequence[Rows] | None:
+        """As `Tier.get`.
+
+        Args:
+            arrived: called with the number of layers that are there and verified, as they come.
+        """
+        id = self.id_of(record)
+        rows = self._get(id, record, into, deadline, arrived)
+        if rows is None:
+            self.counts["misses"] += 1
+            return None
+        self.counts["hits"] += 1
+        self.counts["bytes_read"] += record.nbytes
+        with self._uses_lock:
+            self._uses[id] += 1
+        return rows
+
+    def _get(
+        self,
+        id: bytes,
+        record: Record,
+        into: Sequence[Rows] | None,
+        deadline: float | None,
+        arrived: Callable[[int], None],
+    ) -> Sequence[Rows] | None:
+        before: Located | None = None
+        while True:
+            try:
+                located = None if id in self._bad else self.folder.catalog.locate(id)
+                if located is None:
+                    return None
+                header = located.unpack()
+                if not self._fits(header, record, into):
+                    return None
+                return read_rows(self.folder.segments, located, header, into, deadline, arrived)
+            except (Damaged, HeaderError, EOFError, FileNotFoundError) as e:
+                # Has a writer moved it meanwhile? Then it is elsewhere now.
+                if located is not None and before is None:
+                    before = located
+                    self.folder.segments.forget({located.segment})
+                    continue
+                self._set_aside(id, e)
+                return None
+            except (OSError, lmdb.Error) as e:
+                self.counts[kind_of(e)] += 1
+                return None
+
+    def _fits(self, header: Header, record: Record, into: Sequence[Rows] | None) -> bool:
+        """Whether a record is the one that was asked for, and of a shape that can be taken."""
+        stored = header.record
+        if (stored.key, stored.tokens, header.id) != (
+            record.key, record.tokens, self.id_of(record),
+        ) or stored.namespace != fmt.namespace_digest(record.namespace):  # fmt: skip
+            raise Damaged("index")
+        L, S, T, R = header.shape
+        fits = self.layout is None or header.layout == self.layout
+        if into is not None:
+            shapes = {(part.shape[0], part.shape[1], part.shape[3]) for part in into}
+            fits = fits and shapes == {(L, S, R)} and sum(p.shape[2] for p in into) == T
+        if not fits:
+            self.counts["other_layout"] += 1
+        return fits
+
+    def _usable(self, found: Sequence[Located], namespace: bytes) -> list[Record]:
+        """Of what the index has, records of this namespace and layout that every rank has."""
+        records = []
+        for located in found:
+            header = located.unpack()
+            if self.layout is not None and header.layout != self.layout:
+                continue
+            if header.record.namespace == fmt.namespace_digest(namespace):
+                records.append(replace(header.record, namespace=namespace))
+        records = [record for record in records if self.id_of(record) not in self._bad]
+        if self.shards > 1 and records:
+            ids = [fmt.shard_id(r, i, self.shards) for r in records for i in range(self.shards)]
+            held = np.array(self.folder.catalog.contains(ids)).reshape(len(records), -1).all(1)
+            records = [record for record, everywhere in zip(records, held, strict=True) if everywhere]
+        return records
+
+    def _set_aside(self, id: bytes, fault: Exception) -> None:
+        """Never serve a record again that failed to verify."""
+        reason = kind_of(fault)
+        self.counts[f"damaged:{reason}"] += 1
+        self._bad.add(id)
+        if self.read_only:
+            return
+        try:
+            with self.folder.writing(1.0):
+                self.room.quarantine(id, reason)
+            self.counts["quarantined"] += 1
+        except FAULTS:
+            self.counts["index_faults"] += 1
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def put(self, items: Sequence[tuple[Record, Sequence[Rows]]]) -> list[bool]:
+        done = [False] * len(items)
+        if self._encode is None:
+            raise ValueError("a disk tier that was opened without a layout takes no puts")
+        held = self.contains([record for record, _ in items])
+        self.counts["known"] += sum(held)
+        encoded = {i: self._encode(*items[i]) for i, known in enumerate(held) if not known}
+        try:
+            with self.folder.writing():
+                self._tell_uses()
+                try:
+                    acknowledged = self._write(encoded)
+                except OSError as e:
+                    if e.errno != errno.ENOSPC or not self.room.give_up_a_segment():
+                        raise
+                    acknowledged = self._write(encoded)  # what it gave back is enough, or nothing is
+                for i in acknowledged:
+                    done[i] = True
+        except FAULTS as e:
+            self.counts[f"put_failed:{kind_of(e)}"] += len(encoded)
+        return done
+
+    def _write(self, encoded: Mapping[int, Encoded]) -> list[int]:
+        """Write, sync, index; then records are acknowledged: those of these indices."""
+        folder = self.folder
+        out: set[bytes] = set()
+        chosen: dict[bytes, int] = {}
+        for i, e in encoded.items():
+            replaced = self._replaced(e.header)
+            if replaced is None or e.header.id in chosen:
+                self.counts["known"] += 1
+            elif e.header.record_bytes > self.room.limit:
+                self.counts["no_room"] += 1
+            else:
+                chosen[e.header.id] = i
+                out.update(replaced)
+        if not chosen:
+            return []
+        seq = folder.catalog.next_seq()
+        records = [encoded[i].pages(seq + n) for n, i in enumerate(chosen.values())]
+        places = self.room.place([header.record_bytes for header, _, _ in records])
+        with self.room.undone_on_failure(places):
+            for (segment, at), (_, _, pages) in zip(places, records, strict=True):
+                folder.segments.append(segment, at, pages)
+            for segment in sorted({segment for segment, _ in places}):
+                folder.segments.sync(segment)
+            with folder.catalog.change() as change:
+                dead = [at for id in out if (at := change.remove(id)) is not None]
+                for (segment, at), (header, data, _) in zip(places, records, strict=True):
+                    change.add(header, segment, at, data)
+        self.room.mark(dead, fmt.DEAD)
+        self._bad -= chosen.keys()
+        self.counts["puts"] += len(chosen)
+        self.counts["bytes_written"] += sum(header.record_bytes for header, _, _ in records)
+        return list(chosen.values())
+
+    def _replaced(self, new: Header) -> list[bytes] | None:
+        """Ids of the records that a new one takes the place of; None when it would add nothing."""
+        catalog, record = self.folder.catalog, new.record
+        if record.tail:
+            tail = catalog.tail(record.namespace, record.context, self.shard, self.shards)
+            found = [tail] if tail else []
+        else:
+            found = catalog.variants(record.key, self.shard, self.shards)
+        known = [located.unpack().record for located in found]
+        # One that is known here to be damaged stands in nobody's way.
+        known = [other for other in known if self.id_of(other) not in self._bad]
+        replaced = superseded(known, record, self._exact_variants)
+        return None if replaced is None else [self.id_of(other) for other in replaced]
+
+    def evict(self, records: Sequence[Record]) -> None:
+        self.evict_ids([self.id_of(record) for record in records])
+
+    def evict_ids(self, ids: Sequence[bytes]) -> int:
+        """Let go of records by their ids; how many there were."""
+        try:
+            with self.folder.writing():
+                return self.room.evict(ids)
+        except FAULTS as e:
+            self.counts[f"evict_failed:{kind_of(e)}"] += len(ids)
+            return 0
+
+    def _tell_uses(self) -> None:
+        """Write down who was read how often; the caller is the folder's writer."""
+        with self._uses_lock:
+            uses, self._uses = self._uses, Counter()
+        if uses:
+            now = time.time()
+            with self.folder.catalog.change() as change:
+                for id, hits in uses.items():
+                    change.used(id, hits, now)
+
+    def close(self) -> None:
+        if not self.read_only:
+            try:
+                with self.folder.writing(1.0):
+                    self._tell_uses()
+            except FAULTS:
+                self.counts["index_faults"] += 1
+        self.folder.close()
+
+
+def kind_of(fault: Exception) -> str:
+    """A short word for what went wrong, to count by."""
+    if isinstance(fault, Damaged):
+        return str(fault)
+    if isinstance(fault, HeaderError):
+        return "index"
+    if isinstance(fault, EOFError):
+        return "truncated"
+    if isinstance(fault, FileNotFoundError):
+        return "missing"
+    if isinstance(fault, NoRoomError):
+        return "no_room"
+    if isinstance(fault, TimeoutError):
+        return "timeout"
+    if isinstance(fault, PermissionError) or getattr(fault, "errno", None) == errno.EROFS:
+        return "read_only"
+    if getattr(fault, "errno", None) == errno.ENOSPC or isinstance(fault, lmdb.DiskError):
+        return "disk_full"
+    return "index" if isinstance(fault, lmdb.Error) else "io_error"
