@@ -13,6 +13,7 @@ from lmc.blend.evidence import Outline, Run, positions, probe_row_layers, runs_o
 from lmc.blend.strategy import Selective, Strategy
 from lmc.chunk import Piece, chunk_key, context_digests
 from lmc.store import Index, Record
+from lmc.store.lookup import Behind, Known, exact_in
 
 KINDS = ("local", "local_blended", "exact", "moved", "recomputed", "new")
 
@@ -191,6 +192,7 @@ def make_plan(
     contiguous: bool = False,
     L: int | None = None,
     decline: bool = True,
+    tiers: Sequence[Behind] = (),
 ) -> Plan:
     """The best claim for one request; an empty one when plain prefill is as good.
 
@@ -205,6 +207,7 @@ def make_plan(
         contiguous: claim only exact chunks without gaps, so that no row need be computed.
         L: layers of the model; a selective strategy is not weighed without.
         decline: whether to leave a request alone that blending saves too little of.
+        tiers: what to ask behind the index; segments of theirs have records without a slot.
 
     Raises:
         ValueError: a selective strategy and no `L`.
@@ -212,7 +215,8 @@ def make_plan(
     T = len(tokens)
     control = strategy.control or not decline
     moves = strategy.moves and not contiguous
-    segments = _find(tokens, pieces, index, namespace, local, moves)
+    known = Known(index, namespace, tiers)
+    segments = _find(tokens, pieces, known, namespace, local, moves)
     runs = _moved_runs(segments)
     moved = [(max(a, local), b) for a, b in runs if b > local]
     found = [s for s in (_clip(s, local, T) for s in segments) if s]
@@ -269,7 +273,7 @@ def _selected_share(
 def _find(
     tokens: np.ndarray,
     pieces: Sequence[Piece],
-    index: Index,
+    stored: Known,
     namespace: bytes,
     local: int,
     moves: bool,
@@ -283,15 +287,12 @@ def _find(
         if piece.end <= local:
             continue
         content = ids[piece.start : piece.end].tobytes()
-        known = [
-            r
-            for r in index.variants(chunk_key(namespace, tokens[piece.start : piece.end]))
-            if r.tokens == content
-        ]
-        exact = [r for r in known if r.context == context and r.origin != "blended"]
+        key = chunk_key(namespace, tokens[piece.start : piece.end])
+        known = stored.variants(key, content, context)
+        exact = [r for r in known if exact_in(r, context)]
         if exact:
             found = Segment(piece.start, piece.end, "exact", exact[0], piece.start)
-        elif tail := _tail(index, namespace, context, content):
+        elif tail := stored.tail(context, content):
             found = Segment(piece.start, piece.start + tail.T, "exact", tail, piece.start)
         elif known and moves:
             record = _best_variant(known, before, piece.start)
@@ -302,12 +303,6 @@ def _find(
         segments.append(found)
         before = found if found.kind == "moved" else None
     return segments
-
-
-def _tail(index: Index, namespace: bytes, context: bytes, content: bytes) -> Record | None:
-    """The stored tail that this piece starts with."""
-    tail = index.tail(namespace, context)
-    return tail if tail and content.startswith(tail.tokens) else None
 
 
 def _best_variant(known: list[Record], before: Segment | None, start: int) -> Record:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,11 +15,10 @@ from lmc.sim.replay import MISS, Replay, Write, prefix_run, replay
 from lmc.sim.stack import Curve, ShardsCurve, hit_curve, prefix_distances, shards, stack_distances
 from lmc.sim.store import replay_store
 from lmc.sim.trace import Accesses, Request
+from lmc.sizes import scaled
 
 Unit = Literal["blocks", "tokens", "bytes"]
 Metric = Literal["object", "prefix"]
-_SCALE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_SCALE |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,10 +254,9 @@ def parse_capacity(text: str) -> tuple[float, ...]:
 
 
 def _capacity(part: str, text: str) -> float:
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([a-z]*)", part)
     try:
-        value = math.inf if part == "inf" else float(match[1]) * _SCALE[match[2]] if match else 0
-    except (KeyError, ValueError):
+        value = math.inf if part == "inf" else scaled(part)
+    except ValueError:
         value = 0
     if value < 1:
         raise ValueError(

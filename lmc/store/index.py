@@ -17,13 +17,18 @@ from lmc.store.record import Origin, Record, superseded
 
 
 class _Entry:
-    __slots__ = ("item", "leases", "missing", "record")
+    __slots__ = ("arriving", "item", "leases", "missing", "record")
 
-    def __init__(self, record: Record, item: Item, ranks: int) -> None:
+    def __init__(self, record: Record, item: Item, ranks: int, arriving: bool) -> None:
         self.record = record
         self.item = item
         self.leases = 0
         self.missing = set(range(ranks))  # ranks that have not acknowledged the bytes
+        self.arriving = arriving  # out of another tier: found before it is acknowledged
+
+    @property
+    def visible(self) -> bool:
+        return self.arriving or not self.missing
 
 
 class Index:
@@ -84,14 +89,14 @@ class Index:
         self._expire()
         for slot in reversed(self._by_key.get(key, ())):
             entry = self._entries[slot]
-            if not entry.missing and not entry.record.tail:
+            if entry.visible and not entry.record.tail:
                 yield entry.record
 
     def tail(self, namespace: bytes, context: bytes) -> Record | None:
         """The visible tail that continues `context`, if one is stored."""
         self._expire()
         slot = self._tails.get((namespace, context))
-        if slot is None or self._entries[slot].missing:
+        if slot is None or not self._entries[slot].visible:
             return None
         return self._entries[slot].record
 
@@ -114,10 +119,24 @@ class Index:
         (`known`), when what is not leased does not make enough room (`no_room`), or when the
         policy would rather keep what it has (`not_admitted`).
         """
-        self._expire()
         record = Record(
             -1, namespace, key, tokens, start, context, context_after, origin, nbytes, tail
         )
+        return self._take(record, arriving=False)
+
+    def adopt(self, record: Record) -> Record | None:
+        """Reserve room for what another tier holds, found at once: who uses it waits for it.
+
+        Returns None as `put` does.
+        """
+        return self._take(record, arriving=True)
+
+    def arriving(self, slot: int) -> bool:
+        """Whether a rank has yet to say that it has the bytes of `slot`."""
+        return slot in self._entries and bool(self._entries[slot].missing)
+
+    def _take(self, record: Record, arriving: bool) -> Record | None:
+        self._expire()
         replaced = superseded(self._same(record), record, self._exact_variants, self._leased)
         if replaced is None:
             self.counts["known"] += 1
@@ -130,15 +149,15 @@ class Index:
         if not self._make_room(item):
             return None
         slot = record.slot
-        self._entries[slot] = _Entry(record, item, self._ranks)
+        self._entries[slot] = _Entry(record, item, self._ranks, arriving)
         self._slots[item.key] = slot
-        self._ends[namespace, context_after] = item.key
+        self._ends[record.namespace, record.context_after] = item.key
         self._policy.insert(item, self._clock())
-        self._by_key.setdefault(key, []).append(slot)
-        if tail:
-            self._tails[namespace, context] = slot
-        self.size += nbytes
-        self.counts["put"] += 1
+        self._by_key.setdefault(record.key, []).append(slot)
+        if record.tail:
+            self._tails[record.namespace, record.context] = slot
+        self.size += record.nbytes
+        self.counts["adopted" if arriving else "put"] += 1
         return record
 
     def acknowledge(self, slot: int, rank: int) -> None:

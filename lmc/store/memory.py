@@ -1,55 +1,169 @@
-"""Host memory: the bytes of chunks by slot, on one worker."""
+"""Host memory: one buffer, reserved once, and the chunks in it."""
 
 from __future__ import annotations
 
+import mmap
 import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from lmc.layout import KVLayout
+from lmc.store.extents import Extents, Run
+from lmc.store.record import Record
+from lmc.store.rows import copy_rows
+from lmc.store.tier import Rows
+
+
+@dataclass
+class _Held:
+    runs: list[Run]
+    parts: list[torch.Tensor]
+    published: bool = False
 
 
 class HostMemory:
-    """Chunk buffers `[L, 2, T, G, D]` in host memory, pinned when there is a GPU.
+    """Chunks in host memory by slot, pinned when there is a GPU.
 
-    Which chunks are held, and how many bytes of them, is the Index's decision; `capacity` is
-    checked here only so that a fault there cannot eat the machine's memory.
+    The buffer is cut into tokens, and a chunk takes as many of them as it has, in one run where one
+    is free and in several where not: so nothing is lost to fragments, however long it runs. Each
+    run is a chunk buffer of its own, `[L, 2, t, G, D]`, which `scatter` takes as it is.
+
+    Which chunks are held is the Index's decision.
 
     Args:
         layout: shape of one token.
-        capacity: bytes.
+        capacity: bytes; memory for the tokens that fit is reserved at once.
     """
+
+    name = "memory"
 
     def __init__(self, layout: KVLayout, capacity: int) -> None:
         self.layout = layout
         self.capacity = capacity
-        self.size = 0
+        self.counts: Counter[str] = Counter()
+        tokens = capacity // layout.bytes_per_token
         self._dtype = getattr(torch, layout.dtype)
-        self._buffers: dict[int, torch.Tensor] = {}
+        self._buffer = _reserved(tokens * layout.bytes_per_token)
+        self._extents = Extents(tokens)
+        self._tokens = tokens
+        self._held: dict[int, _Held] = {}
         self._lock = threading.Lock()
 
-    def allocate(self, T: int) -> torch.Tensor:
-        """An uninitialised buffer of T tokens, not yet counted."""
-        pinned = torch.cuda.is_available()
-        return torch.empty(self.layout.shape(T), dtype=self._dtype, pin_memory=pinned)
+    # -- by slot: without a copy ---------------------------------------------------------------
 
-    def put(self, slot: int, chunk: torch.Tensor) -> bool:
-        """Keep `chunk` under `slot`; False when it does not fit."""
-        with self._lock:
-            if self.size + chunk.nbytes > self.capacity:
-                return False
-            self._buffers[slot] = chunk
-            self.size += chunk.nbytes
-            return True
+    def reserve(self, slot: int, T: int) -> list[torch.Tensor] | None:
+        """Room for a chunk of T tokens, not to be read before it is published.
 
-    def get(self, slot: int) -> torch.Tensor | None:
-        """The chunk under `slot`, or None when it is not held."""
-        with self._lock:
-            return self._buffers.get(slot)
+        Returns:
+            Its parts `[L, 2, t, G, D]` along T, of any content; None when it does not fit.
 
-    def evict(self, slot: int) -> None:
-        """Let go of `slot`; one that is not held is no error."""
+        Raises:
+            ValueError: a slot that is held, or no tokens.
+        """
+        if T < 1:
+            raise ValueError(f"got a chunk of {T} tokens, allowed: at least 1")
         with self._lock:
-            chunk = self._buffers.pop(slot, None)
-            if chunk is not None:
-                self.size -= chunk.nbytes
+            if slot in self._held:
+                raise ValueError(f"slot {slot} is held already")
+            runs = self._extents.take(T)
+            if runs is None:
+                self.counts["no_room"] += 1
+                return None
+            parts = [self._part(start, end) for start, end in runs]
+            self._held[slot] = _Held(runs, parts)
+            return parts
+
+    def publish(self, slot: int) -> None:
+        """From now on the slot may be read."""
+        with self._lock:
+            self._held[slot].published = True
+
+    def parts(self, slot: int) -> list[torch.Tensor] | None:
+        """The chunk's parts, or None when it is not held or not published."""
+        with self._lock:
+            held = self._held.get(slot)
+            return held.parts if held is not None and held.published else None
+
+    def release(self, slot: int) -> None:
+        """Let go of a slot, published or not; one that is not held is no error."""
+        with self._lock:
+            held = self._held.pop(slot, None)
+            if held is not None:
+                self._extents.give(held.runs)
+
+    # -- as a tier, by record ------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Bytes of all chunks."""
+        return (self._tokens - self._extents.free) * self.layout.bytes_per_token
+
+    def contains(self, records: Sequence[Record]) -> list[bool]:
+        return [self.parts(record.slot) is not None for record in records]
+
+    def put(self, items: Sequence[tuple[Record, Sequence[Rows]]]) -> list[bool]:
+        done = []
+        for record, rows in items:
+            if record.slot in self._held:
+                self.counts["known"] += 1
+                done.append(False)
+                continue
+            parts = self.reserve(record.slot, record.T)
+            if parts is not None:
+                try:
+                    copy_rows(rows, [rows_of(part) for part in parts])
+                except ValueError:
+                    self.release(record.slot)
+                    raise
+                self.publish(record.slot)
+            done.append(parts is not None)
+        return done
+
+    def get(
+        self,
+        record: Record,
+        into: Sequence[Rows] | None = None,
+        deadline: float | None = None,
+        arrived: Callable[[int], None] = lambda layers: None,
+    ) -> Sequence[Rows] | None:
+        parts = self.parts(record.slot)
+        if parts is None:
+            return None
+        rows = [rows_of(part) for part in parts]
+        if into is not None:
+            copy_rows(rows, into)
+        arrived(self.layout.L)
+        return rows if into is None else into
+
+    def evict(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self.release(record.slot)
+
+    def close(self) -> None:
+        with self._lock:
+            self._held = {}
+            self._extents = Extents(0)
+            self._tokens = 0
+            self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def _part(self, start: int, end: int) -> torch.Tensor:
+        size = self.layout.bytes_per_token
+        data = self._buffer[start * size : end * size]
+        return data.view(self._dtype).view(self.layout.shape(end - start))
+
+
+def rows_of(part: torch.Tensor) -> Rows:
+    """A chunk buffer `[L, 2, t, G, D]` in host memory as its bytes `[L, 2, t, R]`; no copy."""
+    return part.flatten(3).view(torch.uint8).numpy()
+
+
+def _reserved(nbytes: int) -> torch.Tensor:
+    """Uninitialised host memory, uint8 `[nbytes]`."""
+    if torch.cuda.is_available():
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    # Whole pages, as O_DIRECT wants them, that take no memory before they are used.
+    pages = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+    return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]

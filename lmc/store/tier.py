@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from lmc.layout import KVLayout
+from lmc.registry import Registry
 from lmc.store.record import Record
 
 # Bytes of a chunk buffer: uint8 [L, S, T, R], S = 2 for K and V (1 for MLA's latents) and R the
@@ -54,6 +56,7 @@ class Tier(Protocol):
         record: Record,
         into: Sequence[Rows] | None = None,
         deadline: float | None = None,
+        arrived: Callable[[int], None] = lambda layers: None,
     ) -> Sequence[Rows] | None:
         """The chunk's bytes, verified, or None.
 
@@ -61,6 +64,7 @@ class Tier(Protocol):
             into: where they go; without it the tier may answer with a view of its own, which must
                 not be written and lasts until the record is evicted.
             deadline: `time.monotonic()` at which to give up.
+            arrived: called with the number of layers that are there and verified, as they come.
         """
         ...
 
@@ -71,3 +75,33 @@ class Tier(Protocol):
     def close(self) -> None:
         """Let go of files and memory; what was acknowledged stays where the place outlives us."""
         ...
+
+
+class TierConfig(Protocol):
+    """What a config says of a tier behind host memory.
+
+    Attributes:
+        write: `through` when a chunk is stored, `back` when host memory lets it go.
+    """
+
+    write: Literal["through", "back"]
+
+    def open(
+        self,
+        layout: KVLayout,
+        *,
+        shard: int = 0,
+        shards: int = 1,
+        exact_variants: int = 2,
+        label: str = "",
+    ) -> Any:
+        """The tier, for one of `shards` ranks. It also tells what it has, as `lookup.Behind`.
+
+        Raises:
+            ValueError: a wrong setting, or a place that is not a store's.
+            OSError: the place cannot be opened.
+        """
+        ...
+
+
+TIERS = Registry("tier", {"disk": "lmc.store.disk.config:DiskConfig"})

@@ -10,7 +10,7 @@ import numpy as np
 from vllm import SamplingParams
 
 from lmc.connectors.vllm import drain
-from tests.connectors import across, selective
+from tests.connectors import across, persistent, selective
 
 
 @dataclass
@@ -173,6 +173,39 @@ def reuse(session: Session) -> dict[str, Any]:
     return results
 
 
+def persist(session: Session) -> dict[str, Any]:
+    """Documents that are stored, and answers out of host memory."""
+    session.warm()
+    results = persistent.arms(session, prompt(2, 0, 3))
+    session.llm.collective_rpc("finish_saves")
+    return results
+
+
+def restarted(session: Session) -> dict[str, Any]:
+    """What a new engine on the same folder answers."""
+    parts = prompt(2, 0, 3)
+    counts = persistent.counting(session)
+    results = persistent.from_disk(session, parts)
+    results["plain"] = plain(session, parts)
+    persistent.forget_memory(session)
+    results["other_tenant"] = session.fresh(parts, "full_recompute", salt="other", save=False)
+    return results | {"counts": counts}
+
+
+def restarted_elsewhere(session: Session) -> dict[str, Any]:
+    """The same in engines whose workers are processes of their own."""
+    parts = prompt(2, 0, 3)
+    return {"epic": session.fresh(parts, EPIC, save=False), "plain": plain(session, parts)}
+
+
+def slow_disk(session: Session) -> dict[str, Any]:
+    """A disk that hangs, before others and alone."""
+    parts = prompt(2, 0, 3)
+    results = persistent.slow_disk(session, parts)
+    results["other"], results["waits"] = answer_of(results["other"]), answer_of(results["waits"])
+    return results | {"plain": plain(session, parts)}
+
+
 def poison(session: Session, *, tainted: bool = True) -> dict[str, Any]:
     """The control: blended requests, then the same prompts without reuse."""
     import lmc.connectors.vllm.scheduler as scheduler_side
@@ -229,12 +262,12 @@ def together(session: Session) -> dict[str, Any]:
     side.take_stats = counted
     # Planned, not yet loaded: the workers lose a chunk that the plan counts on.
     lost = next(t for t in side.requests.values() if t.request.request_id.startswith(ids["lost"]))
-    session.lmc_worker.memory.evict(lost.plan.segments[-1].record.slot)
+    session.lmc_worker.chunks.memory.release(lost.plan.segments[-1].record.slot)
     answers = session.finish()
     # The same where the strategy would not have computed its rows anyway.
     session.llm.reset_prefix_cache()
     lossy = session.add(prompt(5, 3), "full_reuse", save=False)
-    session.lmc_worker.memory.evict(
+    session.lmc_worker.chunks.memory.release(
         next(iter(side.requests.values())).plan.segments[-1].record.slot
     )
     lossy_answer = session.finish()[lossy]

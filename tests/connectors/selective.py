@@ -92,7 +92,7 @@ def lost_chunks(session: Any, two: list[list[int]], one: list[list[int]]) -> dic
         session.llm.reset_prefix_cache()
         request_id = session.add(parts, blend, save=False)
         tracked = list(session.scheduler.connector._scheduler.requests.values())[-1]
-        session.lmc_worker.memory.evict(tracked.plan.segments[-1].record.slot)
+        session.lmc_worker.chunks.memory.release(tracked.plan.segments[-1].record.slot)
         results[name] = session.finish()[request_id]
         results[name].selected = session.selected
         results[f"{name}_plain"] = session.fresh(parts, enabled=False)

@@ -13,7 +13,6 @@ from lmc.blend.cachecraft import CacheCraft
 from lmc.blend.plan import Plan
 from lmc.chunk import chunk_key
 from lmc.connectors.hf import HFStore
-from lmc.connectors.hf.store import NAMESPACE
 from tests.hf.tiny import (
     CHUNKS,
     END,
@@ -104,7 +103,7 @@ def test_a_full_store_lets_the_oldest_chunks_go_and_their_scores_with_them() -> 
     assert [(s.start, s.end) for s in plan.segments] == spans
     assert plan_of(store).segments == ()
     assert not store._attended
-    assert store._memory.size == store._index.size == 80 * 4 * 2 * 2 * 32 * 4
+    assert store.store.chunks.memory.size == store.store.index.size == 80 * 4 * 2 * 2 * 32 * 4
 
 
 # -- Cache-Craft -----------------------------------------------------------------------------
@@ -171,7 +170,7 @@ def test_cachecraft_takes_the_variant_whose_context_is_nearest() -> None:
         assert (segment.start, segment.end) == (100, 140)
         assert len(store._variants(segment)) == 2
         before[name] = store._context(segment.record).before
-    front_a, front_c = (chunk_key(NAMESPACE, np.array(front)) for front in (a, c))
+    front_a, front_c = (chunk_key(b"hf", np.array(front)) for front in (a, c))
     # One that continues what stands before it is every plan's choice; without it, Cache-Craft's.
     assert before == {"full_reuse": (front_a,), "cachecraft": (front_a,)}
     apart, spans = [*SYSTEM, *a, *b, *d, 5], SPANS[:4]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
+from blake3 import blake3
 
 from lmc import shapes
 from lmc.blend.forward import Outcome, selective_forward
@@ -59,6 +62,21 @@ class HFModel:
         self.dtype, self.device = model.dtype, model.device
         self.vocabulary: int = config.vocab_size
         self._check()
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return Path(getattr(self.model.config, "_name_or_path", "") or "model").name
+
+    def fingerprint(self) -> bytes:
+        """BLAKE3, 32 bytes, of all that its KV depends on: config, weights, dtype, rotation."""
+        digest = blake3(b"lmc-hf" + self.model.config.to_json_string().encode())
+        for name, weights in self.model.state_dict().items():
+            # XXH3 keeps up with memory; 128 bits of it a tensor go into the digest.
+            data = weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(f"{name}:{weights.dtype}:".encode() + xxhash.xxh3_128_digest(data))
+        digest.update(self.rope.fingerprint)
+        return digest.digest()
 
     def pages(self, T: int) -> Pages:
         """Room for the KV of T tokens."""

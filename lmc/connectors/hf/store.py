@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,15 +14,12 @@ from lmc.blend.cachecraft import Attended, CacheCraft, alone
 from lmc.blend.encoding import Context
 from lmc.blend.plan import Plan, Segment, make_plan
 from lmc.blend.strategy import Strategy
-from lmc.chunk import Piece, chunk_key, split
-from lmc.chunking import CHUNKERS
+from lmc.chunk import Piece, chunk_key
 from lmc.connectors.hf.model import HFModel
 from lmc.layout import KVLayout
-from lmc.store import Index, Record
-from lmc.store.keep import keep
-from lmc.store.memory import HostMemory
+from lmc.store import Record
+from lmc.store.store import Store
 
-NAMESPACE = b"hf"  # a store serves one model
 QUERIES = 256  # rows whose attention is looked at together, so that it fits into memory
 
 
@@ -31,17 +28,32 @@ class HFStore:
 
     Args:
         model: whose KV it holds.
-        memory_bytes: how much of it.
+        memory_bytes: how much of it in host memory.
+        tiers: places behind host memory, as `Store` takes them.
+
+    Raises:
+        ValueError, OSError: as `Store`.
     """
 
-    def __init__(self, model: HFModel, memory_bytes: int = 4 << 30) -> None:
+    def __init__(
+        self,
+        model: HFModel,
+        memory_bytes: int = 4 << 30,
+        tiers: Sequence[Mapping[str, Any] | str] = (),
+    ) -> None:
         self.model = model
         shape = model.shape
         layout = KVLayout(model.L, shape.G, shape.D, str(model.dtype).removeprefix("torch."))
-        self._per_token = layout.bytes_per_token
-        self._index = Index(memory_bytes, cost=shape.cost)
-        self._memory = HostMemory(layout, memory_bytes)
-        self._chunker = CHUNKERS.build("cdc")
+        # What is kept in memory alone is this model's alone; what outlives it must say which.
+        self.namespace = model.fingerprint() if tiers else b"hf"
+        self.store = Store(
+            layout,
+            self.namespace,
+            memory_bytes=memory_bytes,
+            tiers=tiers,
+            cost=shape.cost,
+            label=f"{model.name} {layout.dtype}",
+        )
         self._attended: dict[int, Attended] = {}  # by slot, of chunks that had others in front
 
     def add(self, tokens: Sequence[int], spans: Sequence[tuple[int, int]], system: int = 0) -> None:
@@ -52,9 +64,8 @@ class HFStore:
             system: how many tokens in front stand before every chunk alike; see `CacheCraft`.
         """
         ids = np.asarray(tokens, np.int64)
-        pieces = split(ids, self._chunker, spans)
-        kept = keep(self._index, NAMESPACE, ids, pieces, None, self._per_token)
-        self._free()  # first: bytes of what must go leave no room for what comes
+        pieces = self.store.pieces(ids, spans)
+        kept = self.store.make_room(ids, pieces)
         if not kept:
             return
         chunks = [piece for piece in pieces if piece.start >= system]
@@ -63,13 +74,10 @@ class HFStore:
         pages = self.model.prefill(ids, watch=looks).pages
         for piece, record in behind:
             assert looks is not None
-            self._attended[record.slot] = looks.of(ids, piece, self.model.L)
+            self._attended[record.slot] = looks.of(ids, piece, self.model.L, self.namespace)
         for piece, record in kept:
-            if self._memory.put(record.slot, pages.rows(piece.start, piece.end).cpu().clone()):
-                self._index.acknowledge(record.slot, 0)
-            else:
-                self._index.drop(record.slot)
-        self._free()
+            self.store.fill(record, pages.rows(piece.start, piece.end))
+        self._attended = {k: v for k, v in self._attended.items() if k in self.store.index}
 
     def add_chunks(
         self, context: Context, system: Sequence[int], chunks: Sequence[Sequence[int]]
@@ -101,30 +109,44 @@ class HFStore:
     ) -> Plan:
         """What becomes of each token of a prompt; reuse is never declined for its gain."""
         ids = np.asarray(tokens, np.int64)
-        pieces = split(ids, self._chunker, spans)
-        plan = make_plan(
-            ids, pieces, self._index, NAMESPACE, strategy, L=self.model.L, decline=False
-        )
+        pieces = self.store.pieces(ids, spans)
+        plan = self._brought(ids, pieces, strategy)
         if isinstance(strategy, CacheCraft):
             return self._fixed(plan, strategy, ids, pieces)
         return _alike(plan) if isinstance(strategy, Ape) else plan
 
     def chunk(self, slot: int) -> torch.Tensor:
         """The chunk buffer `[L, 2, T, G, D]` of a record."""
-        chunk = self._memory.get(slot)
-        assert chunk is not None, f"slot {slot} is in the index and not in memory"
-        return chunk
+        parts = self.store.chunks.parts(slot)
+        assert parts is not None, f"slot {slot} is in the index and not in memory"
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def _free(self) -> None:
-        for slot in self._index.take_freed():
-            self._memory.evict(slot)
-            self._attended.pop(slot, None)
+    def close(self) -> None:
+        """Let go of memory and tiers; what these hold stays."""
+        self.store.close()
+
+    def _brought(self, ids: np.ndarray, pieces: Sequence[Piece], strategy: Strategy) -> Plan:
+        """A plan whose chunks are all in host memory."""
+        index = self.store.index
+        for tiers in (self.store.tiers, []):
+            while True:
+                plan = make_plan(
+                    ids, pieces, index, self.namespace, strategy,
+                    L=self.model.L, decline=False, tiers=tiers,
+                )  # fmt: skip
+                behind = {s.record.id: s.record for s in plan.segments if s.record.slot < 0}
+                if not behind:
+                    return plan
+                held = self.store.bring(list(behind.values()))
+                if len(held) < len(behind):
+                    break  # no room, or damaged: what memory has must do
+        raise AssertionError("a plan out of memory alone has nothing to bring")
 
     def _fixed(
         self, plan: Plan, strategy: CacheCraft, ids: np.ndarray, pieces: Sequence[Piece]
     ) -> Plan:
         """The plan with the variant of each moved chunk that needs the fewest rows, and those."""
-        keys = [(p.end, chunk_key(NAMESPACE, ids[p.start : p.end])) for p in pieces]
+        keys = [(p.end, chunk_key(self.namespace, ids[p.start : p.end])) for p in pieces]
         segments, chosen = [], [np.empty(0, np.int64)]
         for segment in plan.segments:
             if segment.kind == "moved":
@@ -141,7 +163,7 @@ class HFStore:
 
     def _variants(self, segment: Segment) -> list[Record]:
         """All records that may serve a segment; of equals the plan's own comes first."""
-        same = [r for r in self._index.variants(segment.record.key)
+        same = [r for r in self.store.index.variants(segment.record.key)
                 if r.tokens == segment.record.tokens and r != segment.record]  # fmt: skip
         return [segment.record, *same]
 
@@ -175,14 +197,14 @@ class _Looks:
             weights = logits.masked_fill_(future.to(logits.device), -torch.inf).softmax(-1).mean(0)
             self._paid[at] += weights.cpu() @ self._member[:T]
 
-    def of(self, ids: np.ndarray, piece: Piece, L: int) -> Attended:
+    def of(self, ids: np.ndarray, piece: Piece, L: int, namespace: bytes) -> Attended:
         """What the tokens of one chunk paid, mean over L layers."""
         i = self._chunks.index(piece)
         paid, before = self._paid[piece.start : piece.end] / L, self._chunks[:i]
         return Attended(
             tokens=paid[:, :i].sum(1).numpy(),
             intra=float(paid[:, i].sum()),
-            before=tuple(chunk_key(NAMESPACE, ids[p.start : p.end]) for p in before),
+            before=tuple(chunk_key(namespace, ids[p.start : p.end]) for p in before),
             inter=tuple(paid[:, :i].sum(0).tolist()),
             lengths=tuple(p.end - p.start for p in before),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from lmc.blend.strategy import Strategy
 from lmc.connectors.vllm.attention import BackendAttention, Current, Measure, PagedAttention, Rows
 from lmc.kernels.gather import gather
 from lmc.kernels.scatter import scatter
+from lmc.rope import Rope
 
 
 class VLLMAdapter:
@@ -30,6 +31,7 @@ class VLLMAdapter:
         tokens: `[T]` token ids, as far as rows are computed.
         blocks: the request's block ids, in order.
         max_rows: rows that one call of a layer may carry.
+        before: called with a layer's index before its pages are looked at.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class VLLMAdapter:
         blocks: list[int],
         max_rows: int,
         vllm_config: Any,
+        before: Callable[[int], None] = lambda layer: None,
     ) -> None:
         inner = model.model
         self.layers = list(inner.layers[inner.start_layer : inner.end_layer])
@@ -51,6 +54,7 @@ class VLLMAdapter:
         self._current = Current()
         self._outline: Outline | None = None
         self._vllm_config = vllm_config
+        self._before = before
         self._prepared: dict[bytes, Rows] = {}
         self._prepared_in = 0
 
@@ -62,6 +66,7 @@ class VLLMAdapter:
     def layer(
         self, index: int, rows: np.ndarray, state: State, needs: Sequence[Need] = ()
     ) -> tuple[State, list[torch.Tensor]]:
+        self._before(index)
         self._current.rows = self._rows(index, rows)
         self._current.measure = measure = Measure(needs, self._outline)
         hidden, residual = state if len(state) == 2 else (state[0], None)
@@ -71,6 +76,7 @@ class VLLMAdapter:
         return (hidden, residual), scores
 
     def read(self, index: int, rows: np.ndarray) -> torch.Tensor:
+        self._before(index)
         pages = self._attention.pages(self.layers[index])
         return gather(pages, self._attention.slots(rows, self._blocks))
 
@@ -191,6 +197,28 @@ def self_check(
     if not worst <= tolerance:
         return f"the layer loop differs from model.forward by {worst:.1e} (at most {tolerance:.1e})"
     return wrong
+
+
+def rope_as_in_model(rope: Rope, model: Any) -> tuple[Rope, str | None]:
+    """`rope` with the model's own pairing, and how its angles differ from the model's, if so."""
+    for module in model.modules():
+        table = getattr(module, "cos_sin_cache", None)
+        if table is None or not hasattr(module, "is_neox_style"):
+            continue
+        rope = Rope(rope.inv_freq, not module.is_neox_style, rope.kind)
+        R = 2 * len(rope.inv_freq)
+        if table.shape[-1] != R:
+            return rope, f"the model rotates {table.shape[-1]} dims, its config says {R}"
+        positions = [1, min(1000, len(table) - 1)]
+        cos, sin = table[positions].double().cpu().chunk(2, dim=-1)
+        expected = torch.from_numpy(np.outer(positions, rope.inv_freq))
+        error = torch.atan2(sin, cos) - expected
+        worst = float((torch.remainder(error + torch.pi, 2 * torch.pi) - torch.pi).abs().max())
+        # The table is in the model's dtype, and its angles were taken in float32.
+        if worst > 4 * torch.finfo(table.dtype).eps + 1e-3:
+            return rope, f"the model's angles differ from its config's by {worst:.1e} rad"
+        return rope, None
+    return rope, "no rotary embedding of a known kind found in the model"
 
 
 def _mismeasured(adapter: VLLMAdapter, T: int, tolerance: float) -> str | None:

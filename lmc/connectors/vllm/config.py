@@ -18,6 +18,7 @@ from lmc.chunk import split
 from lmc.chunking import CHUNKERS, Chunker
 from lmc.registry import one_line
 from lmc.store import Index
+from lmc.store.tier import TIERS, TierConfig
 
 TESTED_VLLM = ("0.32.0",)
 
@@ -28,6 +29,12 @@ class LMCConfig(BaseModel):
     Attributes:
         memory_bytes: host memory for chunks, on each worker.
         policy: which chunk goes when memory is full, one of `lmc.policies.POLICIES`.
+        tiers: places behind host memory, in the order in which they are asked, each one of
+            `lmc.store.tier.TIERS` with its fields: `{name: disk, path: ..., capacity: 100GiB}`.
+        write_queue_bytes: host memory, on each worker, for chunks that wait to be written into a
+            tier; more of them are dropped, so that nothing ever waits for a disk.
+        fetch_patience_s: after so long what a tier has not brought is computed, and the tiers are
+            left alone for a while.
         exact_variants: exact contexts kept of one content. Text that prompts repeat inside
             themselves wants more, or its prefixes are lost (`lmc sim --exact-variants`).
         chunker: cuts prompts whose request gives no spans, and what lies between spans.
@@ -49,6 +56,9 @@ class LMCConfig(BaseModel):
 
     memory_bytes: int = Field(default=4 << 30, gt=0)
     policy: dict[str, Any] | str = "lru"
+    tiers: tuple[dict[str, Any] | str, ...] = ()
+    write_queue_bytes: int = Field(default=256 << 20, gt=0)
+    fetch_patience_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     exact_variants: int = Field(default=2, ge=1)
     chunker: dict[str, Any] | str = "cdc"
     blend: dict[str, Any] | str = "epic"
@@ -62,6 +72,10 @@ class LMCConfig(BaseModel):
         """A fresh chunker; ValueError for a wrong one."""
         chunker: Chunker = CHUNKERS.build(self.chunker)
         return chunker
+
+    def build_tiers(self) -> list[TierConfig]:
+        """What is said of each tier; ValueError for a wrong one."""
+        return [TIERS.build(tier) for tier in self.tiers]
 
 
 def load_config(extra: Mapping[str, Any]) -> LMCConfig:
@@ -83,6 +97,7 @@ def load_config(extra: Mapping[str, Any]) -> LMCConfig:
         raise ValueError(f"lmc config: {one_line(error)}; valid keys: {valid}") from error
     Index(config.memory_bytes, policy=config.policy)
     config.build_chunker()
+    config.build_tiers()
     build_strategy(config.blend)
     return config
 

@@ -127,7 +127,8 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.load(self._step())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        return  # claims are complete when start_load_kv returns
+        if self._worker:
+            self._worker.wait_for_layer(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
@@ -150,6 +151,8 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         if self._worker:
             self._worker.close()
+        if self._scheduler:
+            self._scheduler.close()
 
     def _step(self) -> StepMetadata:
         metadata = self._get_connector_metadata()

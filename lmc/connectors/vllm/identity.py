@@ -9,10 +9,11 @@ from typing import Any
 import vllm
 from blake3 import blake3
 
-from lmc.connectors.vllm.config import TESTED_VLLM
+from lmc.connectors.vllm.config import TESTED_VLLM, LMCConfig
 from lmc.layout import KVLayout
 from lmc.models import weights_digest
 from lmc.rope import Rope, from_config
+from lmc.store.tier import TierConfig
 
 FORMAT_VERSION = 1  # of stored KV; a change makes all that was stored before unfindable
 
@@ -77,6 +78,23 @@ def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rope | str) -> by
     digest.update(str(layout_of(vllm_config, kv_cache_config).dtype).encode())
     digest.update(rope.fingerprint if isinstance(rope, Rope) else b"no rope")
     return digest.digest()
+
+
+def open_tiers(
+    config: LMCConfig, layout: KVLayout, shard: int, shards: int, vllm_config: Any
+) -> list[tuple[TierConfig, Any]]:
+    """The tiers behind host memory, opened for one rank, each with what the config says of it.
+
+    Raises:
+        ValueError, OSError: one that cannot be opened.
+    """
+    label = f"{Path(vllm_config.model_config.model).name} {layout.dtype}"
+    said = config.build_tiers()
+    variants = config.exact_variants
+    return [
+        (s, s.open(layout, shard=shard, shards=shards, exact_variants=variants, label=label))
+        for s in said
+    ]
 
 
 def weights_of(vllm_config: Any) -> bytes | None:

@@ -34,4 +34,4 @@ def chunks_to_keep(
     pieces = split(tokens, chunker, tracked.options.chunks)
     kept = keep(index, tracked.namespace, tokens, pieces, tracked.blended_from, bytes_per_token)
     request_id = tracked.request.request_id
-    return [ChunkSave(r.slot, request_id, p.start, p.end, blocks) for p, r in kept]
+    return [ChunkSave(r, request_id, p.start, p.end, blocks) for p, r in kept]

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 
 from lmc.blend.evidence import Outline
 from lmc.blend.strategy import Strategy
+from lmc.store import Record
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Blend:
 
 @dataclass(frozen=True)
 class ChunkSave:
-    """Tokens `[start, end)` of a request, to be kept as chunk `slot`."""
+    """Tokens `[start, end)` of a request, to be kept as the chunk of `record`."""
 
-    slot: int
+    record: Record
     request_id: str
     start: int
     end: int
@@ -75,7 +76,8 @@ class StepMetadata(KVConnectorMetadata):
     """Scheduler to workers.
 
     Attributes:
-        freed: slots whose bytes go; before this step's loads and saves.
+        freed: slots whose bytes go; before this step's fetches, loads and saves.
+        fetches: records that a tier behind host memory has, to be brought into their slots.
         blends: in order of admission, each complete before the step's forward.
         saves: copied out after the forward.
         released: requests that wait for their saves before their blocks are freed.
@@ -83,6 +85,7 @@ class StepMetadata(KVConnectorMetadata):
     """
 
     freed: list[int] = field(default_factory=list)
+    fetches: list[Record] = field(default_factory=list)
     blends: list[Blend] = field(default_factory=list)
     saves: list[ChunkSave] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
@@ -97,11 +100,13 @@ class WorkerReport(KVConnectorWorkerMetadata):
         saved: (slot, rank) of chunks that are held now.
         lost: slots that this rank does not hold although the index says so.
         recomputed: positions, by request, computed because their chunk failed to load.
+        late: whether a chunk was waited for in vain, so that a tier is slow or gone.
     """
 
     saved: list[tuple[int, int]] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     recomputed: dict[str, list[int]] = field(default_factory=dict)
+    late: bool = False
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
@@ -109,6 +114,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.saved + other.saved,
             self.lost + other.lost,
             self.recomputed | other.recomputed,  # every rank recomputes the same rows
+            self.late or other.late,
         )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from vllm.logger import init_logger
 
 from lmc import shapes
@@ -29,9 +32,12 @@ from lmc.connectors.vllm.messages import (
 from lmc.connectors.vllm.quality import QualityGate
 from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, rechain
 from lmc.connectors.vllm.tracked import Tracked, report_of, unblendable
-from lmc.store import Index
+from lmc.store import Index, Record
+from lmc.store.lookup import Behind
 
 logger = init_logger(__name__)
+
+TIERS_REST_S = 10.0  # after a fetch that was waited for in vain
 
 
 class SchedulerSide:
@@ -63,6 +69,11 @@ class SchedulerSide:
             self.cost,
             exact_variants=config.exact_variants,
         )
+        # Of these only what they know is asked here; the workers have their bytes.
+        opened = identity.open_tiers(config, self.layout, 0, self.ranks, vllm_config)
+        self.tiers = [tier for _, tier in opened]
+        self.tiers_back_at = 0.0  # `time.monotonic()` until which they are left alone
+        self.fetches: list[Record] = []
         self.gate = QualityGate(vllm_config, self.layout, rope, config)
         self.chains = ChainMap()
         self.requests: dict[str, Tracked] = {}
@@ -112,6 +123,8 @@ class SchedulerSide:
         if tracked.plan is None:
             return 0
         grown = len(tracked.tokens) != request.num_tokens
+        if self._waits_for_tiers(tracked):
+            return None
         if grown or local < tracked.plan.local or not self._still_held(tracked):
             self._replan(tracked, local)
         self._lease(tracked)  # a preempted request's lease ended with its first admission
@@ -157,6 +170,7 @@ class SchedulerSide:
                 self._save(tracked, request.num_prompt_tokens, blocks)
         metadata = StepMetadata(
             freed=self.index.take_freed(),
+            fetches=[record for record in self.fetches if record.slot in self.index],
             blends=self.blends,
             saves=self.saves,
             released=self.released,
@@ -166,7 +180,7 @@ class SchedulerSide:
         # behind these loads: their leases may end.
         for blend in self.blends:
             self._release(self.requests[blend.request_id])
-        self.blends, self.saves, self.released = [], [], []
+        self.fetches, self.blends, self.saves, self.released = [], [], [], []
         self.just_finished = {}
         return metadata
 
@@ -179,6 +193,8 @@ class SchedulerSide:
             self.counts["chunks_lost"] += 1
             self.index.drop(slot)
             self._settle(slot)
+        if report.late:
+            self._leave_tiers_alone()
         for request_id, rows in report.recomputed.items():
             if hit := self.requests.get(request_id) or self.just_finished.get(request_id):
                 self._retaint_after_loss(hit, rows)
@@ -207,9 +223,15 @@ class SchedulerSide:
         return bool(tracked.unacknowledged), {"lmc": tracked.report}
 
     def reset(self) -> None:
-        """Forget all that is stored."""
+        """Forget all that is stored; what tiers behind memory have is never found again."""
         self.index.clear()
+        self.namespace = blake3(self.namespace + os.urandom(32)).digest()
         self.chains = ChainMap()
+
+    def close(self) -> None:
+        """Let go of the tiers."""
+        for tier in self.tiers:
+            tier.close()
 
     def take_stats(self) -> LMCStats | None:
         """Counters since the last call."""
@@ -268,28 +290,97 @@ class SchedulerSide:
 
     def _plan(self, tracked: Tracked, local: int) -> None:
         """Plan from `local` on, and lease what the plan needs."""
+        tiers = self.tiers if time.monotonic() >= self.tiers_back_at else []
+        # Where host memory has no room for what a tier has, only what it holds itself is planned.
+        for asked in (tiers, []):
+            plan, reason = self._chosen(tracked, local, asked)
+            self._release(tracked)
+            if self._take(tracked, plan):
+                break
+        tracked.reason = reason
+        if reason:
+            self.counts[reason.split(":")[0]] += 1
+
+    def _chosen(
+        self, tracked: Tracked, local: int, tiers: Sequence[Behind]
+    ) -> tuple[Plan, str | None]:
+        """The plan out of memory and `tiers`, and why it does not blend, if it was to."""
         assert tracked.options is not None
         strategy = tracked.options.strategy
         arguments = (tracked.tokens, tracked.pieces, self.index, tracked.namespace)
-        gain, exact_only = self.config.min_gain_tokens, self.blend_refusal is not None
+        exact_only = self.blend_refusal is not None
         plan = make_plan(
-            *arguments, strategy, local=local, min_gain=gain, contiguous=exact_only, L=self.layout.L
+            *arguments,
+            strategy,
+            local=local,
+            min_gain=self.config.min_gain_tokens,
+            contiguous=exact_only,
+            L=self.layout.L,
+            tiers=tiers,
         )
-        tracked.reason = None
         if tracked.gate:
-            tracked.reason = f"quality_gate:{tracked.gate}"
-        elif exact_only and strategy.moves:
-            tracked.reason = f"blending_refused:{self.blend_refusal}"
-        elif strategy.moves and not plan.claimed and plan.found_beyond:
-            tracked.reason = "gain_below_minimum"
-            exact = make_plan(*arguments, Prefix(), local=local)
+            return plan, f"quality_gate:{tracked.gate}"
+        if exact_only and strategy.moves:
+            return plan, f"blending_refused:{self.blend_refusal}"
+        if strategy.moves and not plan.claimed and plan.found_beyond:
+            exact = make_plan(*arguments, Prefix(), local=local, tiers=tiers)
             loaded = sum(s.end - s.start for s in exact.segments)
             plan = replace(exact, found_beyond=plan.found_beyond - loaded)
-        if tracked.reason:
-            self.counts[tracked.reason.split(":")[0]] += 1
-        self._release(tracked)
+            return plan, "gain_below_minimum"
+        return plan, None
+
+    def _take(self, tracked: Tracked, plan: Plan) -> bool:
+        """Lease what a plan needs, and have fetched what memory lacks; False without room."""
         tracked.plan = plan
         self._lease(tracked)
+        adopted: dict[bytes, Record] = {}
+        for record in {s.record.id: s.record for s in plan.segments if s.record.slot < 0}.values():
+            taken = self.index.adopt(record)
+            if taken is None:
+                for other in adopted.values():
+                    self.index.drop(other.slot)
+                self._release(tracked)
+                return False
+            adopted[record.id] = taken
+            self.index.lease(taken.slot)
+            tracked.leased.append(taken.slot)
+        if adopted:
+            segments = [
+                replace(s, record=adopted.get(s.record.id, s.record)) for s in plan.segments
+            ]
+            tracked.plan = replace(plan, segments=tuple(segments))
+            tracked.fetching = time.monotonic()
+            self.fetches += adopted.values()
+            for tier in self.tiers:
+                held = tier.contains(list(adopted.values()))
+                names = zip(adopted.values(), held, strict=True)
+                tracked.fetched |= {r.slot: tier.name for r, has in names if has} | tracked.fetched
+        return True
+
+    def _waits_for_tiers(self, tracked: Tracked) -> bool:
+        """Whether chunks are on their way, and others would stand still for them.
+
+        A request that is alone is admitted: it uses the first layers while the last ones come.
+        """
+        assert tracked.plan is not None
+        coming = [
+            s.record.slot for s in tracked.plan.segments if self.index.arriving(s.record.slot)
+        ]
+        others = any(r.admitted is not None for r in self.requests.values() if r is not tracked)
+        if not coming or not others:
+            return False
+        if time.monotonic() - tracked.fetching < self.config.fetch_patience_s:
+            self.counts["deferred_for_fetch"] += 1
+            return True
+        for slot in coming:
+            self.index.drop(slot)
+        self._leave_tiers_alone()
+        return False
+
+    def _leave_tiers_alone(self) -> None:
+        """A tier is slow or gone: ask none for a while, so that not every request waits."""
+        self.counts["tiers_left_alone"] += 1
+        self.tiers_back_at = time.monotonic() + TIERS_REST_S
 
     def _replan(self, tracked: Tracked, local: int) -> None:
         """Admission is not what was planned for: plan anew, under hashes nobody else has."""
@@ -328,8 +419,8 @@ class SchedulerSide:
         saves = chunks_to_keep(tracked, self.chunker, self.index, computed, blocks, per_token)
         self.saves += saves
         for save in saves:
-            tracked.unacknowledged[save.slot] = self.ranks
-            self.saving[save.slot] = tracked
+            tracked.unacknowledged[save.record.slot] = self.ranks
+            self.saving[save.record.slot] = tracked
 
     def _settle(self, slot: int) -> None:
         """One more rank has saved `slot`, or failed to; behind the last one nobody reads pages."""
@@ -361,7 +452,8 @@ class SchedulerSide:
 
     def _lease(self, tracked: Tracked) -> None:
         if tracked.plan is not None and not tracked.leased:
-            tracked.leased = sorted({s.record.slot for s in tracked.plan.segments})
+            slots = {s.record.slot for s in tracked.plan.segments}
+            tracked.leased = sorted(slot for slot in slots if slot >= 0)
             for slot in tracked.leased:
                 self.index.lease(slot)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ class Tracked:
         plan: made for what vLLM was expected to hold.
         admitted: the plan cut to what vLLM did hold, once asked.
         leased: slots that the plan keeps from eviction.
+        fetched: of slots that came from a tier behind host memory for this request, its name.
+        fetching: `time.monotonic()` when those were last asked for.
         blended_from: the first token whose KV is not exact, or None.
         unacknowledged: slots being saved, and how many ranks have yet to say so.
         prompt_saved: whether the prompt's chunks have been given to the workers.
@@ -48,6 +51,8 @@ class Tracked:
     plan: Plan | None = None
     admitted: Plan | None = None
     leased: list[int] = field(default_factory=list)
+    fetched: dict[int, str] = field(default_factory=dict)
+    fetching: float = 0.0
     blended_from: int | None = None
     unacknowledged: dict[int, int] = field(default_factory=dict)
     prompt_saved: bool = False
@@ -76,20 +81,22 @@ def report_of(tracked: Tracked, bytes_per_token: int, cost: PrefillCost) -> dict
     all, probe and check layers included), flops_fraction, bytes by tier, strategy, reason.
     """
     T, local, plan = tracked.request.num_prompt_tokens, tracked.local, tracked.admitted
+    loaded: Counter[str] = Counter()
     if plan is None:
         kinds = dict.fromkeys(KINDS, 0) | {"local": local, "new": T - local}
-        computed, loaded = [(local, T, 1.0)], 0
+        computed = [(local, T, 1.0)]
     else:
         blended_from = T if tracked.blended_from is None else tracked.blended_from
         kinds = plan.kinds(local_blended=max(0, local - blended_from))
         computed = plan.computed_runs()
-        loaded = sum(s.end - s.start for s in plan.segments)
+        for s in plan.segments:
+            loaded[tracked.fetched.get(s.record.slot, "host")] += s.end - s.start
     return {
         "prompt_tokens": T,
         "kinds": kinds,
         "compute_fraction": sum(share * (end - start) for start, end, share in computed) / T,
         "flops_fraction": cost.fraction(computed, T),
-        "bytes": {"host": loaded * bytes_per_token},
+        "bytes": {"host": 0} | {tier: n * bytes_per_token for tier, n in loaded.items()},
         "strategy": tracked.options.blend if tracked.options else None,
         "reason": tracked.reason,
     }

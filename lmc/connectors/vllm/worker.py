@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,10 +16,11 @@ from vllm.logger import init_logger
 
 from lmc.blend.evidence import without
 from lmc.connectors.vllm import identity
-from lmc.connectors.vllm.adapter import VLLMAdapter, self_check
+from lmc.connectors.vllm.adapter import VLLMAdapter, rope_as_in_model, self_check
 from lmc.connectors.vllm.attention import BackendAttention, PagedAttention, paged_attention
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.layouts import paged_kv
+from lmc.connectors.vllm.loading import LayeredLoad, LostError, Placement, placed
 from lmc.connectors.vllm.messages import (
     Blend,
     ChunkLoad,
@@ -31,8 +33,7 @@ from lmc.connectors.vllm.messages import (
 from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.scatter import scatter
-from lmc.rope import Rope
-from lmc.store.memory import HostMemory
+from lmc.store.chunks import Behind, Chunks
 
 logger = init_logger(__name__)
 
@@ -46,7 +47,16 @@ class WorkerSide:
         self.layer_names = list(kv_cache_config.kv_cache_groups[0].layer_names)
         self.rank = vllm_config.parallel_config.rank
         self.layout = identity.layout_of(vllm_config, kv_cache_config)
-        self.memory = HostMemory(self.layout, config.memory_bytes)
+        world = vllm_config.parallel_config.world_size
+        tiers = identity.open_tiers(config, self.layout, self.rank, world, vllm_config)
+        self.chunks = Chunks(
+            self.layout,
+            config.memory_bytes,
+            [Behind(tier, said.write) for said, tier in tiers],
+            config.write_queue_bytes,
+            config.fetch_patience_s,
+            self._fetched,
+        )
         self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.refusal: str | None = (
             "the worker has no access to the model; start vLLM with "
@@ -58,6 +68,8 @@ class WorkerSide:
         self._way = config.attention
         self._attention: PagedAttention | None = None
         self._paged: PagedKV | None = None
+        self._pages: list[PagedKV] = []  # of each layer
+        self._arriving: list[tuple[Blend, LayeredLoad]] = []  # claims that this forward waits for
         # One thread, so that saves and frees happen in the order the scheduler wanted.
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="lmc-save")
         self._lock = threading.Lock()
@@ -78,6 +90,9 @@ class WorkerSide:
         by_name = {name: layers[name] for name in self.layer_names}
         self._attention = paged_attention(self._way, by_name, self.spec, self.vllm_config)
         self._paged = paged_kv(list(by_name.values()))
+        self._pages = [
+            PagedKV(k=(k,), v=(v,)) for k, v in zip(self._paged.k, self._paged.v, strict=True)
+        ]
 
     def enable_blending(self, model: Any) -> None:
         """Take the model, unless its rows cannot be recomputed as it would."""
@@ -85,7 +100,7 @@ class WorkerSide:
         if isinstance(self._rope, str):
             self.refusal = self._rope
         else:
-            self._rope, mismatch = _as_in_model(self._rope, model)
+            self._rope, mismatch = rope_as_in_model(self._rope, model)
             oracle = self._attention
             if not isinstance(oracle, BackendAttention):
                 oracle = BackendAttention(oracle.layers, self.spec, self.vllm_config)
@@ -103,12 +118,18 @@ class WorkerSide:
     # -- once a step, in this order ----------------------------------------------------------
 
     def begin(self, metadata: StepMetadata) -> None:
-        """Before anything of the step: let go of slots; let pending copies out of pages end."""
+        """Before anything of the step: let go of slots, start fetches, end copies out of pages."""
+        for record in metadata.fetches:
+            self.chunks.expect(record)
+        # Untested on a GPU: copies of earlier steps out of the memory that is let go of.
+        used = _recorded() if metadata.freed else None
         for slot in metadata.freed:
-            self._copier.submit(self.memory.evict, slot)
+            self._copier.submit(self._evict, slot, used)
+        for record in metadata.fetches:
+            self._copier.submit(self.chunks.fetch, record.slot)
         self._released.update(metadata.released)
         if metadata.preempted:
-            self.finish_saves()
+            self._finish_copies()
 
     def load(self, metadata: StepMetadata) -> None:
         """Before the forward: bring every claim into the pages of its request."""
@@ -123,13 +144,25 @@ class WorkerSide:
 
     def save(self, metadata: StepMetadata) -> None:
         """After the forward: copy new chunks out of the pages, behind the model's back."""
-        ready = torch.cuda.Event() if torch.cuda.is_available() else None
-        if ready is not None and metadata.saves:
-            ready.record()
+        self._arriving = []
+        ready = _recorded() if metadata.saves else None
         for save in metadata.saves:
             with self._lock:
                 self._saving[save.request_id] += 1
             self._copier.submit(self._save, save, ready)
+
+    def wait_for_layer(self, layer_name: str) -> None:
+        """Within the forward, before a layer attends: what it needs of chunks on their way."""
+        if not self._arriving:
+            return
+        layer = self.layer_names.index(layer_name)
+        for blend, arriving in list(self._arriving):
+            try:
+                arriving.until(layer)
+            except LostError as lost:
+                # The forward goes on over pages that vLLM will have computed anew.
+                self._lose(blend, [lost.load])
+                self._arriving.remove((blend, arriving))
 
     def finished(self) -> set[str]:
         """Released requests whose saves are done, each told once."""
@@ -154,24 +187,77 @@ class WorkerSide:
     def take_stats(self) -> LMCStats | None:
         """Counters since the last call."""
         counts, self.counts = self.counts, Counter()
+        for behind in self.chunks.tiers:
+            tier = behind.tier
+            counts.update({f"{tier.name}:{kind}": n for kind, n in tier.counts.items() if n})
+            tier.counts.clear()
+        counts.update(self.chunks.counts)
+        self.chunks.counts.clear()
         return LMCStats(data=dict(counts)) if counts else None
 
     def finish_saves(self) -> None:
-        """Return when all copies asked for so far are done."""
-        self._copier.submit(lambda: None).result()
+        """Return when all that was computed so far is stored, in tiers behind memory too."""
+        self._finish_copies()
+        self.chunks.drain()
 
     def close(self) -> None:
-        """Stop copying."""
+        """Store what waits to be stored, and let go of everything."""
         self._copier.shutdown(wait=True)
+        self.chunks.close()
 
     # -- parts -------------------------------------------------------------------------------
 
     def _blend(self, blend: Blend) -> None:
-        missing = [load.slot for load in blend.loads if not self._load(blend, load)]
-        with self._lock:
-            self._report.lost += missing
-        somewhere = _on_any_rank(missing)
+        """Load, then compute rows; chunks that do not come are computed too."""
+        late: list[ChunkLoad] = []
+        while True:
+            lost, arriving = self._load(blend, late)
+            if not lost and arriving is not None and not _computes(blend):
+                self._arriving.append((blend, arriving))  # the engine's own forward waits for it
+                return
+            try:
+                self._compute(blend, lost, arriving)
+                return
+            except LostError as e:
+                self._lose(None, [e.load])
+                late.append(e.load)
+
+    def _load(
+        self, blend: Blend, late: list[ChunkLoad]
+    ) -> tuple[list[ChunkLoad], LayeredLoad | None]:
+        """Put chunks into the request's pages: those that are lost, and those still to come.
+
+        Args:
+            late: what did not come in time.
+        """
+        assert self._attention is not None and self._paged is not None
+        deadline = time.monotonic() + self.chunks.patience_s
+        layered = get_tp_group().world_size == 1  # else all ranks must know first what is lost
+        missing, arriving = list(late), []
+        for load in blend.loads:
+            if load in late:
+                continue
+            arrival = self.chunks.arrival(load.slot)
+            if arrival is not None and not layered and not arrival.wait(None, deadline):
+                missing.append(load)
+                continue
+            placement = placed(load, blend.blocks, self._attention, self._rope)
+            parts = self.chunks.parts(load.slot)
+            if parts is not None and sum(part.shape[2] for part in parts) == load.T:
+                placement.put(parts, self._paged)
+                self._count_loaded("host", placement)
+            elif arrival is not None and layered:
+                arriving.append((arrival, placement))
+                self._count_loaded("behind", placement)
+            else:
+                missing.append(load)
+        somewhere = _on_any_rank([load.slot for load in missing])
+        self._lose(None, [load for load in missing if load not in late])
         lost = [load for load in blend.loads if load.slot in somewhere]
+        return lost, LayeredLoad(arriving, self._pages, deadline) if arriving else None
+
+    def _compute(self, blend: Blend, lost: list[ChunkLoad], arriving: LayeredLoad | None) -> None:
+        """The rows of a claim, those of lost chunks among them, layer by layer as chunks come."""
         rows, strategy, outline = blend.rows, blend.strategy, blend.outline
         for load in lost:
             rows = np.union1d(rows, np.arange(load.start, load.end))
@@ -197,6 +283,7 @@ class WorkerSide:
                 blend.blocks,
                 self.max_rows,
                 self.vllm_config,
+                arriving.until if arriving else lambda layer: None,
             )
             outcome = adapter.run(rows, strategy, outline)
             self.counts["rows_computed"] += len(rows)
@@ -204,25 +291,40 @@ class WorkerSide:
             self.counts["row_layers_probed"] += outcome.probe
             if outcome.probe and len(blend.blocks) * self.spec.block_size < len(blend.tokens):
                 self.counts["probes_cut_short"] += 1
+        if arriving is not None:
+            arriving.all()
 
-    def _load(self, blend: Blend, load: ChunkLoad) -> bool:
-        chunk = self.memory.get(load.slot)
-        if chunk is None or chunk.shape[2] != load.T:
-            return False
-        assert self._attention is not None and self._paged is not None
-        slots = torch.full((load.T,), -1, dtype=torch.int64, device=self._attention.device)
-        first = load.start - load.origin
-        wanted = np.arange(load.start, load.end, dtype=np.int64)
-        slots[first : first + len(wanted)] = self._attention.slots(wanted, blend.blocks)
-        cos = sin = None
-        if load.delta:
-            assert isinstance(self._rope, Rope)
-            cos, sin = (torch.from_numpy(a).to(slots.device) for a in self._rope.angles(load.delta))
-        interleaved = isinstance(self._rope, Rope) and self._rope.interleaved
-        chunk = chunk.to(slots.device, non_blocking=True)
-        scatter(chunk, self._paged, slots, cos, sin, interleaved=interleaved)
-        self.counts["bytes_loaded:host"] += len(wanted) * self.layout.bytes_per_token
-        return True
+    def _count_loaded(self, source: str, placement: Placement) -> None:
+        self.counts[f"bytes_loaded:{source}"] += placement.tokens * self.layout.bytes_per_token
+
+    def _lose(self, blend: Blend | None, loads: list[ChunkLoad]) -> None:
+        """Tell the scheduler what is not there; a claim that is past mending, the engine."""
+        if not loads:
+            return
+        with self._lock:
+            self._report.lost += [load.slot for load in loads]
+            # A fetch that is still under way has been waited for in vain.
+            self._report.late |= any(self.chunks.arrival(load.slot) for load in loads)
+        if blend is not None:
+            self.counts["claims_failed"] += 1
+            self._fail(blend, min(load.start for load in loads))
+
+    def _fetched(self, slot: int, whole: bool) -> None:
+        """On a fetching thread: a chunk has come out of a tier, or has not."""
+        with self._lock:
+            if whole:
+                self._report.saved.append((slot, self.rank))
+            else:
+                self._report.lost.append(slot)
+
+    def _evict(self, slot: int, used: Any) -> None:
+        """On the copying thread."""
+        if used is not None:
+            used.synchronize()
+        self.chunks.evict(slot)
+
+    def _finish_copies(self) -> None:
+        self._copier.submit(lambda: None).result()
 
     def _fail(self, blend: Blend, start: int) -> None:
         block_size = self.spec.block_size
@@ -231,32 +333,53 @@ class WorkerSide:
 
     def _save(self, save: ChunkSave, ready: Any) -> None:
         """On the copying thread: one chunk out of the pages."""
-        stored = False
-        try:
-            stored = self.memory.put(save.slot, self._copy_out(save, ready))
-        except Exception:
-            logger.exception("lmc could not store a chunk of %s", save.request_id)
+        slot, stored = save.record.slot, False
+        parts = self.chunks.reserve(slot, save.end - save.start)
+        if parts is not None:
+            try:
+                self._copy_out(save, parts, ready)
+                stored = True
+            except Exception:
+                logger.exception("lmc could not store a chunk of %s", save.request_id)
+                self.chunks.forget(slot)
+        if stored:
+            self.chunks.publish(save.record)
         with self._lock:
             if stored:
-                self._report.saved.append((save.slot, self.rank))
+                self._report.saved.append((slot, self.rank))
             else:
-                self._report.lost.append(save.slot)
+                self._report.lost.append(slot)
             self._saving[save.request_id] -= 1
 
-    def _copy_out(self, save: ChunkSave, ready: Any) -> torch.Tensor:
+    def _copy_out(self, save: ChunkSave, parts: list[torch.Tensor], ready: Any) -> None:
         assert self._attention is not None and self._paged is not None
         rows = np.arange(save.start, save.end, dtype=np.int64)
-        slots = self._attention.slots(rows, save.blocks)
-        chunk = self.memory.allocate(len(rows))
+        slots = self._attention.slots(rows, save.blocks).split([part.shape[2] for part in parts])
         if ready is None:
-            return gather(self._paged, slots, out=chunk)
+            for part, here in zip(parts, slots, strict=True):
+                gather(self._paged, here, out=part)
+            return
         # Untested on a GPU: a stream of its own, behind the step's forward.
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
-            chunk.copy_(gather(self._paged, slots), non_blocking=True)
+            for part, here in zip(parts, slots, strict=True):
+                part.copy_(gather(self._paged, here), non_blocking=True)
         stream.synchronize()
-        return chunk
+
+
+def _computes(blend: Blend) -> bool:
+    """Whether rows of a claim are computed before the engine's own forward."""
+    return len(blend.rows) > 0 or blend.strategy is not None
+
+
+def _recorded() -> Any:
+    """An event behind all that the device has been given so far; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def _on_any_rank(slots: list[int]) -> set[int]:
@@ -267,25 +390,3 @@ def _on_any_rank(slots: list[int]) -> set[int]:
     named: list[list[int]] = [[] for _ in range(group.world_size)]
     torch.distributed.all_gather_object(named, slots, group=group.cpu_group)
     return {slot for rank in named for slot in rank}
-
-
-def _as_in_model(rope: Rope, model: Any) -> tuple[Rope, str | None]:
-    """`rope` with the model's own pairing, and how its angles differ from the model's, if so."""
-    for module in model.modules():
-        table = getattr(module, "cos_sin_cache", None)
-        if table is None or not hasattr(module, "is_neox_style"):
-            continue
-        rope = Rope(rope.inv_freq, not module.is_neox_style, rope.kind)
-        R = 2 * len(rope.inv_freq)
-        if table.shape[-1] != R:
-            return rope, f"the model rotates {table.shape[-1]} dims, its config says {R}"
-        positions = [1, min(1000, len(table) - 1)]
-        cos, sin = table[positions].double().cpu().chunk(2, dim=-1)
-        expected = torch.from_numpy(np.outer(positions, rope.inv_freq))
-        error = torch.atan2(sin, cos) - expected
-        worst = float((torch.remainder(error + torch.pi, 2 * torch.pi) - torch.pi).abs().max())
-        # The table is in the model's dtype, and its angles were taken in float32.
-        if worst > 4 * torch.finfo(table.dtype).eps + 1e-3:
-            return rope, f"the model's angles differ from its config's by {worst:.1e} rad"
-        return rope, None
-    return rope, "no rotary embedding of a known kind found in the model"

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lmdb
 
@@ -28,7 +29,7 @@ _USE = struct.Struct("<Qd")
 _SEQ = struct.Struct(">Q")
 _TABLES = ("records", "places", "keys", "tails", "segments", "used", "quarantined", "meta")
 
-_shared: dict[tuple[int, str], tuple[lmdb.Environment, int]] = {}
+_shared: dict[tuple[int, str], tuple[Any, int]] = {}
 _sharing = threading.Lock()
 
 
@@ -82,11 +83,11 @@ class Catalog:
                     sync=False, readonly=read_only, lock=not read_only, max_spare_txns=4,
                 )  # fmt: skip
             _shared[self._key] = (env, users + 1)
-        self._env = env
+        self._env: Any = env
         if not read_only:
             self._env.reader_check()
         dups = {"keys"}
-        self._db = {
+        self._db: dict[str, Any] = {
             name: self._env.open_db(
                 name.encode(), create=not read_only, dupsort=name in dups, dupfixed=name in dups
             )
@@ -200,7 +201,7 @@ class Catalog:
 class Change:
     """What one transaction writes."""
 
-    def __init__(self, txn: lmdb.Transaction, db: dict[str, object]) -> None:
+    def __init__(self, txn: Any, db: dict[str, Any]) -> None:
         self._txn, self._db = txn, db
         self._segments: dict[int, SegmentUse] = {}
         self._seq = 0
@@ -294,7 +295,8 @@ class Change:
 def _located(value: bytes | None) -> Located | None:
     if value is None:
         return None
-    return Located(*_AT.unpack_from(value), value[_AT.size :])
+    segment, at = _AT.unpack_from(value)
+    return Located(segment, at, value[_AT.size :])
 
 
 def _key(key: bytes, shard: int, shards: int) -> bytes:

@@ -32,11 +32,13 @@ class Encoded:
         data = fmt.pack(header)
         front = aligned(header.payload_at)
         front[: len(data)] = np.frombuffer(data, np.uint8)
+        front[len(data) :] = 0
         whole = self.payload.nbytes // PAGE * PAGE
         rest = aligned(padded(self.payload.nbytes - whole)) if whole < self.payload.nbytes else None
         pages = [front, self.payload[:whole]]
         if rest is not None:
             rest[: self.payload.nbytes - whole] = self.payload[whole:]
+            rest[self.payload.nbytes - whole :] = 0
             pages.append(rest)
         return header, data, pages
 
@@ -67,7 +69,7 @@ class Encoder:
         L, S, _, R = parts[0].shape
         want = (self.layout.L, self.layout.bytes_per_token // (2 * self.layout.L))
         T = sum(part.shape[2] for part in parts)
-        if (L, R) != want or T != record.T:
+        if want != (L, R) or T != record.T:
             raise ValueError(
                 f"got rows [L={L}, S={S}, T={T}, R={R}], want L={want[0]}, T={record.T}, "
                 f"R={want[1]} of {self.layout}"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 
 from lmc.store import compress
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located
-from lmc.store.disk.header import Header
+from lmc.store.disk.header import Header, digest_of
 from lmc.store.disk.segments import Segments, aligned
 from lmc.store.rows import copy_rows
 from lmc.store.tier import Rows
@@ -20,37 +23,79 @@ class Damaged(Exception):
     """A record that is not what was put; the message is what of it: index, header or payload."""
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A header, and what follows from it.
+
+    Attributes:
+        id: the record's in its folder.
+        ends: where in the payload each layer ends.
+        digests: of each layer.
+        payload_at, payload_bytes, shape: as `Header`.
+    """
+
+    header: Header
+    id: bytes
+    ends: tuple[int, ...]
+    digests: tuple[bytes, ...]
+    payload_at: int
+    payload_bytes: int
+    shape: tuple[int, int, int, int]
+
+
+@lru_cache(maxsize=1024)  # to unpack a header takes longer than to check a small chunk
+def known(data: bytes) -> Known:
+    """What a header's bytes say; raises HeaderError."""
+    header = fmt.unpack(data)
+    ends = tuple(accumulate(section.length for section in header.sections))
+    digests = tuple(section.digest for section in header.sections)
+    return Known(header, header.id, ends, digests, header.payload_at, ends[-1], header.shape)
+
+
 class _Verify:
-    """Checks the layers of a payload as its bytes arrive."""
+    """Checks a record as its bytes arrive.
+
+    Args:
+        head, payload: where they arrive.
+    """
 
     def __init__(
         self,
-        header: Header,
+        record: Known,
+        located: Located,
+        head: np.ndarray,
         payload: np.ndarray,
         deadline: float | None,
         arrived: Callable[[int], None],
     ) -> None:
-        self._header, self._payload = header, payload
+        self._record, self._located = record, located
+        self._head, self._payload = head, payload.data
         self._deadline, self._arrived = deadline, arrived
         self._layer = self._at = 0
+        self._begun = False
 
     def __call__(self, n: int) -> None:
         """The first `n` bytes are there.
 
         Raises:
-            Damaged: a layer is not what was put.
+            Damaged: they are not what was put.
             TimeoutError: it is later than the deadline.
         """
-        sections = self._header.sections
-        while self._layer < len(sections):
-            section = sections[self._layer]
-            end = self._at + section.length
+        if not self._begun and n >= len(self._located.header):
+            _check_header(self._head, self._located)
+            self._begun = True
+        n -= self._record.payload_at
+        # Small layers take as long in this loop as in the checksum: nothing is looked up twice.
+        payload, digests, arrived = self._payload, self._record.digests, self._arrived
+        layer, at = self._layer, self._at
+        for end in self._record.ends[layer:]:
             if end > n:
                 break
-            if fmt.digest_of(self._payload[self._at : end]) != section.digest:
+            if digest_of(payload[at:end]) != digests[layer]:
                 raise Damaged("payload")
-            self._layer, self._at = self._layer + 1, end
-            self._arrived(self._layer)
+            layer, at = layer + 1, end
+            arrived(layer)
+        self._layer, self._at = layer, at
         check_deadline(self._deadline)
 
 
@@ -63,7 +108,7 @@ def check_deadline(deadline: float | None) -> None:
 def read_rows(
     segments: Segments,
     located: Located,
-    header: Header,
+    record: Known,
     into: Sequence[Rows] | None,
     deadline: float | None,
     arrived: Callable[[int], None],
@@ -71,7 +116,7 @@ def read_rows(
     """The rows of a record: a view of the page cache where that has them, else read.
 
     Args:
-        header: what the index says of it.
+        record: what the index says of it.
         into: where they go, of the record's shape; None to get them where they are.
         deadline, arrived: as `Disk.get`.
 
@@ -81,34 +126,30 @@ def read_rows(
         OSError: the disk fails.
     """
     check_deadline(deadline)
-    L, S, T, R = header.shape
-    plain = header.codec == "none"
-    front, end = header.payload_at, header.payload_at + header.payload_bytes
-    view = segments.view(located.segment, located.at, end)
-    cached = view is not None
+    plain = record.header.codec == "none"
+    front, nbytes = record.payload_at, record.payload_bytes
+    view = segments.view(located.segment, located.at, front + nbytes)
     if view is not None and (into is None or not plain):
-        _check_header(view[: len(located.header)].data, located)
-        payload = view[front:]
+        head, payload = view[:front], view[front:]
     else:
-        data = segments.pread(located.segment, located.at, len(located.header))
-        _check_header(memoryview(data), located)
-        whole = into is not None and len(into) == 1 and into[0].flags.c_contiguous
-        if plain and whole:
-            assert into is not None
-            payload = into[0].reshape(-1)
-        else:
-            payload = aligned(end - front)
+        head = aligned(front)
         # Of a compressed record, or one in parts, layers arrive as they are put in place below.
-        follow = _Verify(header, payload, deadline, arrived) if plain and whole else None
-        segments.read(located.segment, located.at + front, payload, cached, follow)
+        follow = None
+        if plain and into is not None and len(into) == 1 and into[0].flags.c_contiguous:
+            payload = into[0].reshape(-1)
+            follow = _Verify(record, located, head, payload, deadline, arrived)
+        else:
+            payload = aligned(nbytes)
+        segments.read(located.segment, located.at, [head, payload], view is not None, follow)
         if follow is not None:
             assert into is not None
             return into
     if plain and into is None:
-        _Verify(header, payload, deadline, arrived)(payload.nbytes)
-        return [payload.reshape(L, S, T, R)]
-    out = into if into is not None else [np.empty((L, S, T, R), np.uint8)]
-    _unpack(header, payload, out, deadline, arrived)
+        _Verify(record, located, head, payload, deadline, arrived)(front + nbytes)
+        return [payload.reshape(record.shape)]
+    _check_header(head, located)
+    out = into if into is not None else [np.empty(record.shape, np.uint8)]
+    _unpack(record.header, payload, out, deadline, arrived)
     return out
 
 
@@ -118,11 +159,12 @@ def verify(segments: Segments, located: Located, header: Header) -> None:
     Raises:
         As `read_rows`.
     """
-    record = aligned(header.record_bytes)
-    segments.read(located.segment, located.at, record)
-    _check_header(record[: len(located.header)].data, located)
-    payload = record[header.payload_at :][: header.payload_bytes]
-    _Verify(header, payload, None, lambda layers: None)(payload.nbytes)
+    record = known(located.header)
+    data = aligned(header.record_bytes)
+    segments.read(located.segment, located.at, [data])
+    head, payload = data[: record.payload_at], data[record.payload_at :][: record.payload_bytes]
+    follow = _Verify(record, located, head, payload, None, lambda layers: None)
+    follow(record.payload_at + record.payload_bytes)
 
 
 def _unpack(
@@ -138,7 +180,7 @@ def _unpack(
     for layer, section in enumerate(header.sections):
         check_deadline(deadline)
         data = payload[at : at + section.length]
-        if fmt.digest_of(data) != section.digest:
+        if digest_of(data) != section.digest:
             raise Damaged("payload")
         if header.codec == "none":
             rows = data.reshape(1, S, T, R)
@@ -154,7 +196,7 @@ def _unpack(
         arrived(layer + 1)
 
 
-def _check_header(data: memoryview, located: Located) -> None:
+def _check_header(head: np.ndarray, located: Located) -> None:
     """Raise Damaged unless the file's header is the index's."""
-    if not fmt.same(data, located.header):
+    if not fmt.same(head[: len(located.header)].data, located.header):
         raise Damaged("header")

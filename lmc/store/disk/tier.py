@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
-import numpy as np
 
 from lmc.layout import KVLayout
 from lmc.store import compress
@@ -21,7 +20,7 @@ from lmc.store.disk.catalog import Located
 from lmc.store.disk.encode import Encoded, Encoder
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import Header, HeaderError
-from lmc.store.disk.read import Damaged, read_rows
+from lmc.store.disk.read import Damaged, Known, known, read_rows
 from lmc.store.disk.room import NoRoomError, Room
 from lmc.store.record import Record, superseded
 from lmc.store.tier import Rows
@@ -172,10 +171,10 @@ class Disk:
                 located = None if id in self._bad else self.folder.catalog.locate(id)
                 if located is None:
                     return None
-                header = located.unpack()
-                if not self._fits(header, record, into):
+                stored = known(located.header)
+                if not self._fits(stored, id, record, into):
                     return None
-                return read_rows(self.folder.segments, located, header, into, deadline, arrived)
+                return read_rows(self.folder.segments, located, stored, into, deadline, arrived)
             except (Damaged, HeaderError, EOFError, FileNotFoundError) as e:
                 # Has a writer moved it meanwhile? Then it is elsewhere now.
                 if located is not None and before is None:
@@ -188,15 +187,17 @@ class Disk:
                 self.counts[kind_of(e)] += 1
                 return None
 
-    def _fits(self, header: Header, record: Record, into: Sequence[Rows] | None) -> bool:
+    def _fits(
+        self, found: Known, id: bytes, record: Record, into: Sequence[Rows] | None
+    ) -> bool:
         """Whether a record is the one that was asked for, and of a shape that can be taken."""
-        stored = header.record
-        if (stored.key, stored.tokens, header.id) != (
-            record.key, record.tokens, self.id_of(record),
-        ) or stored.namespace != fmt.namespace_digest(record.namespace):  # fmt: skip
+        stored = found.header.record
+        if (found.id, stored.key, stored.tokens, stored.namespace) != (
+            id, record.key, record.tokens, fmt.namespace_digest(record.namespace)
+        ):  # fmt: skip
             raise Damaged("index")
-        L, S, T, R = header.shape
-        fits = self.layout is None or header.layout == self.layout
+        L, S, T, R = found.shape
+        fits = self.layout is None or found.header.layout == self.layout
         if into is not None:
             shapes = {(part.shape[0], part.shape[1], part.shape[3]) for part in into}
             fits = fits and shapes == {(L, S, R)} and sum(p.shape[2] for p in into) == T
@@ -216,8 +217,9 @@ class Disk:
         records = [record for record in records if self.id_of(record) not in self._bad]
         if self.shards > 1 and records:
             ids = [fmt.shard_id(r, i, self.shards) for r in records for i in range(self.shards)]
-            held = np.array(self.folder.catalog.contains(ids)).reshape(len(records), -1).all(1)
-            records = [record for record, everywhere in zip(records, held, strict=True) if everywhere]
+            held = iter(self.folder.catalog.contains(ids))
+            n = self.shards
+            records = [r for r in records if sum(next(held) for _ in range(n)) == n]
         return records
 
     def _set_aside(self, id: bytes, fault: Exception) -> None:
@@ -251,7 +253,7 @@ class Disk:
                 except OSError as e:
                     if e.errno != errno.ENOSPC or not self.room.give_up_a_segment():
                         raise
-                    acknowledged = self._write(encoded)  # what it gave back is enough, or nothing is
+                    acknowledged = self._write(encoded)  # if that is not enough, nothing is
                 for i in acknowledged:
                     done[i] = True
         except FAULTS as e:
@@ -283,7 +285,7 @@ class Disk:
             for segment in sorted({segment for segment, _ in places}):
                 folder.segments.sync(segment)
             with folder.catalog.change() as change:
-                dead = [at for id in out if (at := change.remove(id)) is not None]
+                dead = [place for id in out if (place := change.remove(id)) is not None]
                 for (segment, at), (header, data, _) in zip(places, records, strict=True):
                     change.add(header, segment, at, data)
         self.room.mark(dead, fmt.DEAD)

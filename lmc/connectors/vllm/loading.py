@@ -1,0 +1,103 @@
+"""Chunks into the pages of a request: at once, or layer by layer while they still arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lmc.connectors.vllm.attention import PagedAttention
+from lmc.connectors.vllm.messages import ChunkLoad
+from lmc.kernels.paged import PagedKV
+from lmc.kernels.scatter import scatter
+from lmc.rope import Rope
+from lmc.store.chunks import Arrival
+
+
+class LostError(Exception):
+    """A chunk did not arrive."""
+
+    def __init__(self, load: ChunkLoad) -> None:
+        super().__init__(f"the chunk of slot {load.slot} did not arrive")
+        self.load = load
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where one chunk goes, and by how much its keys turn.
+
+    Attributes:
+        slots: of the chunk's rows, int64 [T]; -1 for those that are not wanted.
+        cos, sin: of the rotation, or None.
+    """
+
+    load: ChunkLoad
+    slots: torch.Tensor
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    interleaved: bool
+
+    @property
+    def tokens(self) -> int:
+        """How many of its tokens are wanted."""
+        return self.load.end - self.load.start
+
+    def put(self, parts: Sequence[torch.Tensor], pages: PagedKV) -> None:
+        """Rows `[L, 2, t, G, D]`, in parts along T, into pages of as many layers."""
+        first = 0
+        for part in parts:
+            slots = self.slots[first : first + part.shape[2]]
+            first += part.shape[2]
+            scatter(part, pages, slots, self.cos, self.sin, interleaved=self.interleaved)
+
+
+def placed(
+    load: ChunkLoad, blocks: list[int], attention: PagedAttention, rope: object
+) -> Placement:
+    """Where the tokens of `load` go in a request that owns `blocks`."""
+    slots = torch.full((load.T,), -1, dtype=torch.int64, device=attention.device)
+    first = load.start - load.origin
+    wanted = np.arange(load.start, load.end, dtype=np.int64)
+    slots[first : first + len(wanted)] = attention.slots(wanted, blocks)
+    cos = sin = None
+    if load.delta:
+        assert isinstance(rope, Rope)
+        cos, sin = (torch.from_numpy(a).to(slots.device) for a in rope.angles(load.delta))
+    return Placement(load, slots, cos, sin, isinstance(rope, Rope) and rope.interleaved)
+
+
+class LayeredLoad:
+    """Chunks on their way, each layer of which is put in place when it is first needed.
+
+    Args:
+        arriving: what comes, and where it goes.
+        pages: of each layer.
+        deadline: `time.monotonic()` at which what has not arrived is lost.
+    """
+
+    def __init__(
+        self,
+        arriving: Sequence[tuple[Arrival, Placement]],
+        pages: Sequence[PagedKV],
+        deadline: float,
+    ) -> None:
+        self._arriving = arriving
+        self._pages = pages
+        self._deadline = deadline
+        self._done = 0
+
+    def until(self, layer: int) -> None:
+        """Return when layers 0 to `layer` are in place; LostError if one will not come."""
+        while self._done <= layer:
+            i = self._done
+            for arrival, placement in self._arriving:
+                if not arrival.wait(i + 1, self._deadline) or arrival.parts is None:
+                    raise LostError(placement.load)
+                placement.put([part[i : i + 1] for part in arrival.parts], self._pages[i])
+            self._done += 1
+
+    def all(self) -> None:
+        """Return when everything is in place."""
+        self.until(len(self._pages) - 1)

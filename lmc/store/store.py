@@ -1,0 +1,274 @@
+"""The store as a library: what is known of a prompt, its KV, and keeping more of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lmc.chunk import Piece, chunk_key, context_digests, split
+from lmc.chunking import CHUNKERS
+from lmc.layout import KVLayout, PrefillCost
+from lmc.store.chunks import Behind, Chunks
+from lmc.store.index import Index
+from lmc.store.keep import keep
+from lmc.store.lookup import Known, exact_in
+from lmc.store.record import Record
+from lmc.store.tier import TIERS
+
+Tokens = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Found:
+    """Tokens `[start, end)` of a prompt that are stored.
+
+    Attributes:
+        kind: `exact` behind what stands before them here, or `moved`: to be rotated and blended.
+        delta: positions that its keys must move by.
+        tier: where they are.
+        record: what is known of them.
+    """
+
+    start: int
+    end: int
+    kind: Literal["exact", "moved"]
+    tier: str
+    record: Record
+
+    @property
+    def delta(self) -> int:
+        return self.start - self.record.start
+
+
+class Store:
+    """Index and bytes of one process, as a serving engine has them in its scheduler and workers.
+
+    Args:
+        layout: of one token's KV.
+        namespace: all that makes KV incompatible: model, weights, dtype, rotation, tenant.
+        memory_bytes: host memory, reserved at once.
+        tiers: places behind it, as `lmc.store.tier.TIERS` names them:
+            `{"name": "disk", "path": ..., "capacity": "100GiB"}`.
+        chunker, policy, exact_variants: as in the engine's config.
+        cost: FLOPs of prefill, for policies that weigh what computing a chunk again would take.
+        label: the model's name, for people who list a tier.
+        patience_s: after so long a chunk that a tier does not bring is a miss.
+
+    Raises:
+        ValueError: a wrong setting, or memory for no token.
+        OSError: a tier that cannot be opened.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        namespace: bytes,
+        *,
+        memory_bytes: int = 4 << 30,
+        tiers: Sequence[Mapping[str, Any] | str] = (),
+        chunker: Mapping[str, Any] | str = "cdc",
+        policy: Mapping[str, Any] | str = "lru",
+        exact_variants: int = 2,
+        cost: PrefillCost | None = None,
+        label: str = "",
+        patience_s: float = 30.0,
+    ) -> None:
+        if memory_bytes < layout.bytes_per_token:
+            raise ValueError(
+                f"memory_bytes: got {memory_bytes}, allowed: at least {layout.bytes_per_token}, "
+                "one token"
+            )
+        said = [TIERS.build(tier) for tier in tiers]
+        self.layout = layout
+        self.namespace = namespace
+        self.chunker = CHUNKERS.build(chunker)
+        self.index = Index(memory_bytes, 1, policy, cost, exact_variants=exact_variants)
+        opened = [s.open(layout, exact_variants=exact_variants, label=label) for s in said]
+        self.tiers = opened
+        behind = [Behind(tier, s.write) for s, tier in zip(said, opened, strict=True)]
+        self.chunks = Chunks(layout, memory_bytes, behind, patience_s=patience_s)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def pieces(self, tokens: Tokens, spans: Sequence[tuple[int, int]] | None = None) -> list[Piece]:
+        """The chunks of tokens [T]; spans are those that the caller knows.
+
+        Raises:
+            ValueError: spans that overlap, descend or lie outside.
+        """
+        return split(np.asarray(tokens, np.int64), self.chunker, spans)
+
+    def lookup(self, tokens: Tokens, spans: Sequence[tuple[int, int]] | None = None) -> list[Found]:
+        """What of tokens [T] is stored, in order; no bytes are read.
+
+        Raises:
+            ValueError: as `pieces`.
+        """
+        ids = np.asarray(tokens, np.int64)
+        pieces = self.pieces(tokens, spans)
+        known = Known(self.index, self.namespace, self.tiers)
+        contexts = context_digests(ids, [piece.start for piece in pieces])
+        found = []
+        for piece, context in zip(pieces, contexts, strict=True):
+            content = ids[piece.start : piece.end]
+            key, data = chunk_key(self.namespace, content), content.astype("<i8").tobytes()
+            variants = known.variants(key, data, context)
+            exact = [r for r in variants if exact_in(r, context)]
+            kind: Literal["exact", "moved"] = "exact"
+            if exact:
+                record = exact[0]
+            elif tail := known.tail(context, data):
+                record = tail
+            elif variants:
+                # As the planner ranks them: the least foreign context first.
+                rank = {"isolated": 0, "anchored": 0, "exact": 1, "blended": 2}
+                record, kind = min(variants, key=lambda r: rank[r.origin]), "moved"
+            else:
+                continue
+            end = piece.start + record.T
+            found.append(Found(piece.start, end, kind, self._tier(record), record))
+        return found
+
+    def retrieve(self, found: Found | Record) -> torch.Tensor | None:
+        """The KV `[L, 2, T, G, D]` of a chunk that is stored, a copy; None where it is gone.
+
+        Its keys are rotated for `record.start` on. Out of a tier behind host memory it is brought
+        there first, if there is room.
+        """
+        record = found.record if isinstance(found, Found) else found
+        held = self.bring([record]).get(record.id)
+        parts = self.chunks.parts(held.slot) if held is not None else None
+        if held is None or parts is None:
+            return None
+        self.index.touch(held.slot)
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0].clone()
+
+    def prefetch(self, tokens: Tokens, spans: Sequence[tuple[int, int]] | None = None) -> None:
+        """Start to bring what is stored of tokens [T] into host memory, and return.
+
+        Raises:
+            ValueError: as `pieces`.
+        """
+        for found in self.lookup(tokens, spans):
+            self._start(found.record)
+
+    def save(
+        self,
+        tokens: Tokens,
+        kv: torch.Tensor,
+        spans: Sequence[tuple[int, int]] | None = None,
+        blended_from: int | None = None,
+    ) -> int:
+        """Keep the KV `[L, 2, T, G, D]` of tokens [T], those chunks of it that are not stored.
+
+        Args:
+            blended_from: the first token whose KV is not exact, or None.
+
+        Returns:
+            How many chunks were added.
+
+        Raises:
+            ValueError: KV of another shape or dtype, and as `pieces`.
+        """
+        want = self.layout.shape(len(tokens))
+        if tuple(kv.shape) != want or str(kv.dtype) != f"torch.{self.layout.dtype}":
+            raise ValueError(
+                f"got KV {list(kv.shape)} of {kv.dtype}, want {list(want)} of {self.layout.dtype}"
+            )
+        kept = self.make_room(tokens, self.pieces(tokens, spans), blended_from)
+        return sum(self.fill(record, kv[:, :, p.start : p.end]) for p, record in kept)
+
+    def drain(self, timeout_s: float = 60.0) -> bool:
+        """Wait until tiers have what they are to have; False when that takes longer."""
+        return self.chunks.drain(timeout_s)
+
+    def close(self) -> None:
+        """Write what is to be written, and let go of memory and tiers."""
+        self.chunks.close()
+
+    # -- for connectors ------------------------------------------------------------------------
+
+    def make_room(
+        self, tokens: Tokens, pieces: Sequence[Piece], blended_from: int | None = None
+    ) -> list[tuple[Piece, Record]]:
+        """Room for every chunk that is not stored; each is to be filled, or dropped, at once."""
+        ids = np.asarray(tokens, np.int64)
+        per_token = self.layout.bytes_per_token
+        kept = keep(self.index, self.namespace, ids, pieces, blended_from, per_token)
+        self._free()
+        return kept
+
+    def fill(self, record: Record, kv: torch.Tensor) -> bool:
+        """Store the KV `[L, 2, T, G, D]` of a record that room was made for; False without room."""
+        if record.slot not in self.index:
+            return False
+        parts = self.chunks.reserve(record.slot, record.T)
+        if parts is None:
+            self.index.drop(record.slot)
+            self._free()
+            return False
+        for part, source in zip(parts, kv.split([p.shape[2] for p in parts], dim=2), strict=True):
+            part.copy_(source)
+        self.chunks.publish(record)
+        self.index.acknowledge(record.slot, 0)
+        return True
+
+    def bring(self, records: Sequence[Record]) -> dict[bytes, Record]:
+        """Bring records into host memory; by id those that are there now, with their slots."""
+        started = {}
+        for record in records:
+            if (taken := self._start(record)) is not None:
+                self.index.lease(taken.slot)  # so that the next one does not push it out
+                started[record.id] = taken
+        held = {}
+        deadline = time.monotonic() + self.chunks.patience_s
+        for id, record in started.items():
+            arrival = self.chunks.arrival(record.slot)
+            if arrival is not None:
+                arrival.wait(None, deadline)
+            if self.chunks.parts(record.slot) is None:
+                self.index.drop(record.slot)
+            else:
+                self.index.acknowledge(record.slot, 0)
+                held[id] = record
+            self.index.release(record.slot)
+        self._free()
+        return held
+
+    def _start(self, record: Record) -> Record | None:
+        """The record with its slot, on its way if need be; None when there is no room."""
+        if record.slot in self.index:
+            return record
+        taken = self.index.adopt(record)
+        if taken is None:
+            tail = self.index.tail(record.namespace, record.context)
+            here = [*self.index.variants(record.key), *([tail] if tail else [])]
+            return next((r for r in here if r.id == record.id), None)
+        self._free()
+        self.chunks.expect(taken)
+        self.chunks.fetch(taken.slot)
+        return taken
+
+    def _tier(self, record: Record) -> str:
+        if record.slot >= 0:
+            return self.chunks.memory.name
+        return next((t.name for t in self.tiers if t.contains([record])[0]), "")
+
+    def _free(self) -> None:
+        for slot in self.index.take_freed():
+            self.chunks.evict(slot)
