@@ -36,9 +36,7 @@ def from_disk(session: Session, parts: list[list[int]]) -> dict[str, Any]:
 
 def forget_memory(session: Session) -> None:
     """As after a restart; in an engine in this process."""
-    side = session.scheduler.connector._scheduler
-    side.index.clear()
-    side.fetches = []
+    session.scheduler.connector._scheduler.index.clear()
 
 
 def counting(session: Session) -> Counter[str]:
@@ -71,10 +69,10 @@ def slow_disk(session: Session, parts: list[list[int]]) -> dict[str, Any]:
     disk.get = hangs
     forget_memory(session)
     results: dict[str, Any] = {"alone": session.fresh(parts, "full_recompute", save=False)}
-    results["rests"] = side.tiers_back_at > time.monotonic()
+    results["rests"] = side.planner.back_at > time.monotonic()
     results["at_rest"] = session.fresh(parts, "full_recompute", save=False)
     results["gets"] = len(hung)
-    side.tiers_back_at = 0.0
+    side.planner.back_at = 0.0
     time.sleep(5.0)  # the threads that hung are back
     forget_memory(session)
     session.llm.reset_prefix_cache()

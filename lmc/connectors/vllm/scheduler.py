@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +12,7 @@ from blake3 import blake3
 from vllm.logger import init_logger
 
 from lmc import shapes
-from lmc.blend.baselines import Prefix
-from lmc.blend.plan import Plan, make_plan
+from lmc.blend.plan import Plan
 from lmc.chunk import split
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import LMCConfig, check_memory, parse_request
@@ -29,15 +26,12 @@ from lmc.connectors.vllm.messages import (
     WorkerHello,
     WorkerReport,
 )
+from lmc.connectors.vllm.planner import Planner
 from lmc.connectors.vllm.quality import QualityGate
 from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, rechain
 from lmc.connectors.vllm.tracked import Tracked, report_of, unblendable
-from lmc.store import Index, Record
-from lmc.store.lookup import Behind
 
 logger = init_logger(__name__)
-
-TIERS_REST_S = 10.0  # after a fetch that was waited for in vain
 
 
 class SchedulerSide:
@@ -62,18 +56,8 @@ class SchedulerSide:
         )
         self.prefix_caching = bool(vllm_config.cache_config.enable_prefix_caching)
         self.ranks = vllm_config.parallel_config.world_size
-        self.index = Index(
-            config.memory_bytes,
-            self.ranks,
-            config.policy,
-            self.cost,
-            exact_variants=config.exact_variants,
-        )
-        # Of these only what they know is asked here; the workers have their bytes.
-        opened = identity.open_tiers(config, self.layout, 0, self.ranks, vllm_config)
-        self.tiers = [tier for _, tier in opened]
-        self.tiers_back_at = 0.0  # `time.monotonic()` until which they are left alone
-        self.fetches: list[Record] = []
+        self.planner = Planner(config, self.layout, self.cost, self.ranks, vllm_config)
+        self.index = self.planner.index
         self.gate = QualityGate(vllm_config, self.layout, rope, config)
         self.chains = ChainMap()
         self.requests: dict[str, Tracked] = {}
@@ -123,11 +107,12 @@ class SchedulerSide:
         if tracked.plan is None:
             return 0
         grown = len(tracked.tokens) != request.num_tokens
-        if self._waits_for_tiers(tracked):
+        running = (r for r in self.requests.values() if r.request.num_computed_tokens)
+        if self.planner.waits(tracked, others=any(r is not tracked for r in running)):
             return None
-        if grown or local < tracked.plan.local or not self._still_held(tracked):
+        if grown or local < tracked.plan.local or not self.planner.still_held(tracked):
             self._replan(tracked, local)
-        self._lease(tracked)  # a preempted request's lease ended with its first admission
+        self.planner.lease(tracked)  # a preempted request's lease ended with its first admission
         plan = tracked.admitted = tracked.plan.after(local)
         if (len(plan.rows) or plan.selective) and self._hits_uncomputed(tracked, local):
             self.counts["deferred"] += 1
@@ -170,7 +155,7 @@ class SchedulerSide:
                 self._save(tracked, request.num_prompt_tokens, blocks)
         metadata = StepMetadata(
             freed=self.index.take_freed(),
-            fetches=[record for record in self.fetches if record.slot in self.index],
+            fetches=self.planner.take_fetches(),
             blends=self.blends,
             saves=self.saves,
             released=self.released,
@@ -179,8 +164,8 @@ class SchedulerSide:
         # The workers handle messages in order, so a slot that is freed from now on is freed
         # behind these loads: their leases may end.
         for blend in self.blends:
-            self._release(self.requests[blend.request_id])
-        self.fetches, self.blends, self.saves, self.released = [], [], [], []
+            self.planner.release(self.requests[blend.request_id])
+        self.blends, self.saves, self.released = [], [], []
         self.just_finished = {}
         return metadata
 
@@ -194,7 +179,7 @@ class SchedulerSide:
             self.index.drop(slot)
             self._settle(slot)
         if report.late:
-            self._leave_tiers_alone()
+            self.planner.leave_tiers_alone()
         for request_id, rows in report.recomputed.items():
             if hit := self.requests.get(request_id) or self.just_finished.get(request_id):
                 self._retaint_after_loss(hit, rows)
@@ -205,7 +190,7 @@ class SchedulerSide:
         if tracked is None:
             return False, None
         self.just_finished[request.request_id] = tracked
-        self._release(tracked)
+        self.planner.release(tracked)
         self.blends = [b for b in self.blends if b.request_id != request.request_id]
         computed = request.num_computed_tokens - request.num_in_flight_tokens
         if _saves(tracked) and computed >= request.num_prompt_tokens:
@@ -230,13 +215,11 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Let go of the tiers."""
-        for tier in self.tiers:
-            tier.close()
+        self.planner.close()
 
     def take_stats(self) -> LMCStats | None:
         """Counters since the last call."""
-        self.counts.update({f"store:{k}": n for k, n in self.index.counts.items()})
-        self.index.counts.clear()
+        self.counts.update(self.planner.take_counts())
         counts, self.counts = self.counts, Counter()
         return LMCStats(data=dict(counts)) if counts else None
 
@@ -289,98 +272,10 @@ class SchedulerSide:
         return replace(chain, hashes=chain.hashes[: held - chain.first])
 
     def _plan(self, tracked: Tracked, local: int) -> None:
-        """Plan from `local` on, and lease what the plan needs."""
-        tiers = self.tiers if time.monotonic() >= self.tiers_back_at else []
-        # Where host memory has no room for what a tier has, only what it holds itself is planned.
-        for asked in (tiers, []):
-            plan, reason = self._chosen(tracked, local, asked)
-            self._release(tracked)
-            if self._take(tracked, plan):
-                break
-        tracked.reason = reason
-        if reason:
-            self.counts[reason.split(":")[0]] += 1
-
-    def _chosen(
-        self, tracked: Tracked, local: int, tiers: Sequence[Behind]
-    ) -> tuple[Plan, str | None]:
-        """The plan out of memory and `tiers`, and why it does not blend, if it was to."""
-        assert tracked.options is not None
-        strategy = tracked.options.strategy
-        arguments = (tracked.tokens, tracked.pieces, self.index, tracked.namespace)
-        exact_only = self.blend_refusal is not None
-        plan = make_plan(
-            *arguments,
-            strategy,
-            local=local,
-            min_gain=self.config.min_gain_tokens,
-            contiguous=exact_only,
-            L=self.layout.L,
-            tiers=tiers,
-        )
-        if tracked.gate:
-            return plan, f"quality_gate:{tracked.gate}"
-        if exact_only and strategy.moves:
-            return plan, f"blending_refused:{self.blend_refusal}"
-        if strategy.moves and not plan.claimed and plan.found_beyond:
-            exact = make_plan(*arguments, Prefix(), local=local, tiers=tiers)
-            loaded = sum(s.end - s.start for s in exact.segments)
-            plan = replace(exact, found_beyond=plan.found_beyond - loaded)
-            return plan, "gain_below_minimum"
-        return plan, None
-
-    def _take(self, tracked: Tracked, plan: Plan) -> bool:
-        """Lease what a plan needs, and have fetched what memory lacks; False without room."""
-        tracked.plan = plan
-        self._lease(tracked)
-        adopted: dict[bytes, Record] = {}
-        for record in {s.record.id: s.record for s in plan.segments if s.record.slot < 0}.values():
-            taken = self.index.adopt(record)
-            if taken is None:
-                for other in adopted.values():
-                    self.index.drop(other.slot)
-                self._release(tracked)
-                return False
-            adopted[record.id] = taken
-            self.index.lease(taken.slot)
-            tracked.leased.append(taken.slot)
-        if adopted:
-            segments = [
-                replace(s, record=adopted.get(s.record.id, s.record)) for s in plan.segments
-            ]
-            tracked.plan = replace(plan, segments=tuple(segments))
-            tracked.fetching = time.monotonic()
-            self.fetches += adopted.values()
-            for tier in self.tiers:
-                held = tier.contains(list(adopted.values()))
-                names = zip(adopted.values(), held, strict=True)
-                tracked.fetched |= {r.slot: tier.name for r, has in names if has} | tracked.fetched
-        return True
-
-    def _waits_for_tiers(self, tracked: Tracked) -> bool:
-        """Whether chunks are on their way, and others would stand still for them.
-
-        A request that is alone is admitted: it uses the first layers while the last ones come.
-        """
-        assert tracked.plan is not None
-        coming = [
-            s.record.slot for s in tracked.plan.segments if self.index.arriving(s.record.slot)
-        ]
-        others = any(r.admitted is not None for r in self.requests.values() if r is not tracked)
-        if not coming or not others:
-            return False
-        if time.monotonic() - tracked.fetching < self.config.fetch_patience_s:
-            self.counts["deferred_for_fetch"] += 1
-            return True
-        for slot in coming:
-            self.index.drop(slot)
-        self._leave_tiers_alone()
-        return False
-
-    def _leave_tiers_alone(self) -> None:
-        """A tier is slow or gone: ask none for a while, so that not every request waits."""
-        self.counts["tiers_left_alone"] += 1
-        self.tiers_back_at = time.monotonic() + TIERS_REST_S
+        """Plan from `local` on, and count why a request does not blend."""
+        self.planner.plan(tracked, local, self.blend_refusal)
+        if tracked.reason:
+            self.counts[tracked.reason.split(":")[0]] += 1
 
     def _replan(self, tracked: Tracked, local: int) -> None:
         """Admission is not what was planned for: plan anew, under hashes nobody else has."""
@@ -392,10 +287,6 @@ class SchedulerSide:
             tracked.blended_from = None
         recipes = tracked.plan.recipes(self.block_size, nonce=os.urandom(16))
         rechain(tracked.request, self.block_size, local // self.block_size, [], recipes)
-
-    def _still_held(self, tracked: Tracked) -> bool:
-        assert tracked.plan is not None
-        return all(s.record.slot in self.index for s in tracked.plan.segments)
 
     def _hits_uncomputed(self, tracked: Tracked, local: int) -> bool:
         """Whether a local block is still being filled by another request of this step.
@@ -449,18 +340,6 @@ class SchedulerSide:
         tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
         for kind, n in tracked.report["kinds"].items():
             self.counts[f"tokens:{kind}"] += n
-
-    def _lease(self, tracked: Tracked) -> None:
-        if tracked.plan is not None and not tracked.leased:
-            slots = {s.record.slot for s in tracked.plan.segments}
-            tracked.leased = sorted(slot for slot in slots if slot >= 0)
-            for slot in tracked.leased:
-                self.index.lease(slot)
-
-    def _release(self, tracked: Tracked) -> None:
-        for slot in tracked.leased:
-            self.index.release(slot)
-        tracked.leased = []
 
 
 def _saves(tracked: Tracked) -> bool:

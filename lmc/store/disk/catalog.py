@@ -305,4 +305,3 @@ def _key(key: bytes, shard: int, shards: int) -> bytes:
 
 def _tail(namespace: bytes, context: bytes, shard: int, shards: int) -> bytes:
     return namespace + context + struct.pack("<HH", shard, shards)
-

@@ -6,13 +6,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from lmc.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
-from lmc.store.disk.header import PAGE, Header, padded
+from lmc.store.disk.header import PAGE, Header, Section, padded
 from lmc.store.disk.segments import aligned
 from lmc.store.record import Record
 from lmc.store.rows import copy_rows
@@ -21,14 +22,16 @@ from lmc.store.tier import Rows
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A header without its number, and a payload, uint8 `[payload_bytes]`."""
+    """A header without its number and digests, and a payload, uint8 `[payload_bytes]`."""
 
     header: Header
     payload: np.ndarray
 
     def pages(self, seq: int) -> tuple[Header, bytes, list[np.ndarray]]:
-        """The header with its number, its bytes, and the record in whole pages."""
-        header = replace(self.header, seq=seq)
+        """The header with its number and digests, its bytes, and the record in whole pages."""
+        ends = [0, *accumulate(section.length for section in self.header.sections)]
+        layers = [self.payload[start:end] for start, end in pairwise(ends)]
+        header = replace(self.header, seq=seq, sections=fmt.sections_of(layers))
         data = fmt.pack(header)
         front = aligned(header.payload_at)
         front[: len(data)] = np.frombuffer(data, np.uint8)
@@ -83,7 +86,8 @@ class Encoder:
         else:
             payload = aligned(L * S * T * R)
             copy_rows(parts, [payload.reshape(L, S, T, R)])
-        return self._encoded(record, S, "none", 0.0, np.split(payload, L), payload)
+        sections = (Section(payload.nbytes // L, b""),) * L
+        return self._encoded(record, S, "none", 0.0, sections, payload)
 
     def _compressed(self, record: Record, parts: Sequence[Rows], S: int) -> Encoded | None:
         """None for values that the codec cannot take: those that are not finite."""
@@ -103,7 +107,8 @@ class Encoder:
         self.counts["bytes_before_compression"] += record.nbytes
         self.counts["bytes_compressed"] += total
         error = (squares / self.layout.L) ** 0.5
-        return self._encoded(record, S, codec, error, layers, payload)
+        sections = tuple(Section(layer.nbytes, b"") for layer in layers)
+        return self._encoded(record, S, codec, error, sections, payload)
 
     def _encoded(
         self,
@@ -111,11 +116,10 @@ class Encoder:
         S: int,
         codec: str,
         error: float,
-        layers: Sequence[np.ndarray],
+        sections: tuple[Section, ...],
         payload: np.ndarray,
     ) -> Encoded:
         stored = replace(record, slot=-1, namespace=fmt.namespace_digest(record.namespace))
-        sections = fmt.sections_of(layers)
         header = Header(
             stored, self.layout, S, self.shard, self.shards, codec, 0, time.time(), error,
             self.label, sections,

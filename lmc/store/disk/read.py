@@ -19,7 +19,7 @@ from lmc.store.rows import copy_rows
 from lmc.store.tier import Rows
 
 
-class Damaged(Exception):
+class Damaged(Exception):  # noqa: N818 a word for the record, as `Located`
     """A record that is not what was put; the message is what of it: index, header or payload."""
 
 

@@ -7,7 +7,7 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ class Segments:
 
     def append(self, number: int, at: int, buffers: Sequence[np.ndarray]) -> None:
         """Write whole pages at the end `at` of a file, or raise with some of them written."""
-        views = [memoryview(b) for b in buffers if b.nbytes]
+        views = [b.data for b in buffers if b.nbytes]
         direct = _aligned(buffers)
         while views:
             file = self._opened(number, direct, write=True)
@@ -156,13 +156,13 @@ class Segments:
         Raises:
             EOFError: the file is shorter.
         """
-        views = [memoryview(b) for b in into]
+        views = [b.data for b in into]
         total = sum(view.nbytes for view in views)
         direct = not cached and at % PAGE == 0 and _aligned(into)
         rest = total % PAGE if direct else 0
         last = aligned(PAGE) if rest else None  # O_DIRECT reads whole pages
         if last is not None:
-            views[-1:] = [views[-1][:-rest], memoryview(last)]
+            views[-1:] = [views[-1][:-rest], last.data]
         most = COPY_BYTES if cached else READ_BYTES
         file = self._opened(number, direct)
         done = 0

@@ -7,11 +7,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
 
 from lmc.layout import KVLayout
 from lmc.store import compress
@@ -21,10 +24,12 @@ from lmc.store.disk.encode import Encoded, Encoder
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import Header, HeaderError
 from lmc.store.disk.read import Damaged, Known, known, read_rows
-from lmc.store.disk.room import NoRoomError, Room
+from lmc.store.disk.room import NoRoomError, Place, Room
 from lmc.store.record import Record, superseded
 from lmc.store.tier import Rows
 
+# What is written together: large enough for any disk, and many times what a digest takes.
+WRITE_BYTES = 4 << 20
 # What a failing disk, a full one or a damaged index raise.
 FAULTS = (OSError, EOFError, lmdb.Error, HeaderError)
 
@@ -187,9 +192,7 @@ class Disk:
                 self.counts[kind_of(e)] += 1
                 return None
 
-    def _fits(
-        self, found: Known, id: bytes, record: Record, into: Sequence[Rows] | None
-    ) -> bool:
+    def _fits(self, found: Known, id: bytes, record: Record, into: Sequence[Rows] | None) -> bool:
         """Whether a record is the one that was asked for, and of a shape that can be taken."""
         stored = found.header.record
         if (found.id, stored.key, stored.tokens, stored.namespace) != (
@@ -277,22 +280,54 @@ class Disk:
         if not chosen:
             return []
         seq = folder.catalog.next_seq()
-        records = [encoded[i].pages(seq + n) for n, i in enumerate(chosen.values())]
-        places = self.room.place([header.record_bytes for header, _, _ in records])
+        sizes = [encoded[i].header.record_bytes for i in chosen.values()]
+        places = self.room.place(sizes)
         with self.room.undone_on_failure(places):
-            for (segment, at), (_, _, pages) in zip(places, records, strict=True):
-                folder.segments.append(segment, at, pages)
+            records = self._append([encoded[i] for i in chosen.values()], places, seq)
             for segment in sorted({segment for segment, _ in places}):
                 folder.segments.sync(segment)
             with folder.catalog.change() as change:
                 dead = [place for id in out if (place := change.remove(id)) is not None]
-                for (segment, at), (header, data, _) in zip(places, records, strict=True):
+                for (segment, at), (header, data) in zip(places, records, strict=True):
                     change.add(header, segment, at, data)
         self.room.mark(dead, fmt.DEAD)
         self._bad -= chosen.keys()
         self.counts["puts"] += len(chosen)
-        self.counts["bytes_written"] += sum(header.record_bytes for header, _, _ in records)
+        self.counts["bytes_written"] += sum(sizes)
         return list(chosen.values())
+
+    def _append(
+        self, encoded: Sequence[Encoded], places: Sequence[Place], seq: int
+    ) -> list[tuple[Header, bytes]]:
+        """Write records, numbered from `seq` on, and give back their headers.
+
+        The digests of one run are computed while the one before it is written.
+        """
+        headers: list[tuple[Header, bytes]] = []
+        begun = threading.Event()
+
+        def write(at: Place, pages: Sequence[np.ndarray]) -> None:
+            begun.set()
+            self.folder.segments.append(*at, pages)
+
+        runs = _runs(places, [e.header.record_bytes for e in encoded])
+        writing: Future[None] | None = None
+        with ThreadPoolExecutor(1) as pool:
+            for run in runs:
+                records = [encoded[i].pages(seq + i) for i in run]
+                headers += [(header, data) for header, data, _ in records]
+                pages = [page for _, _, some in records for page in some]
+                if writing is not None:
+                    writing.result()
+                if run is runs[-1]:
+                    write(places[run.start], pages)
+                    break
+                # Without the wait the other thread may not get the interpreter for milliseconds:
+                # a checksum lets go of it for less time than it takes to wake up.
+                begun.clear()
+                writing = pool.submit(write, places[run.start], pages)
+                begun.wait()
+        return headers
 
     def _replaced(self, new: Header) -> list[bytes] | None:
         """Ids of the records that a new one takes the place of; None when it would add nothing."""
@@ -338,6 +373,18 @@ class Disk:
             except FAULTS:
                 self.counts["index_faults"] += 1
         self.folder.close()
+
+
+def _runs(places: Sequence[Place], sizes: Sequence[int]) -> list[range]:
+    """Records that follow each other in a file, in runs of about `WRITE_BYTES`."""
+    starts, length = [], 0
+    for i, (segment, at) in enumerate(places):
+        follows = i > 0 and (segment, at) == (places[i - 1][0], places[i - 1][1] + sizes[i - 1])
+        if not follows or length >= WRITE_BYTES:
+            starts.append(i)
+            length = 0
+        length += sizes[i]
+    return [range(start, end) for start, end in pairwise([*starts, len(places)])]
 
 
 def kind_of(fault: Exception) -> str:

@@ -1,0 +1,190 @@
+"""What a request reuses, out of host memory and the tiers behind it; leases and fetches."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lmc.blend.baselines import Prefix
+from lmc.blend.plan import Plan, make_plan
+from lmc.connectors.vllm import identity
+from lmc.connectors.vllm.config import LMCConfig
+from lmc.connectors.vllm.tracked import Tracked
+from lmc.layout import KVLayout, PrefillCost
+from lmc.store import Index, Record
+from lmc.store.lookup import Behind
+
+TIERS_REST_S = 10.0  # after a fetch that was waited for in vain
+
+
+class Planner:
+    """Owns the index of host memory, and asks the tiers behind it what they have.
+
+    Attributes:
+        index: of host memory, on every rank.
+        back_at: `time.monotonic()` until which the tiers are left alone.
+
+    Raises:
+        ValueError, OSError: a tier that cannot be opened.
+    """
+
+    def __init__(
+        self,
+        config: LMCConfig,
+        layout: KVLayout,
+        cost: PrefillCost,
+        ranks: int,
+        vllm_config: Any,
+    ) -> None:
+        self.index = Index(
+            config.memory_bytes, ranks, config.policy, cost, exact_variants=config.exact_variants
+        )
+        self.back_at = 0.0
+        self._config = config
+        self._layout = layout
+        # Of these only what they know is asked here; the workers have their bytes.
+        opened = identity.open_tiers(config, layout, 0, ranks, vllm_config)
+        self._tiers = [tier for _, tier in opened]
+        self._fetches: list[Record] = []
+        self._counts: Counter[str] = Counter()
+
+    def plan(self, tracked: Tracked, local: int, refusal: str | None) -> None:
+        """Plan from `local` on, lease what the plan needs, and have fetched what memory lacks.
+
+        Args:
+            refusal: why rows cannot be recomputed here, or None.
+        """
+        tiers = self._tiers if time.monotonic() >= self.back_at else []
+        # Where host memory has no room for what a tier has, only what it holds itself is planned.
+        for asked in (tiers, []):
+            plan, reason = self._chosen(tracked, local, asked, refusal)
+            self.release(tracked)
+            if self._take(tracked, plan):
+                break
+        tracked.reason = reason
+
+    def waits(self, tracked: Tracked, others: bool) -> bool:
+        """Whether chunks are on their way, and others would stand still for them.
+
+        A request that is alone is admitted: it uses the first layers while the last ones come.
+
+        Args:
+            others: whether any are running.
+        """
+        assert tracked.plan is not None
+        coming = [
+            s.record.slot for s in tracked.plan.segments if self.index.arriving(s.record.slot)
+        ]
+        if not coming or not others:
+            return False
+        if time.monotonic() - tracked.fetching < self._config.fetch_patience_s:
+            self._counts["deferred_for_fetch"] += 1
+            return True
+        for slot in coming:
+            self.index.drop(slot)
+        self.leave_tiers_alone()
+        return False
+
+    def leave_tiers_alone(self) -> None:
+        """A tier is slow or gone: ask none for a while, so that not every request waits."""
+        self._counts["tiers_left_alone"] += 1
+        self.back_at = time.monotonic() + TIERS_REST_S
+
+    def still_held(self, tracked: Tracked) -> bool:
+        """Whether all that the plan needs is there, or on its way."""
+        assert tracked.plan is not None
+        return all(s.record.slot in self.index for s in tracked.plan.segments)
+
+    def lease(self, tracked: Tracked) -> None:
+        """Keep what the plan needs from eviction, if that is not done."""
+        if tracked.plan is not None and not tracked.leased:
+            slots = {s.record.slot for s in tracked.plan.segments}
+            tracked.leased = sorted(slot for slot in slots if slot >= 0)
+            for slot in tracked.leased:
+                self.index.lease(slot)
+
+    def release(self, tracked: Tracked) -> None:
+        """The plan's chunks may go."""
+        for slot in tracked.leased:
+            self.index.release(slot)
+        tracked.leased = []
+
+    def take_fetches(self) -> list[Record]:
+        """What the workers must bring out of the tiers, each told once."""
+        fetches, self._fetches = self._fetches, []
+        return [record for record in fetches if record.slot in self.index]
+
+    def take_counts(self) -> Counter[str]:
+        """Counters since the last call."""
+        counts, self._counts = self._counts, Counter()
+        counts.update({f"store:{kind}": n for kind, n in self.index.counts.items()})
+        self.index.counts.clear()
+        for tier in self._tiers:
+            counts.update({f"{tier.name}:{kind}": n for kind, n in tier.counts.items() if n})
+            tier.counts.clear()
+        return counts
+
+    def close(self) -> None:
+        """Let go of the tiers."""
+        for tier in self._tiers:
+            tier.close()
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _chosen(
+        self, tracked: Tracked, local: int, tiers: Sequence[Behind], refusal: str | None
+    ) -> tuple[Plan, str | None]:
+        """The plan out of memory and `tiers`, and why it does not blend, if it was to."""
+        assert tracked.options is not None
+        strategy = tracked.options.strategy
+        arguments = (tracked.tokens, tracked.pieces, self.index, tracked.namespace)
+        plan = make_plan(
+            *arguments,
+            strategy,
+            local=local,
+            min_gain=self._config.min_gain_tokens,
+            contiguous=refusal is not None,
+            L=self._layout.L,
+            tiers=tiers,
+        )
+        if tracked.gate:
+            return plan, f"quality_gate:{tracked.gate}"
+        if refusal is not None and strategy.moves:
+            return plan, f"blending_refused:{refusal}"
+        if strategy.moves and not plan.claimed and plan.found_beyond:
+            exact = make_plan(*arguments, Prefix(), local=local, tiers=tiers)
+            loaded = sum(s.end - s.start for s in exact.segments)
+            plan = replace(exact, found_beyond=plan.found_beyond - loaded)
+            return plan, "gain_below_minimum"
+        return plan, None
+
+    def _take(self, tracked: Tracked, plan: Plan) -> bool:
+        """Lease what a plan needs, and have fetched what memory lacks; False without room."""
+        tracked.plan = plan
+        self.lease(tracked)
+        adopted: dict[bytes, Record] = {}
+        for record in {s.record.id: s.record for s in plan.segments if s.record.slot < 0}.values():
+            taken = self.index.adopt(record)
+            if taken is None:
+                for other in adopted.values():
+                    self.index.drop(other.slot)
+                self.release(tracked)
+                return False
+            adopted[record.id] = taken
+            self.index.lease(taken.slot)
+            tracked.leased.append(taken.slot)
+        if adopted:
+            segments = [
+                replace(s, record=adopted.get(s.record.id, s.record)) for s in plan.segments
+            ]
+            tracked.plan = replace(plan, segments=tuple(segments))
+            tracked.fetching = time.monotonic()
+            self._fetches += adopted.values()
+            for tier in self._tiers:
+                held = tier.contains(list(adopted.values()))
+                names = zip(adopted.values(), held, strict=True)
+                tracked.fetched |= {r.slot: tier.name for r, has in names if has} | tracked.fetched
+        return True
