@@ -22,7 +22,7 @@ from lmc.store.writer import Writer
 logger = logging.getLogger(__name__)
 
 Write = Literal["through", "back"]
-FETCHERS = 2  # threads; a disk is read as fast by one, but one slow read must not hold all
+FETCHERS = 16  # threads: chunks of one request come side by side, their first layers first
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Arrival:
         self._layers = 0
         self._over: bool | None = None
         self._changed = threading.Condition()
+
+    @property
+    def layers(self) -> int:
+        """How many of its first layers are there."""
+        return self._layers
 
     def advance(self, layers: int) -> None:
         """The first `layers` are there."""
@@ -87,6 +92,8 @@ class Chunks:
         patience_s: after so long a fetch is given up.
         fetched: told, on a thread of ours, of each fetch that ended: slot, and whether its bytes
             are there.
+        populate: whether host memory is taken from the machine now, not when it is first used:
+            a fetch into memory never touched takes about twice as long.
     """
 
     def __init__(
@@ -97,9 +104,10 @@ class Chunks:
         queue_bytes: int = 256 << 20,
         patience_s: float = 5.0,
         fetched: Callable[[int, bool], None] = lambda slot, whole: None,
+        populate: bool = False,
     ) -> None:
         self.counts: Counter[str] = Counter()
-        self.memory = HostMemory(layout, memory_bytes)
+        self.memory = HostMemory(layout, memory_bytes, populate)
         self.tiers = list(tiers)
         self.patience_s = patience_s
         self._layout = layout

@@ -36,17 +36,18 @@ class HostMemory:
     Args:
         layout: shape of one token.
         capacity: bytes; memory for the tokens that fit is reserved at once.
+        populate: whether the machine gives it at once too, or page by page when it is first used.
     """
 
     name = "memory"
 
-    def __init__(self, layout: KVLayout, capacity: int) -> None:
+    def __init__(self, layout: KVLayout, capacity: int, populate: bool = False) -> None:
         self.layout = layout
         self.capacity = capacity
         self.counts: Counter[str] = Counter()
         tokens = capacity // layout.bytes_per_token
         self._dtype = getattr(torch, layout.dtype)
-        self._buffer = _reserved(tokens * layout.bytes_per_token)
+        self._buffer = _reserved(tokens * layout.bytes_per_token, populate)
         self._extents = Extents(tokens)
         self._tokens = tokens
         self._held: dict[int, _Held] = {}
@@ -160,10 +161,11 @@ def rows_of(part: torch.Tensor) -> Rows:
     return part.flatten(3).view(torch.uint8).numpy()
 
 
-def _reserved(nbytes: int) -> torch.Tensor:
-    """Uninitialised host memory, uint8 `[nbytes]`."""
+def _reserved(nbytes: int, populate: bool) -> torch.Tensor:
+    """Host memory, uint8 `[nbytes]`."""
     if torch.cuda.is_available():
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    # Whole pages, as O_DIRECT wants them, that take no memory before they are used.
-    pages = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+    # Whole pages, as O_DIRECT wants them.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (mmap.MAP_POPULATE if populate else 0)
+    pages = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=flags)
     return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]

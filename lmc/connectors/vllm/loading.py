@@ -73,14 +73,14 @@ class LayeredLoad:
 
     Args:
         arriving: what comes, and where it goes.
-        pages: of each layer.
+        pages: of all layers.
         deadline: `time.monotonic()` at which what has not arrived is lost.
     """
 
     def __init__(
         self,
         arriving: Sequence[tuple[Arrival, Placement]],
-        pages: Sequence[PagedKV],
+        pages: PagedKV,
         deadline: float,
     ) -> None:
         self._arriving = arriving
@@ -91,13 +91,18 @@ class LayeredLoad:
     def until(self, layer: int) -> None:
         """Return when layers 0 to `layer` are in place; LostError if one will not come."""
         while self._done <= layer:
-            i = self._done
             for arrival, placement in self._arriving:
-                if not arrival.wait(i + 1, self._deadline) or arrival.parts is None:
+                if not arrival.wait(self._done + 1, self._deadline):
                     raise LostError(placement.load)
-                placement.put([part[i : i + 1] for part in arrival.parts], self._pages[i])
-            self._done += 1
+            # All that has come meanwhile at once: a launch a layer is dearer than one for many.
+            end = min(arrival.layers for arrival, _ in self._arriving)
+            some = slice(self._done, end)
+            pages = PagedKV(k=self._pages.k[some], v=self._pages.v[some])
+            for arrival, placement in self._arriving:
+                assert arrival.parts is not None
+                placement.put([part[some] for part in arrival.parts], pages)
+            self._done = end
 
     def all(self) -> None:
         """Return when everything is in place."""
-        self.until(len(self._pages) - 1)
+        self.until(self._pages.L - 1)

@@ -56,6 +56,7 @@ class WorkerSide:
             config.write_queue_bytes,
             config.fetch_patience_s,
             self._fetched,
+            populate=True,
         )
         self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.refusal: str | None = (
@@ -68,7 +69,6 @@ class WorkerSide:
         self._way = config.attention
         self._attention: PagedAttention | None = None
         self._paged: PagedKV | None = None
-        self._pages: list[PagedKV] = []  # of each layer
         self._arriving: list[tuple[Blend, LayeredLoad]] = []  # claims that this forward waits for
         # One thread, so that saves and frees happen in the order the scheduler wanted.
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="lmc-save")
@@ -90,9 +90,6 @@ class WorkerSide:
         by_name = {name: layers[name] for name in self.layer_names}
         self._attention = paged_attention(self._way, by_name, self.spec, self.vllm_config)
         self._paged = paged_kv(list(by_name.values()))
-        self._pages = [
-            PagedKV(k=(k,), v=(v,)) for k, v in zip(self._paged.k, self._paged.v, strict=True)
-        ]
 
     def enable_blending(self, model: Any) -> None:
         """Take the model, unless its rows cannot be recomputed as it would."""
@@ -254,7 +251,7 @@ class WorkerSide:
         somewhere = _on_any_rank([load.slot for load in missing])
         self._lose(None, [load for load in missing if load not in late])
         lost = [load for load in blend.loads if load.slot in somewhere]
-        return lost, LayeredLoad(arriving, self._pages, deadline) if arriving else None
+        return lost, LayeredLoad(arriving, self._paged, deadline) if arriving else None
 
     def _compute(self, blend: Blend, lost: list[ChunkLoad], arriving: LayeredLoad | None) -> None:
         """The rows of a claim, those of lost chunks among them, layer by layer as chunks come."""

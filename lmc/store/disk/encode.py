@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -14,10 +16,14 @@ from lmc.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
 from lmc.store.disk.header import PAGE, Header, Section, padded
-from lmc.store.disk.segments import aligned
+from lmc.store.disk.segments import Segments, aligned
 from lmc.store.record import Record
 from lmc.store.rows import copy_rows
 from lmc.store.tier import Rows
+
+# What is written together: large enough for any disk, and many times what a digest takes.
+WRITE_BYTES = 4 << 20
+Place = tuple[int, int]  # segment, offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +36,8 @@ class Encoded:
     def pages(self, seq: int) -> tuple[Header, bytes, list[np.ndarray]]:
         """The header with its number and digests, its bytes, and the record in whole pages."""
         ends = [0, *accumulate(section.length for section in self.header.sections)]
-        layers = [self.payload[start:end] for start, end in pairwise(ends)]
-        header = replace(self.header, seq=seq, sections=fmt.sections_of(layers))
+        parts = [self.payload[start:end] for start, end in pairwise(ends)]
+        header = replace(self.header, seq=seq, sections=fmt.sections_of(parts))
         data = fmt.pack(header)
         front = aligned(header.payload_at)
         front[: len(data)] = np.frombuffer(data, np.uint8)
@@ -86,8 +92,10 @@ class Encoder:
         else:
             payload = aligned(L * S * T * R)
             copy_rows(parts, [payload.reshape(L, S, T, R)])
-        sections = (Section(payload.nbytes // L, b""),) * L
-        return self._encoded(record, S, "none", 0.0, sections, payload)
+        layer = payload.nbytes // L
+        band = fmt.band_of(L, layer)
+        sections = tuple(Section(layer * min(band, L - i), b"") for i in range(0, L, band))
+        return self._encoded(record, S, "none", 0.0, sections, payload, band)
 
     def _compressed(self, record: Record, parts: Sequence[Rows], S: int) -> Encoded | None:
         """None for values that the codec cannot take: those that are not finite."""
@@ -118,10 +126,60 @@ class Encoder:
         error: float,
         sections: tuple[Section, ...],
         payload: np.ndarray,
+        band: int = 1,
     ) -> Encoded:
         stored = replace(record, slot=-1, namespace=fmt.namespace_digest(record.namespace))
         header = Header(
             stored, self.layout, S, self.shard, self.shards, codec, 0, time.time(), error,
-            self.label, sections,
+            self.label, sections, band,
         )  # fmt: skip
         return Encoded(header, payload)
+
+
+def write_records(
+    segments: Segments, encoded: Sequence[Encoded], places: Sequence[Place], seq: int
+) -> list[tuple[Header, bytes]]:
+    """Write records, numbered from `seq` on, and give back their headers; nothing is synced.
+
+    The digests of one run are computed while the one before it is written.
+
+    Raises:
+        OSError: with some of them written.
+    """
+    headers: list[tuple[Header, bytes]] = []
+    begun = threading.Event()
+
+    def write(at: Place, pages: Sequence[np.ndarray]) -> None:
+        begun.set()
+        segments.append(*at, pages)
+
+    runs = _runs(places, [e.header.record_bytes for e in encoded])
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for run in runs:
+            records = [encoded[i].pages(seq + i) for i in run]
+            headers += [(header, data) for header, data, _ in records]
+            pages = [page for _, _, some in records for page in some]
+            if writing is not None:
+                writing.result()
+            if run is runs[-1]:
+                write(places[run.start], pages)
+                break
+            # Without the wait the other thread may not get the interpreter for milliseconds: a
+            # checksum lets go of it for less time than it takes to wake up.
+            begun.clear()
+            writing = pool.submit(write, places[run.start], pages)
+            begun.wait()
+    return headers
+
+
+def _runs(places: Sequence[Place], sizes: Sequence[int]) -> list[range]:
+    """Records that follow each other in a file, in runs of about `WRITE_BYTES`."""
+    starts, length = [], 0
+    for i, (segment, at) in enumerate(places):
+        follows = i > 0 and (segment, at) == (places[i - 1][0], places[i - 1][1] + sizes[i - 1])
+        if not follows or length >= WRITE_BYTES:
+            starts.append(i)
+            length = 0
+        length += sizes[i]
+    return [range(start, end) for start, end in pairwise([*starts, len(places)])]

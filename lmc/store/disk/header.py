@@ -1,7 +1,8 @@
 """The header of a stored record: all that must be known to use, check and index its payload.
 
-A record is a header, padded to a page, and a payload of one section a layer, padded too. Sections
-have digests of their own, so that the first layers can be used while the last ones are read.
+A record is a header, padded to a page, and a payload in sections of some layers each, padded too.
+Sections have digests of their own, so that the first layers can be used while the last ones are
+read.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lmc.store.record import Origin, Record
 
 FORMAT = 1
 PAGE = 4096  # of O_DIRECT; also what is lost between records
+SECTION_BYTES = 1 << 20  # at least, of layers that are not compressed
 MAGIC = b"LMCR"
 LIVE, DEAD, QUARANTINED = 0, 1, 2
 STATE_AT = 4  # the one byte that may change, and that no digest covers
@@ -35,9 +37,9 @@ _DTYPES = ("float32", "float16", "bfloat16")  # by code: append only
 _ORIGINS = get_args(Origin)
 # magic, state, codec, format, bytes of header and record, digest of the header
 _PROLOGUE = struct.Struct("<4sBBHIxxxxQ16s")
-# seq, created, error, L, S, T, G, D, start; origin, tail, dtype, bytes of label; shard, shards;
-# namespace, key, context, context_after
-_FIXED = struct.Struct("<QdfIIIIIQBBBBHH32s32s32s32s")
+# seq, created, error, L, S, T, G, D, start; origin, tail, dtype, bytes of label; shard, shards,
+# band; namespace, key, context, context_after
+_FIXED = struct.Struct("<QdfIIIIIQBBBBHHH32s32s32s32s")
 _SECTION = struct.Struct("<Q16s")
 _DIGEST_AT = 24
 
@@ -50,7 +52,7 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True)
 class Section:
-    """One layer's bytes as stored: how many, and their XXH3-128."""
+    """The bytes of some layers as stored: how many, and their XXH3-128."""
 
     length: int
     digest: bytes
@@ -70,7 +72,8 @@ class Header:
         created: seconds since 1970.
         error: relative RMS error of a payload that is not lossless.
         label: the model's name, for people.
-        sections: one a layer.
+        sections: of `band` layers each, the last of what is left.
+        band: layers of a section; 1 where layers are compressed, each on its own.
     """
 
     record: Record
@@ -84,6 +87,7 @@ class Header:
     error: float
     label: str
     sections: tuple[Section, ...]
+    band: int = 1
 
     @property
     def id(self) -> bytes:
@@ -127,9 +131,14 @@ def padded(n: int) -> int:
     return -(-n // PAGE) * PAGE
 
 
-def header_bytes(T: int, L: int, label: str) -> int:
+def header_bytes(T: int, sections: int, label: str) -> int:
     """Bytes of a header, without padding."""
-    return _PROLOGUE.size + _FIXED.size + len(label.encode()) + 4 * T + _SECTION.size * L
+    return _PROLOGUE.size + _FIXED.size + len(label.encode()) + 4 * T + _SECTION.size * sections
+
+
+def band_of(L: int, layer_bytes: int) -> int:
+    """Layers of a section that is not compressed: what a digest takes a while for."""
+    return min(L, -(-SECTION_BYTES // layer_bytes))
 
 
 def pack(header: Header) -> bytes:
@@ -153,7 +162,7 @@ def pack(header: Header) -> bytes:
         header.seq, header.created, header.error,
         layout.L, header.S, record.T, layout.G, layout.D, record.start,
         _ORIGINS.index(record.origin), record.tail, _DTYPES.index(layout.dtype), len(label),
-        header.shard, header.shards,
+        header.shard, header.shards, header.band,
         record.namespace, record.key, record.context, record.context_after,
     )  # fmt: skip
     at = _PROLOGUE.size + _FIXED.size
@@ -205,7 +214,7 @@ def unpack(data: Bytes) -> Header:
         raise HeaderError("the header does not match its digest")
     fields = _FIXED.unpack_from(view, _PROLOGUE.size)
     seq, created, error, L, S, T, G, D, start, origin, tail, dtype, label_bytes = fields[:13]
-    shard, shards, namespace, key, context, context_after = fields[13:]
+    shard, shards, band, namespace, key, context, context_after = fields[13:]
     if not (0 < L <= MOST_LAYERS and 0 < T <= MOST_TOKENS and 0 < G <= MOST_HEADS):
         raise HeaderError(f"got L={L}, T={T}, G={G}")
     if not (0 < D <= MOST_DIM and S in (1, 2) and shard < shards and tail < 2):
@@ -213,8 +222,12 @@ def unpack(data: Bytes) -> Header:
     if origin >= len(_ORIGINS) or dtype >= len(_DTYPES):
         raise HeaderError(f"got origin {origin} and dtype {dtype}")
     at = _PROLOGUE.size + _FIXED.size
-    if size != at + label_bytes + 4 * T + _SECTION.size * L:
-        raise HeaderError(f"got a header of {size} bytes for T={T} and L={L}")
+    codec = CODECS[view[5]]
+    if not 1 <= band <= L or (band > 1 and codec != "none"):
+        raise HeaderError(f"got sections of {band} layers of {L} as {codec}")
+    count = -(-L // band)
+    if size != at + label_bytes + 4 * T + _SECTION.size * count:
+        raise HeaderError(f"got a header of {size} bytes for T={T} and {count} sections")
     try:
         label = str(view[at : at + label_bytes], "utf-8")
     except UnicodeDecodeError as e:
@@ -222,11 +235,11 @@ def unpack(data: Bytes) -> Header:
     at += label_bytes
     tokens = np.frombuffer(view[at : at + 4 * T], "<u4").astype("<i8").tobytes()
     layout = KVLayout(L, G, D, _DTYPES[dtype])
-    codec = CODECS[view[5]]
-    most = bound(codec, T, layout) * S // 2
+    layer = bound(codec, T, layout) * S // 2
     sections = []
-    for i in range(L):
+    for i in range(count):
         length, digest = _SECTION.unpack_from(view, at + 4 * T + i * _SECTION.size)
+        most = layer * min(band, L - i * band)
         if length > most or (codec == "none" and length != most):
             raise HeaderError(f"got a section of {length} bytes, at most {most} as {codec}")
         sections.append(Section(length, digest))
@@ -239,7 +252,18 @@ def unpack(data: Bytes) -> Header:
         bool(tail),
     )  # fmt: skip
     return Header(
-        record, layout, S, shard, shards, codec, seq, created, error, label, tuple(sections)
+        record,
+        layout,
+        S,
+        shard,
+        shards,
+        codec,
+        seq,
+        created,
+        error,
+        label,
+        tuple(sections),
+        band,
     )
 
 
@@ -251,7 +275,7 @@ def same(a: Bytes, b: Bytes) -> bool:
 
 def digest_of(data: Bytes | np.ndarray) -> bytes:
     """XXH3-128 of a section, 16 bytes."""
-    return xxhash.xxh3_128_digest(data)
+    return xxhash.xxh3_128_digest(data.data if isinstance(data, np.ndarray) else data)
 
 
 def sections_of(parts: Sequence[np.ndarray]) -> tuple[Section, ...]:

@@ -29,8 +29,9 @@ class Known:
 
     Attributes:
         id: the record's in its folder.
-        ends: where in the payload each layer ends.
-        digests: of each layer.
+        ends: where in the payload each section ends.
+        digests: of each section.
+        layers: how many layers there are with each section.
         payload_at, payload_bytes, shape: as `Header`.
     """
 
@@ -38,6 +39,7 @@ class Known:
     id: bytes
     ends: tuple[int, ...]
     digests: tuple[bytes, ...]
+    layers: tuple[int, ...]
     payload_at: int
     payload_bytes: int
     shape: tuple[int, int, int, int]
@@ -49,7 +51,11 @@ def known(data: bytes) -> Known:
     header = fmt.unpack(data)
     ends = tuple(accumulate(section.length for section in header.sections))
     digests = tuple(section.digest for section in header.sections)
-    return Known(header, header.id, ends, digests, header.payload_at, ends[-1], header.shape)
+    L, band = header.layout.L, header.band
+    layers = tuple(min(L, i + band) for i in range(0, L, band))
+    return Known(
+        header, header.id, ends, digests, layers, header.payload_at, ends[-1], header.shape
+    )
 
 
 class _Verify:
@@ -71,7 +77,7 @@ class _Verify:
         self._record, self._located = record, located
         self._head, self._payload = head, payload.data
         self._deadline, self._arrived = deadline, arrived
-        self._layer = self._at = 0
+        self._section = self._at = 0
         self._begun = False
 
     def __call__(self, n: int) -> None:
@@ -85,17 +91,14 @@ class _Verify:
             _check_header(self._head, self._located)
             self._begun = True
         n -= self._record.payload_at
-        # Small layers take as long in this loop as in the checksum: nothing is looked up twice.
-        payload, digests, arrived = self._payload, self._record.digests, self._arrived
-        layer, at = self._layer, self._at
-        for end in self._record.ends[layer:]:
+        record = self._record
+        for end in record.ends[self._section :]:
             if end > n:
                 break
-            if digest_of(payload[at:end]) != digests[layer]:
+            if digest_of(self._payload[self._at : end]) != record.digests[self._section]:
                 raise Damaged("payload")
-            layer, at = layer + 1, end
-            arrived(layer)
-        self._layer, self._at = layer, at
+            self._arrived(record.layers[self._section])
+            self._section, self._at = self._section + 1, end
         check_deadline(self._deadline)
 
 
@@ -174,16 +177,16 @@ def _unpack(
     deadline: float | None,
     arrived: Callable[[int], None],
 ) -> None:
-    """Every layer of a payload to its place in `out`."""
-    _, S, T, R = header.shape
+    """Every section of a payload to its place in `out`."""
+    L, S, T, R = header.shape
     at = 0
-    for layer, section in enumerate(header.sections):
+    for layer, section in zip(range(0, L, header.band), header.sections, strict=True):
         check_deadline(deadline)
         data = payload[at : at + section.length]
         if digest_of(data) != section.digest:
             raise Damaged("payload")
         if header.codec == "none":
-            rows = data.reshape(1, S, T, R)
+            rows = data.reshape(-1, S, T, R)
         else:
             rows = out[0][layer : layer + 1] if len(out) == 1 else np.empty((1, S, T, R), np.uint8)
             try:
@@ -191,9 +194,9 @@ def _unpack(
             except ValueError as e:
                 raise Damaged("payload") from e
         if len(out) > 1 or header.codec == "none":
-            copy_rows([rows], [part[layer : layer + 1] for part in out])
+            copy_rows([rows], [part[layer : layer + header.band] for part in out])
         at += section.length
-        arrived(layer + 1)
+        arrived(min(L, layer + header.band))
 
 
 def _check_header(head: np.ndarray, located: Located) -> None:

@@ -7,29 +7,24 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lmdb
-import numpy as np
 
 from lmc.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located
-from lmc.store.disk.encode import Encoded, Encoder
+from lmc.store.disk.encode import Encoded, Encoder, write_records
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import Header, HeaderError
 from lmc.store.disk.read import Damaged, Known, known, read_rows
-from lmc.store.disk.room import NoRoomError, Place, Room
+from lmc.store.disk.room import NoRoomError, Room
 from lmc.store.record import Record, superseded
 from lmc.store.tier import Rows
 
-# What is written together: large enough for any disk, and many times what a digest takes.
-WRITE_BYTES = 4 << 20
 # What a failing disk, a full one or a damaged index raise.
 FAULTS = (OSError, EOFError, lmdb.Error, HeaderError)
 
@@ -283,7 +278,8 @@ class Disk:
         sizes = [encoded[i].header.record_bytes for i in chosen.values()]
         places = self.room.place(sizes)
         with self.room.undone_on_failure(places):
-            records = self._append([encoded[i] for i in chosen.values()], places, seq)
+            new = [encoded[i] for i in chosen.values()]
+            records = write_records(folder.segments, new, places, seq)
             for segment in sorted({segment for segment, _ in places}):
                 folder.segments.sync(segment)
             with folder.catalog.change() as change:
@@ -295,39 +291,6 @@ class Disk:
         self.counts["puts"] += len(chosen)
         self.counts["bytes_written"] += sum(sizes)
         return list(chosen.values())
-
-    def _append(
-        self, encoded: Sequence[Encoded], places: Sequence[Place], seq: int
-    ) -> list[tuple[Header, bytes]]:
-        """Write records, numbered from `seq` on, and give back their headers.
-
-        The digests of one run are computed while the one before it is written.
-        """
-        headers: list[tuple[Header, bytes]] = []
-        begun = threading.Event()
-
-        def write(at: Place, pages: Sequence[np.ndarray]) -> None:
-            begun.set()
-            self.folder.segments.append(*at, pages)
-
-        runs = _runs(places, [e.header.record_bytes for e in encoded])
-        writing: Future[None] | None = None
-        with ThreadPoolExecutor(1) as pool:
-            for run in runs:
-                records = [encoded[i].pages(seq + i) for i in run]
-                headers += [(header, data) for header, data, _ in records]
-                pages = [page for _, _, some in records for page in some]
-                if writing is not None:
-                    writing.result()
-                if run is runs[-1]:
-                    write(places[run.start], pages)
-                    break
-                # Without the wait the other thread may not get the interpreter for milliseconds:
-                # a checksum lets go of it for less time than it takes to wake up.
-                begun.clear()
-                writing = pool.submit(write, places[run.start], pages)
-                begun.wait()
-        return headers
 
     def _replaced(self, new: Header) -> list[bytes] | None:
         """Ids of the records that a new one takes the place of; None when it would add nothing."""
@@ -373,18 +336,6 @@ class Disk:
             except FAULTS:
                 self.counts["index_faults"] += 1
         self.folder.close()
-
-
-def _runs(places: Sequence[Place], sizes: Sequence[int]) -> list[range]:
-    """Records that follow each other in a file, in runs of about `WRITE_BYTES`."""
-    starts, length = [], 0
-    for i, (segment, at) in enumerate(places):
-        follows = i > 0 and (segment, at) == (places[i - 1][0], places[i - 1][1] + sizes[i - 1])
-        if not follows or length >= WRITE_BYTES:
-            starts.append(i)
-            length = 0
-        length += sizes[i]
-    return [range(start, end) for start, end in pairwise([*starts, len(places)])]
 
 
 def kind_of(fault: Exception) -> str:
