@@ -206,8 +206,9 @@ class Change:
         self._segments: dict[int, SegmentUse] = {}
         self._seq = 0
 
-    def add(self, header: Header, segment: int, at: int, data: bytes) -> None:
-        """A record is at `at` from now on; one of its id that was elsewhere is dead there."""
+    def add(self, header: Header, place: tuple[int, int], data: bytes) -> None:
+        """A record is at `place` from now on; one of its id that was elsewhere is dead there."""
+        segment, at = place
         self.remove(header.id, keep_use=True)
         record, id = header.record, header.id
         self._txn.put(id, _AT.pack(segment, at) + data, db=self._db["records"])

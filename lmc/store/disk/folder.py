@@ -163,7 +163,7 @@ class Folder:
                         if data[fmt.STATE_AT] != fmt.LIVE or found.get(header.id, -1) > header.seq:
                             continue
                         found[header.id] = header.seq
-                        change.add(header, number, at, data)
+                        change.add(header, (number, at), data)
                     change.segment_ends(number, end)
                 if self.read_only:
                     continue

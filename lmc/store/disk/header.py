@@ -148,10 +148,13 @@ def pack(header: Header) -> bytes:
         ValueError: token ids of more than 32 bits, or sizes that no reader would take.
     """
     record, layout, label = header.record, header.layout, header.label.encode()
-    ids = np.frombuffer(record.tokens, "<i8")
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 32:
-        raise ValueError(f"got token ids {ids.min()} to {ids.max()}, allowed: 0 to 2**32 - 1")
     size = header_bytes(record.T, len(header.sections), header.label)
+    ids = np.frombuffer(record.tokens, "<i8")
+    # What could not be read must not be written.
+    if not (0 < record.T <= MOST_TOKENS and layout.L <= MOST_LAYERS and size <= MOST_HEADER):
+        raise ValueError(f"got T={record.T} and L={layout.L}, too large for a header")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 32:
+        raise ValueError(f"got token ids {ids.min()} to {ids.max()}, allowed: 0 to 2**32 - 1")
     out = bytearray(size)
     codec = CODECS.index(header.codec)
     payload = sum(section.length for section in header.sections)
@@ -174,7 +177,6 @@ def pack(header: Header) -> bytes:
         _SECTION.pack_into(out, at, section.length, section.digest)
         at += _SECTION.size
     out[_DIGEST_AT : _DIGEST_AT + 16] = _digest(out)
-    unpack(out)  # what could not be read must not be written
     return bytes(out)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lmc.policies import Item, Policy, build_policy
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import SegmentUse, Use
+from lmc.store.disk.encode import Place
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import HeaderError
 from lmc.store.disk.read import Damaged, verify
@@ -20,8 +21,6 @@ from lmc.store.disk.read import Damaged, verify
 OCCUPANCY = 0.85
 SEGMENTS = 16  # of a full folder, at least
 LARGEST_SEGMENT = 256 << 20
-
-Place = tuple[int, int]  # segment, offset
 
 
 class NoRoomError(OSError):
@@ -156,8 +155,8 @@ class Room:
             for segment in {segment for segment, _ in places}:
                 self._folder.segments.sync(segment)
             with self._folder.catalog.change() as change:
-                for (segment, at), (located, header) in zip(places, moved, strict=True):
-                    change.add(header, segment, at, located.header)
+                for place, (located, header) in zip(places, moved, strict=True):
+                    change.add(header, place, located.header)
                 change.drop_segment(number)
         self._folder.segments.unlink(number)
         self._counts["segments_compacted"] += 1

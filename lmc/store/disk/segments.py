@@ -16,7 +16,7 @@ from lmc.store.disk.header import PAGE, STATE_AT
 
 # What one system call reads: large enough for any disk, small enough to look up between two. What
 # is copied out of the page cache is checked while it is still in the processor's own.
-READ_BYTES = 2 << 20
+READ_BYTES = (4 << 20) + 2 * PAGE
 COPY_BYTES = 256 << 10
 IOV_MAX = 512
 _mincore = ctypes.CDLL(None).mincore

@@ -237,26 +237,44 @@ class Disk:
     # -- writing -----------------------------------------------------------------------------
 
     def put(self, items: Sequence[tuple[Record, Sequence[Rows]]]) -> list[bool]:
-        done = [False] * len(items)
         if self._encode is None:
             raise ValueError("a disk tier that was opened without a layout takes no puts")
         held = self.contains([record for record, _ in items])
         self.counts["known"] += sum(held)
-        encoded = {i: self._encode(*items[i]) for i, known in enumerate(held) if not known}
+        new = [self._encode(*item) for item, known in zip(items, held, strict=True) if not known]
+        done = iter(self.put_encoded(new))
+        return [not known and next(done) for known in held]
+
+    def put_encoded(self, encoded: Sequence[Encoded]) -> list[bool]:
+        """As `put`, of chunks of this rank whose namespaces are digests already."""
+        done = [False] * len(encoded)
         try:
             with self.folder.writing():
                 self._tell_uses()
-                try:
-                    acknowledged = self._write(encoded)
-                except OSError as e:
-                    if e.errno != errno.ENOSPC or not self.room.give_up_a_segment():
-                        raise
-                    acknowledged = self._write(encoded)  # if that is not enough, nothing is
-                for i in acknowledged:
-                    done[i] = True
+                for group in self._groups(encoded):
+                    try:
+                        acknowledged = self._write(group)
+                    except OSError as e:
+                        if e.errno != errno.ENOSPC or not self.room.give_up_a_segment():
+                            raise
+                        acknowledged = self._write(group)  # if that is not enough, nothing is
+                    for i in acknowledged:
+                        done[i] = True
         except FAULTS as e:
-            self.counts[f"put_failed:{kind_of(e)}"] += len(encoded)
+            self.counts[f"put_failed:{kind_of(e)}"] += len(encoded) - sum(done)
         return done
+
+    def _groups(self, encoded: Sequence[Encoded]) -> list[dict[int, Encoded]]:
+        """What is written and synced together, by index: no more than there can be room for."""
+        groups: list[dict[int, Encoded]] = []
+        size = 0
+        for i, e in enumerate(encoded):
+            size += e.header.record_bytes
+            if not groups or size > self.room.limit // 4:
+                groups.append({})
+                size = e.header.record_bytes
+            groups[-1][i] = e
+        return groups
 
     def _write(self, encoded: Mapping[int, Encoded]) -> list[int]:
         """Write, sync, index; then records are acknowledged: those of these indices."""
@@ -279,13 +297,10 @@ class Disk:
         places = self.room.place(sizes)
         with self.room.undone_on_failure(places):
             new = [encoded[i] for i in chosen.values()]
-            records = write_records(folder.segments, new, places, seq)
-            for segment in sorted({segment for segment, _ in places}):
-                folder.segments.sync(segment)
+            # The index is written meanwhile, and valid when it is left, behind the sync.
             with folder.catalog.change() as change:
                 dead = [place for id in out if (place := change.remove(id)) is not None]
-                for (segment, at), (header, data) in zip(places, records, strict=True):
-                    change.add(header, segment, at, data)
+                write_records(folder.segments, new, places, seq, change.add)
         self.room.mark(dead, fmt.DEAD)
         self._bad -= chosen.keys()
         self.counts["puts"] += len(chosen)

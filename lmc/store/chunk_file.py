@@ -1,0 +1,198 @@
+"""The file that chunks travel in between stores: safetensors, with metadata.
+
+One tensor a record, named by its id in hex, of the KV's own type and shape `[L, S, T, G, D]`,
+decoded; what its header in the store says is JSON in the file's metadata, under the same name. The
+format is that of https://github.com/huggingface/safetensors: 8 bytes with the length of a JSON
+header, the header, the tensors without gaps. It is written and read here since numpy has no
+bfloat16, and so that neither a store nor a file need fit into memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, BinaryIO, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lmc.layout import KVLayout
+from lmc.registry import one_line
+from lmc.store.compress import CODECS
+from lmc.store.disk import header as fmt
+from lmc.store.disk.header import Header
+from lmc.store.record import Origin, Record
+
+FORMAT = {"format": "lmc-chunks", "version": "1"}
+MOST_HEADER = 100_000_000  # of safetensors' own readers
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Facts(BaseModel):
+    """What the metadata say of one tensor; digests in hex."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    namespace: _Digest
+    key: _Digest
+    context: _Digest
+    context_after: _Digest
+    tokens: list[Annotated[int, Field(ge=0, lt=1 << 32)]]
+    start: int = Field(ge=0, lt=1 << 63)
+    origin: Origin
+    tail: bool
+    shard: int = Field(ge=0, lt=1 << 16)
+    shards: int = Field(ge=1, lt=1 << 16)
+    codec: str = Field(pattern=f"^({'|'.join(CODECS)})$")
+    seq: int = Field(ge=0, lt=1 << 63)
+    created: float = Field(ge=0)
+    error: float = Field(ge=0, le=1e30)
+    label: str = Field(max_length=255)
+    xxh3_128: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class _Tensor(BaseModel):
+    """What the header says of one tensor: `[L, S, T, G, D]`, and its bytes behind the header."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    dtype: Literal["F32", "F16", "BF16"]
+    shape: list[Annotated[int, Field(ge=1, lt=1 << 31)]] = Field(min_length=5, max_length=5)
+    data_offsets: list[Annotated[int, Field(ge=0, lt=1 << 63)]] = Field(min_length=2, max_length=2)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A record of a file, checked; its bytes `[at, at + record.nbytes)` are not."""
+
+    facts: Facts
+    record: Record
+    layout: KVLayout
+    S: int
+    at: int
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Of how many ranks, and which."""
+        return (self.facts.shards, self.facts.shard)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[L, S, T, R] of its rows."""
+        R = self.record.nbytes // (self.layout.L * self.S * self.record.T)
+        return (self.layout.L, self.S, self.record.T, R)
+
+
+def header_of(records: Sequence[tuple[Header, str]], size: int = 0) -> bytes:
+    """The file up to its tensors, filled with spaces up to `size` bytes.
+
+    records: in the order of the tensors; the headers they have in their store, and XXH3-128 of the
+        decoded KV in hex.
+    """
+    metadata = dict(FORMAT)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for stored, digest in records:
+        record, layout, name = stored.record, stored.layout, stored.id.hex()
+        facts = Facts(
+            namespace=record.namespace.hex(),
+            key=record.key.hex(),
+            context=record.context.hex(),
+            context_after=record.context_after.hex(),
+            tokens=np.frombuffer(record.tokens, "<i8").tolist(),
+            start=record.start,
+            origin=record.origin,
+            tail=record.tail,
+            shard=stored.shard,
+            shards=stored.shards,
+            codec=stored.codec,
+            seq=stored.seq,
+            created=stored.created,
+            error=stored.error,
+            label=stored.label,
+            xxh3_128=digest,
+        )
+        metadata[name] = facts.model_dump_json()
+        header[name] = {
+            "dtype": _DTYPES[layout.dtype],
+            "shape": [layout.L, stored.S, record.T, layout.G, layout.D],
+            "data_offsets": [at, at + record.nbytes],
+        }
+        at += record.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    size = max(size, 8 + len(text) + -len(text) % 8)
+    return (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
+
+
+def items_of(file: BinaryIO, size: int) -> list[Item]:
+    """What a file of `size` bytes says of its tensors, in their order; their bytes are not read.
+
+    Raises:
+        ValueError: anything that `header_of` does not write, or a file that is not whole.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or not 2 <= length <= min(MOST_HEADER, size - 8):
+        raise ValueError(f"got {size:,} bytes that are no safetensors file, or not all of one")
+    try:
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__")
+        marks = {name: metadata.pop(name) for name in FORMAT}
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f"got a file that `lmc store export` did not write: {e!r:.200}") from e
+    if marks != FORMAT:
+        raise ValueError(f"got a file of {marks}, want {FORMAT}")
+    if metadata.keys() != header.keys():
+        some = sorted(metadata.keys() ^ header.keys())[0]
+        raise ValueError(f"got {some[:80]!r} among either the tensors or the metadata, want both")
+    items = []
+    for name, tensor in header.items():
+        try:
+            items.append(_item(name, tensor, metadata[name], 8 + length))
+        except ValidationError as e:
+            raise ValueError(f"tensor {name[:80]!r}: {one_line(e):.200}") from e
+        except ValueError as e:
+            raise ValueError(f"tensor {name[:80]!r}: {e}") from e
+    items.sort(key=lambda item: item.at)
+    at = 8 + length
+    for item in items:
+        if item.at != at:
+            raise ValueError(f"got a tensor at {item.at:,}, want it at {at:,} behind the last one")
+        at += item.record.nbytes
+    if at != size:
+        raise ValueError(f"got a file of {size:,} bytes, its tensors end at {at:,}")
+    return items
+
+
+def _item(name: str, tensor: object, text: object, data_at: int) -> Item:
+    described = _Tensor.model_validate(tensor)
+    facts = Facts.model_validate_json(text if isinstance(text, str) else "")
+    L, S, T, G, D = described.shape
+    start, end = described.data_offsets
+    most = (fmt.MOST_LAYERS, 2, fmt.MOST_TOKENS, fmt.MOST_HEADS, fmt.MOST_DIM)
+    if any(n > m for n, m in zip(described.shape, most, strict=True)):
+        raise ValueError(f"got shape {described.shape}, allowed: at most {list(most)}")
+    if len(facts.tokens) != T:
+        raise ValueError(f"got {len(facts.tokens)} token ids for shape {described.shape}")
+    if facts.shard >= facts.shards:
+        raise ValueError(f"got shard {facts.shard} of {facts.shards}")
+    if len(facts.label.encode()) > 255:
+        raise ValueError("got a label of more than 255 bytes")
+    layout = KVLayout(L, G, D, next(k for k, v in _DTYPES.items() if v == described.dtype))
+    nbytes = layout.bytes_per_token * T * S // 2
+    if end - start != nbytes:
+        raise ValueError(f"got {end - start:,} bytes, want {nbytes:,} of {described.shape}")
+    record = Record(
+        slot=-1,
+        namespace=bytes.fromhex(facts.namespace),
+        key=bytes.fromhex(facts.key),
+        tokens=np.array(facts.tokens, "<i8").tobytes(),
+        start=facts.start,
+        context=bytes.fromhex(facts.context),
+        context_after=bytes.fromhex(facts.context_after),
+        origin=facts.origin,
+        nbytes=nbytes,
+        tail=facts.tail,
+    )
+    if fmt.shard_id(record, facts.shard, facts.shards).hex() != name:
+        raise ValueError("the name is not the id of what the metadata say")
+    return Item(facts, record, layout, S, data_at + start)
