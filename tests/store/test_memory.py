@@ -73,7 +73,7 @@ def test_days_of_churn_leave_no_fragments() -> None:
         T = int(rng.integers(1, 300))
         free = memory.capacity - memory.size
         parts = memory.reserve(slot, T)
-        assert (parts is not None) == (T * 128 <= free)
+        assert (parts is not None) == (free >= T * 128)
         if parts is not None:
             for part in parts:
                 part.fill_(float(slot))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lmc.layout import KVLayout
 from lmc.sizes import parse_bytes
+from lmc.store.compress import CODECS
 from lmc.store.disk.tier import Disk
 
 
@@ -28,6 +29,14 @@ class DiskConfig:
     write: Literal["through", "back"] = "through"
     compression: str = "none"
     policy: dict[str, Any] | str = "lru"
+
+    def __post_init__(self) -> None:
+        try:
+            parse_bytes(self.capacity)
+        except ValueError as e:
+            raise ValueError(f"capacity: {e}") from e
+        if self.compression not in CODECS:
+            raise ValueError(f"compression: got {self.compression!r}, valid: {', '.join(CODECS)}")
 
     def open(
         self,
