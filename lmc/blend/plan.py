@@ -283,6 +283,7 @@ def _find(
     ids = np.ascontiguousarray(tokens, "<i8")
     segments: list[Segment] = []
     before: Segment | None = None  # the moved segment that ends where this piece starts
+    reached = local  # exact, or the engine's own, as far as this
     for piece, context in zip(pieces, contexts, strict=True):
         if piece.end <= local:
             continue
@@ -292,7 +293,8 @@ def _find(
         exact = [r for r in known if exact_in(r, context)]
         if exact:
             found = Segment(piece.start, piece.end, "exact", exact[0], piece.start)
-        elif tail := stored.tail(context, content):
+        # Tiers are asked where they may well have one: behind what they, or memory, have.
+        elif tail := stored.tail(context, content, ask=reached >= piece.start):
             found = Segment(piece.start, piece.start + tail.T, "exact", tail, piece.start)
         elif known and moves:
             record = _best_variant(known, before, piece.start)
@@ -301,6 +303,7 @@ def _find(
             before = None
             continue
         segments.append(found)
+        reached = found.end if found.kind == "exact" else reached
         before = found if found.kind == "moved" else None
     return segments
 

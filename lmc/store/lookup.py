@@ -46,10 +46,15 @@ class Known:
             known += [r for r in found if r.tokens == tokens and r.id not in held]
         return known
 
-    def tail(self, context: bytes, content: bytes) -> Record | None:
-        """The tail behind `context` that `content` starts with; the longest there is."""
+    def tail(self, context: bytes, content: bytes, ask: bool = True) -> Record | None:
+        """The tail behind `context` that `content` starts with; the longest there is.
+
+        Args:
+            ask: the tiers, too.
+        """
         tails = [self._index.tail(self._namespace, context)]
-        tails += [tier.tail(self._namespace, context) for tier in self._tiers]
+        if ask:
+            tails += [tier.tail(self._namespace, context) for tier in self._tiers]
         fits = [t for t in tails if t is not None and content.startswith(t.tokens)]
         return max(fits, key=lambda t: t.T, default=None)
 

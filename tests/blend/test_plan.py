@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -224,3 +226,47 @@ def test_any_plan_accounts_for_every_token(
     later = plan.after(max(local, (T - 1) // 16 * 16))
     assert sum(later.kinds().values()) == T
     assert later.claimed >= 0
+
+
+class Shelf:
+    """A tier that tells what another index has, as it would after a restart."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.asked = 0
+
+    def find(self, namespace: bytes, key: bytes) -> list[Record]:
+        self.asked += 1
+        return [replace(r, slot=-1) for r in reversed(list(self.index.variants(key)))]
+
+    def tail(self, namespace: bytes, context: bytes) -> Record | None:
+        found = self.index.tail(namespace, context)
+        return replace(found, slot=-1) if found else None
+
+
+def test_a_tier_behind_memory_gives_the_same_plan() -> None:
+    here, behind = Index(10_000), Index(10_000)
+    for parts in ((SYSTEM, A), (SYSTEM, B, C)):
+        store(behind, *parts)
+    shelf = Shelf(behind)
+    prompt = (SYSTEM, C, A, B, QUESTION)
+    plan = plan_of(here, *prompt, tiers=[shelf])
+    alone = plan_of(behind, *prompt)
+    assert plan.kinds() == alone.kinds() and plan.recipes(16) == alone.recipes(16)
+    assert {s.record.slot for s in plan.segments} == {-1}
+    assert plan_of(here, *prompt).claimed == 0
+
+
+def test_a_tier_is_asked_for_what_is_not_exact_in_memory() -> None:
+    here, behind = Index(10_000), Index(10_000)
+    store(here, SYSTEM, A)  # anchored: exact behind the system prompt
+    store(behind, SYSTEM, A, B)
+    shelf = Shelf(behind)
+    plan = plan_of(here, SYSTEM, A, B, QUESTION, tiers=[shelf])
+    assert [s.kind for s in plan.segments] == ["exact"] * 3
+    assert [s.record.slot >= 0 for s in plan.segments] == [True, True, False]
+    assert shelf.asked == 2  # B and the question
+    # An exact variant behind is better than a moved one here.
+    store(here, B, A)
+    plan = plan_of(here, SYSTEM, A, B, QUESTION, tiers=[shelf])
+    assert [s.kind for s in plan.segments] == ["exact"] * 3

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -241,3 +243,21 @@ class IndexMachine(RuleBasedStateMachine):
 
 TestIndexMachine = IndexMachine.TestCase
 TestIndexMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_what_a_tier_has_is_found_before_it_is_here_and_kept_until_it_is() -> None:
+    index = Index(capacity=20, ranks=2)
+    known = replace(put_visible(Index(100), b"x"), slot=-1)
+    taken = index.adopt(known)
+    assert taken is not None and taken.slot >= 0 and taken.id == known.id
+    assert index.arriving(taken.slot)
+    assert [r.slot for r in index.variants(known.key)] == [taken.slot]
+    assert index.adopt(known) is None  # it is on its way
+    # Nothing pushes it out before every rank has it.
+    index.acknowledge(taken.slot, 0)
+    assert index.arriving(taken.slot)
+    while put(index, bytes([index.counts["put"]]) * 3) is not None:
+        pass
+    assert taken.slot in index
+    index.acknowledge(taken.slot, 1)
+    assert not index.arriving(taken.slot)

@@ -45,7 +45,7 @@ class Known:
     shape: tuple[int, int, int, int]
 
 
-@lru_cache(maxsize=1024)  # to unpack a header takes longer than to check a small chunk
+@lru_cache(maxsize=4096)  # to unpack a header takes longer than to check a small chunk
 def known(data: bytes) -> Known:
     """What a header's bytes say; raises HeaderError."""
     header = fmt.unpack(data)

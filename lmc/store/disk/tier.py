@@ -205,12 +205,10 @@ class Disk:
 
     def _usable(self, found: Sequence[Located], namespace: bytes) -> list[Record]:
         """Of what the index has, records of this namespace and layout that every rank has."""
-        records = []
+        records, digest = [], fmt.namespace_digest(namespace)
         for located in found:
-            header = located.unpack()
-            if self.layout is not None and header.layout != self.layout:
-                continue
-            if header.record.namespace == fmt.namespace_digest(namespace):
+            header = known(located.header).header
+            if self.layout in (None, header.layout) and header.record.namespace == digest:
                 records.append(replace(header.record, namespace=namespace))
         records = [record for record in records if self.id_of(record) not in self._bad]
         if self.shards > 1 and records:
