@@ -43,9 +43,8 @@ def main() -> None:
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     rows = []
-    print(
-        f"{'':14}{'chunks':>8}{'plan, no disk':>15}{'plan, memory':>14}{'plan, disk':>12}{'adopt, ask':>12} ms"
-    )
+    names = ("plan, no disk", "plan, memory", "plan, disk", "adopt, ask")
+    print(f"{'ms':10}{'chunks':>8}" + "".join(f"{name:>15}" for name in names))
     for name in ("documents", "cdc"):
         with tempfile.TemporaryDirectory(prefix="lmc-request-") as folder:
             disk = Disk(Path(folder) / "kv", 8 << 30, layout=LAYOUT)

@@ -289,12 +289,12 @@ def _find(
             continue
         content = ids[piece.start : piece.end].tobytes()
         key = chunk_key(namespace, tokens[piece.start : piece.end])
-        known = stored.variants(key, content, context)
+        chained = reached >= piece.start
+        known = stored.variants(key, content, context, chained)
         exact = [r for r in known if exact_in(r, context)]
         if exact:
             found = Segment(piece.start, piece.end, "exact", exact[0], piece.start)
-        # Tiers are asked where they may well have one: behind what they, or memory, have.
-        elif tail := stored.tail(context, content, ask=reached >= piece.start):
+        elif tail := stored.tail(context, content, chained):
             found = Segment(piece.start, piece.start + tail.T, "exact", tail, piece.start)
         elif known and moves:
             record = _best_variant(known, before, piece.start)

@@ -32,28 +32,30 @@ class Known:
     def __init__(self, index: Index, namespace: bytes, tiers: Sequence[Behind] = ()) -> None:
         self._index, self._namespace, self._tiers = index, namespace, tiers
 
-    def variants(self, key: bytes, tokens: bytes, context: bytes) -> list[Record]:
+    def variants(
+        self, key: bytes, tokens: bytes, context: bytes, chained: bool = True
+    ) -> list[Record]:
         """Variants of the content `tokens`, the latest first; all that memory has, or more.
 
-        Tiers are asked as long as nothing is exact in `context`.
+        Tiers are asked as long as nothing is known, or nothing that is exact in `context`.
+
+        Args:
+            chained: whether all before it is exact or the engine's own. Else a tier is not asked
+                for an exact one beside what memory has: it would have had those before it too.
         """
         known = [r for r in self._index.variants(key) if r.tokens == tokens]
         for tier in self._tiers:
-            if any(exact_in(r, context) for r in known):
+            if known and (not chained or any(exact_in(r, context) for r in known)):
                 break
             held = {r.id for r in known}
             found = reversed(tier.find(self._namespace, key))
             known += [r for r in found if r.tokens == tokens and r.id not in held]
         return known
 
-    def tail(self, context: bytes, content: bytes, ask: bool = True) -> Record | None:
-        """The tail behind `context` that `content` starts with; the longest there is.
-
-        Args:
-            ask: the tiers, too.
-        """
+    def tail(self, context: bytes, content: bytes, chained: bool = True) -> Record | None:
+        """The tail behind `context` that `content` starts with; the longest there is."""
         tails = [self._index.tail(self._namespace, context)]
-        if ask:
+        if chained:
             tails += [tier.tail(self._namespace, context) for tier in self._tiers]
         fits = [t for t in tails if t is not None and content.startswith(t.tokens)]
         return max(fits, key=lambda t: t.T, default=None)
