@@ -25,7 +25,7 @@ def test_defines_nothing_and_holds_no_outputs(path: Path) -> None:
         assert cell.outputs == []
         if cell.source.startswith("%%writefile"):
             continue  # a file of the user's, shown where it is written
-        python = "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
+        python = "\n".join(line for line in cell.source.splitlines() if line[:1] not in ("%", "!"))
         for node in ast.walk(ast.parse(python)):
             assert not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda), cell.source
 
@@ -39,6 +39,7 @@ def test_defines_nothing_and_holds_no_outputs(path: Path) -> None:
             ("hit_rates", 5, ()),
             ("ttft", 3, pytest.mark.engine),
             ("strategies", 3, ()),
+            ("store", 1, ()),
         )
     ],
 )
@@ -57,4 +58,4 @@ def test_runs_from_top_to_bottom(path: Path, figures: int, tmp_path: Path) -> No
 
 
 def test_every_notebook_is_run() -> None:
-    assert {path.stem for path in NOTEBOOKS} == {"hit_rates", "ttft", "strategies"}
+    assert {path.stem for path in NOTEBOOKS} == {"hit_rates", "ttft", "strategies", "store"}

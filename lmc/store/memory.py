@@ -69,13 +69,7 @@ class HostMemory:
         with self._lock:
             if slot in self._held:
                 raise ValueError(f"slot {slot} is held already")
-            runs = self._extents.take(T)
-            if runs is None:
-                self.counts["no_room"] += 1
-                return None
-            parts = [self._part(start, end) for start, end in runs]
-            self._held[slot] = _Held(runs, parts)
-            return parts
+            return self._take(slot, T)
 
     def publish(self, slot: int) -> None:
         """From now on the slot may be read."""
@@ -108,15 +102,15 @@ class HostMemory:
     def put(self, items: Sequence[tuple[Record, Sequence[Rows]]]) -> list[bool]:
         done = []
         for record, rows in items:
-            if record.slot in self._held:
-                self.counts["known"] += 1
-                done.append(False)
-                continue
-            parts = self.reserve(record.slot, record.T)
+            with self._lock:
+                known = record.slot in self._held
+                if known:
+                    self.counts["known"] += 1
+                parts = None if known else self._take(record.slot, record.T)
             if parts is not None:
                 try:
                     copy_rows(rows, [rows_of(part) for part in parts])
-                except ValueError:
+                except Exception:
                     self.release(record.slot)
                     raise
                 self.publish(record.slot)
@@ -136,12 +130,18 @@ class HostMemory:
         rows = [rows_of(part) for part in parts]
         if into is not None:
             copy_rows(rows, into)
+            if self.parts(record.slot) is not parts:  # evicted meanwhile: its room may be another's
+                return None
         arrived(self.layout.L)
         return rows if into is None else into
 
     def evict(self, records: Sequence[Record]) -> None:
-        for record in records:
-            self.release(record.slot)
+        with self._lock:
+            for record in records:
+                held = self._held.get(record.slot)
+                # A put that has not ended writes there still.
+                if held is not None and held.published:
+                    self._extents.give(self._held.pop(record.slot).runs)
 
     def close(self) -> None:
         with self._lock:
@@ -149,6 +149,16 @@ class HostMemory:
             self._extents = Extents(0)
             self._tokens = 0
             self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def _take(self, slot: int, T: int) -> list[torch.Tensor] | None:
+        """Room for a slot that has none; the lock is held."""
+        runs = self._extents.take(T)
+        if runs is None:
+            self.counts["no_room"] += 1
+            return None
+        parts = [self._part(start, end) for start, end in runs]
+        self._held[slot] = _Held(runs, parts)
+        return parts
 
     def _part(self, start: int, end: int) -> torch.Tensor:
         size = self.layout.bytes_per_token

@@ -1,3 +1,8 @@
+import sys
+import threading
+import time
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -69,8 +74,14 @@ def test_days_of_churn_leave_no_fragments() -> None:
     memory = HostMemory(LAYOUT, capacity=2000 * 128)
     held: dict[int, int] = {}
     parts_seen = []
+
+    def check(slot: int, T: int) -> None:
+        kept = memory.parts(slot)
+        assert kept is not None and sum(part.shape[2] for part in kept) == T
+        assert all(bool((part == float(slot)).all()) for part in kept)
+
     for slot in range(20_000):
-        T = int(rng.integers(1, 300))
+        T = int(rng.integers(1, 301))
         free = memory.capacity - memory.size
         parts = memory.reserve(slot, T)
         assert (parts is not None) == (free >= T * 128)
@@ -82,14 +93,65 @@ def test_days_of_churn_leave_no_fragments() -> None:
             parts_seen.append(len(parts))
         while memory.capacity - memory.size < 128 * int(rng.integers(0, 400)) and held:
             gone = list(held)[int(rng.integers(len(held)))]
+            check(gone, held.pop(gone))
             memory.release(gone)
-            del held[gone]
     for slot, T in held.items():
-        kept = memory.parts(slot)
-        assert kept is not None and sum(part.shape[2] for part in kept) == T
-        assert all(bool((part == float(slot)).all()) for part in kept)
-    # A launch a part: few, though nothing is ever moved to make room.
-    assert np.mean(parts_seen) < 3
+        check(slot, T)
+    # A launch a part: few, though nothing is moved to make room, and no more as time goes on.
+    # 2.0 to 2.1 in either half over 8 seeds, with 91% of the pool taken on average.
+    first, last = np.array_split(parts_seen, 2)
+    assert max(first.mean(), last.mean()) < 2.5
+
+
+def test_threads_that_put_get_and_evict_see_whole_chunks() -> None:
+    """Room for half of the chunks, so that what one lets go of is at once another's."""
+    memory = HostMemory(LAYOUT, capacity=3000 * 128)
+    records = [record(slot, 700 + slot) for slot in range(8)]
+    chunks = [np.full((2, 2, r.T, 32), r.slot, np.uint8) for r in records]
+    until = time.monotonic() + 1.0
+    seen: Counter[str] = Counter()
+    errors: list[Exception] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            while time.monotonic() < until:
+                i = int(rng.integers(len(records)))
+                if rng.random() < 0.3:
+                    memory.evict([records[i]])
+                elif rng.random() < 0.5:
+                    memory.put([(records[i], [chunks[i]])])
+                else:
+                    into = np.empty_like(chunks[i])
+                    if memory.get(records[i], [into]) is not None:
+                        seen["right" if np.array_equal(into, chunks[i]) else "wrong"] += 1
+        except Exception as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert seen["right"] and not seen["wrong"]
+    for r, chunk in zip(records, chunks, strict=True):
+        rows = memory.get(r)
+        assert rows is None or np.array_equal(np.concatenate(rows, axis=2), chunk)
+    memory.evict(records)
+    assert memory.size == 0
+
+
+def test_a_put_of_other_rows_leaves_nothing() -> None:
+    memory = HostMemory(LAYOUT, capacity=1024)
+    with pytest.raises(ValueError, match="got rows"):
+        memory.put([(record(1, 4), [np.zeros((2, 2, 3, 32), np.uint8)])])
+    assert memory.size == 0 and memory.contains([record(1, 4)]) == [False]
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
