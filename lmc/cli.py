@@ -15,6 +15,7 @@ from lmc.sim.commands.fit import fit
 from lmc.sim.commands.reuse import reuse
 from lmc.sim.commands.sim import sim
 from lmc.sim.commands.trace import trace_app
+from lmc.store.command import store_app
 
 app = typer.Typer(
     help="Reuse of KV cache at any position of a prompt.",
@@ -26,6 +27,7 @@ model_app = typer.Typer(help="Models that come without a hub.", no_args_is_help=
 app.add_typer(model_app, name="model")
 app.add_typer(trace_app, name="trace")
 app.add_typer(workload_app, name="workload")
+app.add_typer(store_app, name="store")
 for command in (calibrate, sim, reuse, fit, kernels):
     app.command()(command)
 

@@ -23,6 +23,7 @@ from lmc.store.compress import CODECS
 from lmc.store.disk import header as fmt
 from lmc.store.disk.header import Header
 from lmc.store.record import Origin, Record
+from lmc.store.tier import Rows
 
 FORMAT = {"format": "lmc-chunks", "version": "1"}
 MOST_HEADER = 100_000_000  # of safetensors' own readers
@@ -31,7 +32,7 @@ _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Facts(BaseModel):
-    """What the metadata say of one tensor; digests in hex."""
+    """What the metadata say of one tensor; digests in hex, that in `xxh3_128` of all of it."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     namespace: _Digest
@@ -71,6 +72,12 @@ class Item:
     S: int
     at: int
 
+    def check(self, rows: Rows) -> None:
+        """Raise ValueError unless these are the bytes that were exported, with these facts."""
+        if _seal(self.facts, self.layout, self.S, fmt.digest_of(rows)) != self.facts.xxh3_128:
+            name = fmt.shard_id(self.record, self.facts.shard, self.facts.shards).hex()
+            raise ValueError(f"tensor {name!r}: it does not match its digest")
+
     @property
     def rank(self) -> tuple[int, int]:
         """Of how many ranks, and which."""
@@ -83,11 +90,11 @@ class Item:
         return (self.layout.L, self.S, self.record.T, R)
 
 
-def header_of(records: Sequence[tuple[Header, str]], size: int = 0) -> bytes:
+def header_of(records: Sequence[tuple[Header, bytes]], size: int = 0) -> bytes:
     """The file up to its tensors, filled with spaces up to `size` bytes.
 
     records: in the order of the tensors; the headers they have in their store, and XXH3-128 of the
-        decoded KV in hex.
+        decoded KV.
     """
     metadata = dict(FORMAT)
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -110,8 +117,9 @@ def header_of(records: Sequence[tuple[Header, str]], size: int = 0) -> bytes:
             created=stored.created,
             error=stored.error,
             label=stored.label,
-            xxh3_128=digest,
+            xxh3_128="0" * 32,
         )
+        facts.xxh3_128 = _seal(facts, layout, stored.S, digest)
         metadata[name] = facts.model_dump_json()
         header[name] = {
             "dtype": _DTYPES[layout.dtype],
@@ -122,6 +130,13 @@ def header_of(records: Sequence[tuple[Header, str]], size: int = 0) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     size = max(size, 8 + len(text) + -len(text) % 8)
     return (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
+
+
+def _seal(facts: Facts, layout: KVLayout, S: int, digest: bytes) -> str:
+    """XXH3-128, in hex, of what the file says of a tensor and of the KV's own digest."""
+    told = facts.model_dump(exclude={"xxh3_128"})
+    text = json.dumps([told, layout.dtype, layout.L, S, layout.G, layout.D], sort_keys=True)
+    return fmt.digest_of(digest + text.encode()).hex()
 
 
 def items_of(file: BinaryIO, size: int) -> list[Item]:

@@ -15,7 +15,7 @@ from lmc.errors import errors_in_one_line
 from lmc.sim.commands.output import print_json
 from lmc.sizes import parse_bytes
 from lmc.store import tables
-from lmc.store.tables import AGES, size
+from lmc.store.tables import AGES, count, size
 
 if TYPE_CHECKING:
     from lmc.store.disk.folder import Folder
@@ -65,7 +65,7 @@ def ls(
     as_json: AsJson = False,
 ) -> None:
     """List what a store holds: by namespace (model and tenant), or record by record."""
-    with _opened(path, read_only=None) as folder:
+    with _opened(path) as folder:
         from lmc.store.inspect import entries, grouped
 
         found = entries(folder, namespace, origin)
@@ -88,7 +88,7 @@ def ls(
 @store_app.command()
 def stat(path: Store, as_json: AsJson = False) -> None:
     """Say how large a store is, how much of it is dead, how well it compresses, at what error."""
-    with _opened(path, read_only=None) as folder:
+    with _opened(path) as folder:
         from lmc.store.inspect import totals
 
         facts = totals(folder)
@@ -105,7 +105,7 @@ def stat(path: Store, as_json: AsJson = False) -> None:
 @store_app.command()
 def verify(path: Store, as_json: AsJson = False) -> None:
     """Read every record past the page cache. Exit code 1: some are damaged, and quarantined."""
-    with _opened(path, read_only=None) as folder:
+    with _opened(path) as folder:
         from dataclasses import asdict
 
         from lmc.store.inspect import LOST, opening
@@ -124,10 +124,11 @@ def verify(path: Store, as_json: AsJson = False) -> None:
                     f"{fault.id.hex()[:12]} in segment {fault.segment}: {fault.reason}{left}"
                 )
             quarantined = sum(fault.quarantined for fault in found.faults)
-            gone = f", {found.gone:,} evicted meanwhile" if found.gone else ""
             typer.echo(
-                f"{found.records:,} records are sound ({size(found.bytes)}), "
-                f"{len(found.faults):,} damaged, {quarantined:,} of them quarantined{gone}"
+                f"{count(found.records, 'sound record')} ({size(found.bytes)}), "
+                f"{len(found.faults):,} damaged"
+                + (f", {quarantined:,} of them quarantined" if found.faults else "")
+                + (f", {found.gone:,} evicted meanwhile" if found.gone else "")
             )
         _warn(path, folder, sum(fault.reason == "index" for fault in found.faults))
         if found.faults or any(kind in met for kind in LOST):
@@ -157,7 +158,7 @@ def gc(
     ] = False,
 ) -> None:
     """Give back the space of what is dead; before that, forget what all options together name."""
-    with _opened(path, read_only=False) as folder:
+    with _opened(path, to_write=True) as folder:
         from lmc.store.inspect import entries
         from lmc.store.upkeep import compact, forget, forget_quarantined, to_forget
 
@@ -173,7 +174,9 @@ def gc(
         known = forget_quarantined(folder) if quarantined else 0
         compact(folder)
         after = _file_bytes(folder)
-        what = f"{forgotten:,} records forgotten" + (f", {known:,} quarantined" if known else "")
+        what = f"{count(forgotten, 'record')} forgotten" + (
+            f", {known:,} quarantined" if known else ""
+        )
         typer.echo(
             f"{what}; {size(before)} before, {size(after)} after, {size(before - after)} given back"
         )
@@ -190,12 +193,12 @@ def export_(
     ] = None,
 ) -> None:
     """Write chunks, decoded, to a safetensors file. Exit code 1: damaged ones were left out."""
-    with _opened(path, read_only=None) as folder:
+    with _opened(path) as folder:
         from lmc.store.transfer import export_chunks
 
         limit = None if limit_bytes is None else parse_bytes(limit_bytes)
         found = export_chunks(folder, out, namespace, limit)
-        typer.echo(f"{out}: {found.records:,} records, {size(found.bytes)} of KV")
+        typer.echo(f"{out}: {count(found.records, 'record')}, {size(found.bytes)} of KV")
         if found.gone:
             typer.echo(f"{found.gone:,} were evicted meanwhile", err=True)
         _warn(path, folder)
@@ -224,7 +227,7 @@ def import_(
 
         found = import_chunks(path, source, parse_bytes(capacity))
         known = f"; {found.known:,} add nothing to what is there" if found.known else ""
-        typer.echo(f"{path}: {found.records:,} records, {size(found.bytes)} of KV{known}")
+        typer.echo(f"{path}: {count(found.records, 'record')}, {size(found.bytes)} of KV{known}")
         if found.failed:
             kinds = ", ".join(f"{n:,} {kind}" for kind, n in found.failed.items())
             typer.secho(f"not put: {kinds}", fg=typer.colors.RED, err=True)
@@ -232,7 +235,7 @@ def import_(
 
 
 @contextmanager
-def _opened(path: Path, read_only: bool | None) -> Iterator[Folder]:
+def _opened(path: Path, to_write: bool = False) -> Iterator[Folder]:
     """The store in `path`, and what goes wrong with it in one line."""
     with errors_in_one_line():
         import lmdb
@@ -240,7 +243,7 @@ def _opened(path: Path, read_only: bool | None) -> Iterator[Folder]:
         from lmc.store.disk.header import HeaderError
         from lmc.store.inspect import existing
 
-        folder = existing(path, read_only)
+        folder = existing(path, to_write)
         try:
             yield folder
         except (lmdb.Error, HeaderError) as e:
@@ -260,15 +263,15 @@ def _warn(path: Path, folder: Folder, index_faults: int = 0) -> None:
     lines = []
     if met:
         kinds = {
-            "records_torn": "records that a crash, or somebody, cut short",
-            "headers_unreadable": "places where no header can be read",
-            "segments_unreadable": "files that cannot be read",
+            "records_torn": "torn record",
+            "headers_unreadable": "unreadable header",
+            "segments_unreadable": "unreadable file",
         }
-        left = [f"{met[kind]:,} {what}" for kind, what in kinds.items() if kind in met]
+        left = [count(met[kind], what) for kind, what in kinds.items() if kind in met]
         without = f", without {', '.join(left)}" if left else ""
         lines.append(f"the index was made again from the segment files{without}")
     if index_faults := index_faults + folder.counts["index_entries_damaged"]:
-        lines.append(f"{index_faults:,} entries of the index are damaged: {_REMEDY}")
+        lines.append(f"{count(index_faults, 'index fault')}: {_REMEDY}")
     for line in lines:
         typer.secho(line.format(path=path), fg=typer.colors.YELLOW, err=True)
 

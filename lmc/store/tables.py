@@ -13,10 +13,15 @@ AGES = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def show(table: Table) -> None:
-    """Print a table."""
+    """Print a table: as wide as the terminal, and not cut at 80 columns where there is none."""
+    import sys
+
     from rich.console import Console
 
-    Console().print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if console.width >= 100:
+        table.padding = (0, 1, 0, 0)
+    console.print(table)
 
 
 def _table(names: str, right: str) -> Table:
@@ -24,10 +29,10 @@ def _table(names: str, right: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
     for name in names.split(","):
-        table.add_column(name, overflow="fold")
-    for name in right.split(","):
+        table.add_column(name, overflow="fold", no_wrap=name in ("id", "namespace"), min_width=8)
+    for name in right.split(",") if right else ():
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
@@ -35,28 +40,35 @@ def _table(names: str, right: str) -> Table:
 def groups(rows: list[dict[str, Any]]) -> Table:
     """Rows of `inspect.grouped`."""
     names = [name for name in ("namespace", "label", "origin") if name in rows[0]]
-    table = _table(",".join(names), "chunks,tokens,KV,on disk,oldest,newest,hits")
+    table = _table(",".join(names), "chunks,tokens,KV,on disk,age,hits")
+    above: list[str] = []
     for row in rows:
+        group = [
+            _plain(row[name][:12] if name == "namespace" else row[name]) for name in names[:-1]
+        ]
         table.add_row(
-            *(_shown(name, row[name]) for name in names),
+            *(group if group != above else [""] * len(group)),  # said once
+            row["origin"],
             f"{row['chunks']:,}",
             f"{row['tokens']:,}",
             size(row["bytes"]),
             size(row["stored_bytes"]),
-            age(row["oldest"]),
-            age(row["newest"]),
+            " - ".join(dict.fromkeys((age(row["newest"]), age(row["oldest"])))),
             f"{row['hits']:,}",
         )
+        above = group
     return table
 
 
 def records(rows: list[dict[str, Any]]) -> Table:
     """Rows of `Entry.facts`."""
-    names = ("id", "namespace", "origin", "codec")
-    table = _table(",".join(names), "tokens,start,on disk,stored,read,hits,rank")
+    ranks = any(row["shards"] > 1 for row in rows)
+    right = "tokens,start,on disk,age,read,hits" + (",rank" if ranks else "")
+    table = _table("id,namespace,origin,codec", right)
     for row in rows:
         table.add_row(
-            *(_shown(name, row[name]) for name in names[:2]),
+            row["id"][:12],
+            row["namespace"][:12],
             row["origin"] + (" tail" if row["tail"] else ""),
             row["codec"],
             f"{row['tokens']:,}",
@@ -65,7 +77,7 @@ def records(rows: list[dict[str, Any]]) -> Table:
             age(row["created"]),
             age(row["last_read"]),
             f"{row['hits']:,}",
-            f"{row['shard']}/{row['shards']}",
+            *([f"{row['shard']} of {row['shards']}"] if ranks else []),
         )
     return table
 
@@ -75,7 +87,7 @@ def summary(path: Path, facts: dict[str, Any]) -> Table:
     from rich.text import Text
 
     table = _table("store", "")
-    table.columns[1].header = Text(str(path))
+    table.add_column(Text(str(path)))
     sizes = {
         "format": str(facts["format"]),
         "records": f"{facts['records']:,}",
@@ -114,23 +126,26 @@ def layouts(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _shown(name: str, value: str) -> str:
-    """Digests cut short; of a label, which a file says, nothing that a terminal would obey."""
-    if name in ("id", "namespace"):
-        return value[:12]
+def _plain(label: str) -> str:
+    """Of a label, which is a file's, nothing that a terminal would obey."""
     from rich.markup import escape
 
-    return escape("".join(c if c.isprintable() else "?" for c in value)) or "-"
+    return escape("".join(c if c.isprintable() else "?" for c in label)) or "-"
+
+
+def count(n: int, what: str) -> str:
+    """1, "record" -> 1 record; 2 -> 2 records."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 def size(nbytes: int) -> str:
     """1536 -> 1.5 KiB."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:,.1f} {unit}" if unit != "B" else f"{nbytes} B"
-        value /= 1024
-    return f"{value:,.1f} TiB"
+    value, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1000:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:,.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
 
 
 def age(moment: float | None) -> str:

@@ -181,6 +181,12 @@ def persist(session: Session) -> dict[str, Any]:
     return results
 
 
+def persist_elsewhere(session: Session) -> None:
+    """Documents that are stored by workers in processes of their own."""
+    session.warm()
+    session.llm.collective_rpc("finish_saves")
+
+
 def restarted(session: Session) -> dict[str, Any]:
     """What a new engine on the same folder answers."""
     parts = prompt(2, 0, 3)

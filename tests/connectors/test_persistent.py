@@ -116,3 +116,15 @@ def test_write_back_and_compression(tiny_llama_dir: Path, stored: Any, tmp_path:
     # Codes of 8 bits: near what was stored, and not the same.
     assert np.abs(got["epic"].logprobs[0] - stored["epic"].logprobs[0]) < 0.5
     assert got["full_reuse"].logprobs.tolist() != stored["full_reuse"].logprobs.tolist()
+
+
+@pytest.mark.slow
+def test_ranks_store_their_heads_each(tiny_llama_dir: Path, stored: Any, tmp_path: Path) -> None:
+    lmc = disk(tmp_path / "kv")
+    for name in ("persist_elsewhere", "restarted_elsewhere"):
+        got = run_scenario(
+            name, tiny_llama_dir, tmp_path, separate_worker=True, lmc=lmc, tensor_parallel_size=2
+        )
+    same(got["epic"], stored["epic"])
+    # A rank's bytes: half of the heads.
+    assert got["epic"].report["bytes"] == {"host": 0, "disk": 250 * 1536 // 2}

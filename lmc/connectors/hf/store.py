@@ -17,8 +17,7 @@ from lmc.blend.strategy import Strategy
 from lmc.chunk import Piece, chunk_key
 from lmc.connectors.hf.model import HFModel
 from lmc.layout import KVLayout
-from lmc.store import Record
-from lmc.store.store import Store
+from lmc.store import Record, Store
 
 QUERIES = 256  # rows whose attention is looked at together, so that it fits into memory
 
@@ -128,7 +127,8 @@ class HFStore:
     def _brought(self, ids: np.ndarray, pieces: Sequence[Piece], strategy: Strategy) -> Plan:
         """A plan whose chunks are all in host memory."""
         index = self.store.index
-        for tiers in (self.store.tiers, []):
+        nothing: list[Any] = []
+        for tiers in (self.store.tiers, nothing):
             while True:
                 plan = make_plan(
                     ids, pieces, index, self.namespace, strategy,

@@ -216,6 +216,9 @@ class Change:
         self._txn.delete(id, db=self._db["quarantined"])
         if record.tail:
             key = _tail(record.namespace, record.context, header.shard, header.shards)
+            # A crash may have kept the one before from being marked as dead.
+            if (before := self._txn.get(key, db=self._db["tails"])) is not None:
+                self.remove(before)
             self._txn.put(key, id, db=self._db["tails"])
         else:
             key = _key(record.key, header.shard, header.shards)

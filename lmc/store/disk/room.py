@@ -12,6 +12,7 @@ from lmc.policies import Item, Policy, build_policy
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import SegmentUse, Use
 from lmc.store.disk.encode import Place
+from lmc.store.disk.faults import NoRoomError, kind_of
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import HeaderError
 from lmc.store.disk.read import Damaged, verify
@@ -21,10 +22,6 @@ from lmc.store.disk.read import Damaged, verify
 OCCUPANCY = 0.85
 SEGMENTS = 16  # of a full folder, at least
 LARGEST_SEGMENT = 256 << 20
-
-
-class NoRoomError(OSError):
-    """What may go does not make enough room."""
 
 
 class Room:
@@ -144,7 +141,7 @@ class Room:
                 verify(self._folder.segments, located, header)
             except (Damaged, EOFError, FileNotFoundError) as e:
                 self._counts["damaged:payload"] += 1
-                self.quarantine(id, str(e))
+                self.quarantine(id, kind_of(e))
                 continue
             moved.append((located, header))
         others = {n: use for n, use in self._folder.catalog.segments().items() if n != number}

@@ -18,15 +18,13 @@ from lmc.store import compress
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located
 from lmc.store.disk.encode import Encoded, Encoder, write_records
+from lmc.store.disk.faults import FAULTS, kind_of
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import Header, HeaderError
 from lmc.store.disk.read import Damaged, Known, known, read_rows
-from lmc.store.disk.room import NoRoomError, Room
+from lmc.store.disk.room import Room
 from lmc.store.record import Record, superseded
 from lmc.store.tier import Rows
-
-# What a failing disk, a full one or a damaged index raise.
-FAULTS = (OSError, EOFError, lmdb.Error, HeaderError)
 
 
 class Disk:
@@ -238,6 +236,10 @@ class Disk:
         if self._encode is None:
             raise ValueError("a disk tier that was opened without a layout takes no puts")
         held = self.contains([record for record, _ in items])
+        seen: set[object] = set()
+        for i, (record, _) in enumerate(items):
+            held[i] = held[i] and _content(record) not in seen  # or else one before may replace it
+            seen.add(_content(record))
         self.counts["known"] += sum(held)
         new = [self._encode(*item) for item, known in zip(items, held, strict=True) if not known]
         done = iter(self.put_encoded(new))
@@ -263,15 +265,20 @@ class Disk:
         return done
 
     def _groups(self, encoded: Sequence[Encoded]) -> list[dict[int, Encoded]]:
-        """What is written and synced together, by index: no more than there can be room for."""
+        """What is written and synced together, by index: no more than there can be room for.
+
+        Of one content there is one in each, since what it replaces is known when it is its turn.
+        """
         groups: list[dict[int, Encoded]] = []
-        size = 0
+        size, seen = 0, set[object]()
         for i, e in enumerate(encoded):
             size += e.header.record_bytes
-            if not groups or size > self.room.limit // 4:
+            content = _content(e.header.record)
+            if not groups or size > self.room.limit // 4 or content in seen:
                 groups.append({})
-                size = e.header.record_bytes
+                size, seen = e.header.record_bytes, set()
             groups[-1][i] = e
+            seen.add(content)
         return groups
 
     def _write(self, encoded: Mapping[int, Encoded]) -> list[int]:
@@ -281,7 +288,7 @@ class Disk:
         chosen: dict[bytes, int] = {}
         for i, e in encoded.items():
             replaced = self._replaced(e.header)
-            if replaced is None or e.header.id in chosen:
+            if replaced is None:
                 self.counts["known"] += 1
             elif e.header.record_bytes > self.room.limit:
                 self.counts["no_room"] += 1
@@ -351,22 +358,6 @@ class Disk:
         self.folder.close()
 
 
-def kind_of(fault: Exception) -> str:
-    """A short word for what went wrong, to count by."""
-    if isinstance(fault, Damaged):
-        return str(fault)
-    if isinstance(fault, HeaderError):
-        return "index"
-    if isinstance(fault, EOFError):
-        return "truncated"
-    if isinstance(fault, FileNotFoundError):
-        return "missing"
-    if isinstance(fault, NoRoomError):
-        return "no_room"
-    if isinstance(fault, TimeoutError):
-        return "timeout"
-    if isinstance(fault, PermissionError) or getattr(fault, "errno", None) == errno.EROFS:
-        return "read_only"
-    if getattr(fault, "errno", None) == errno.ENOSPC or isinstance(fault, lmdb.DiskError):
-        return "disk_full"
-    return "index" if isinstance(fault, lmdb.Error) else "io_error"
+def _content(record: Record) -> object:
+    """What is equal of records that may replace each other."""
+    return (record.namespace, record.context) if record.tail else record.key

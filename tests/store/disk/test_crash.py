@@ -1,0 +1,250 @@
+"""kill -9 of a writer at a random moment, again and again; and in which order it calls the kernel.
+
+A process that dies leaves what it wrote in the page cache. That acknowledged puts also outlive a
+loss of power is shown by the order of system calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.store.disk.chunks import (
+    Spec,
+    held,
+    hold,
+    leaked,
+    live_bytes,
+    opened,
+    random_spec,
+    right,
+    served,
+)
+
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of a folder and those who use it.
+
+    Attributes:
+        contents: of chunks; 40 fit with all their variants, 400 do not.
+        reader: another process has the folder open, so that nobody makes the index again.
+    """
+
+    capacity: int
+    contents: int
+    compression: str
+    reader: bool
+
+    @property
+    def roomy(self) -> bool:
+        """Whether nothing must ever be evicted; space must be compacted all the same."""
+        return self.contents == 40
+
+
+SETTINGS = [
+    Setting(8 << 20, 40, "none", reader=False),
+    Setting(1 << 20, 400, "none", reader=False),
+    Setting(8 << 20, 40, "zstd", reader=True),
+    Setting(1 << 20, 400, "none", reader=True),
+]
+
+
+@dataclass
+class Totals:
+    """Of all rounds."""
+
+    rounds: int = 0
+    acknowledged: int = 0
+    lost: int = 0
+    torn: int = 0
+    leaked: int = 0
+    compacted: int = 0
+    rebuilt: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"crash: {self.rounds} rounds, {self.acknowledged} acknowledged, {self.lost} lost, "
+            f"{self.torn} torn, {self.leaked} leaked bytes"
+        )
+
+
+def forked(work: Callable[[int], None]) -> tuple[int, int]:
+    """A child at `work(pipe)`: its process id, and the end of the pipe that reads."""
+    out, into = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(out)
+            work(into)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    os.close(into)
+    return pid, out
+
+
+def write(folder: Path, setting: Setting, seed: int, pipe: int) -> None:
+    """Say what is about to be put, put it, and say for each whether it is acknowledged."""
+    rng = random.Random(seed)
+    disk = opened(folder, setting.capacity, compression=setting.compression)
+    while True:
+        batch = [random_spec(rng, setting.contents) for _ in range(rng.randrange(1, 6))]
+        os.write(pipe, json.dumps([astuple(spec) for spec in batch]).encode() + b"\n")
+        done = disk.put([spec.item() for spec in batch])
+        os.write(pipe, json.dumps(done).encode() + b"\n")
+        if sum(done):
+            disk.get(batch[0].record())
+
+
+def reopen(folder: Path, setting: Setting) -> None:
+    """Open the folder, which makes the index again, and wait for the end."""
+    disk = opened(folder, setting.capacity)
+    time.sleep(1)
+    disk.close()
+
+
+def read(folder: Path, setting: Setting, pipe: int) -> None:
+    """Get whatever the folder has, all the time, and count what is wrong."""
+    disk = opened(folder, setting.capacity)
+    os.write(pipe, b"ready\n")
+    wrong, stop = 0, False
+
+    def told(signum: int, frame: object) -> None:
+        nonlocal stop
+        stop = True
+
+    signal.signal(signal.SIGTERM, told)
+    while not stop:
+        for spec in list(held(disk).values())[::7]:
+            wrong += served(disk, spec) is False
+        time.sleep(0.01)
+    disk.close()
+    os.write(pipe, b"%d\n" % wrong)
+
+
+def killed(pid: int, out: int, after_s: float, acknowledged: bool) -> list[list]:
+    """Kill a child some time after its start, or after its first word; all that it said whole."""
+    if acknowledged:
+        select.select([out], [], [], 10)
+    time.sleep(after_s)
+    os.kill(pid, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    with open(out, "rb") as pipe:
+        lines = pipe.read().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def missing(known: dict[bytes, Spec], in_flight: list[Spec], now: dict[bytes, Spec]) -> int:
+    """How many records are not there: at least, over how many of those in flight may have been put.
+
+    What is put may take another's place.
+    """
+    least = len(known.keys() - now.keys())
+    for spec in in_flight:
+        hold(known, spec)
+        least = min(least, len(known.keys() - now.keys()))
+    return least
+
+
+def one_round(folder: Path, setting: Setting, rng: random.Random, totals: Totals) -> None:
+    disk = opened(folder, setting.capacity)
+    known = held(disk)
+    disk.close()
+    seed = rng.getrandbits(32)
+    child = forked(lambda pipe: write(folder, setting, seed, pipe))
+    said = killed(*child, rng.random() * 0.06, rng.random() < 0.7)
+    if rng.random() < 0.3:
+        again = forked(lambda pipe: reopen(folder, setting))
+        killed(*again, rng.random() * 0.02, False)
+
+    batches = [[Spec(*fields) for fields in batch] for batch in said[::2]]
+    for batch, done in zip(batches, said[1::2], strict=False):
+        for spec, acknowledged in zip(batch, done, strict=True):
+            added = hold(known, spec)
+            totals.acknowledged += acknowledged
+            if setting.roomy and added != acknowledged:
+                totals.faults.append(f"{spec}: {acknowledged}")
+    in_flight = batches[-1] if len(said) % 2 else []
+
+    disk = opened(folder, setting.capacity, compression=setting.compression)
+    now = held(disk)
+    if setting.roomy:
+        totals.lost += missing(known, in_flight, now)
+    for spec in now.values():
+        totals.torn += served(disk, spec) is False
+        into = [np.empty_like(spec.rows()[0])]
+        if disk.get(spec.record(), into) is None:
+            totals.lost += 1
+        else:
+            totals.torn += not right(into, spec)
+    if disk.size > setting.capacity:
+        totals.faults.append(f"{disk.size} bytes in {setting.capacity}")
+    totals.rebuilt += disk.counts["index_rebuilt"]
+
+    new = Spec(1000 + totals.rounds, 0, 30)
+    if disk.put([new.item()]) != [True] or served(disk, new) is not True:
+        totals.faults.append(f"{new}: not put, {disk.counts}")
+    if live_bytes(disk) > disk.room.limit:
+        totals.faults.append(f"{live_bytes(disk)} live bytes above the limit")
+    totals.leaked += leaked(disk)
+    totals.compacted += disk.counts["segments_compacted"]
+    disk.evict([new.record()])
+    disk.close()
+    totals.rounds += 1
+
+
+@contextlib.contextmanager
+def reader(folder: Path, setting: Setting, totals: Totals) -> Iterator[None]:
+    """Another process, that reads the folder from its first day."""
+    pid, out = forked(lambda pipe: read(folder, setting, pipe))
+    with open(out, "rb") as pipe:
+        assert pipe.readline() == b"ready\n"
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGTERM)
+            wrong = pipe.readline()
+            status = os.waitpid(pid, 0)[1]
+        if status != 0:
+            totals.faults.append(f"the reader ended with status {status}")
+        else:
+            totals.torn += int(wrong)
+
+
+@pytest.mark.parametrize("rounds", [20, pytest.param(500, marks=SLOW)])
+def test_a_killed_writer_loses_and_tears_nothing(
+    rounds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    totals, rng = Totals(), random.Random(rounds)
+    each = max(5, rounds // 12)
+    for first in range(0, rounds, each):
+        setting = SETTINGS[first // each % len(SETTINGS)]
+        folder = tmp_path / str(first)
+        with reader(folder, setting, totals) if setting.reader else contextlib.nullcontext():
+            for _ in range(first, min(rounds, first + each)):
+                one_round(folder, setting, rng, totals)
+        shutil.rmtree(folder)
+    with capsys.disabled():
+        print(f"\n{totals}")
+    assert totals.faults == []
+    assert (totals.rounds, totals.lost, totals.torn, totals.leaked) == (rounds, 0, 0, 0)
+    assert totals.acknowledged > rounds and totals.rebuilt > rounds / 4

@@ -1,0 +1,246 @@
+"""lmc store export and import: the same chunks come back, or the file is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmc.store.disk.header import namespace_digest
+from lmc.store.inspect import existing
+from lmc.store.transfer import export_chunks, import_chunks
+from tests.store.toys import (
+    BFLOAT,
+    CAPACITY,
+    FLOAT,
+    A,
+    B,
+    answer,
+    chunk,
+    contents,
+    fill,
+    flip,
+    invoke,
+    opened,
+    place,
+)  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    fill(tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_a_store_survives_export_and_import(store: Path, tmp_path: Path) -> None:
+    file, other = tmp_path / "x.safetensors", tmp_path / "other"
+    code, out, err = invoke("export", store, file)
+    assert (code, err) == (0, "")
+    assert "32 records" in out
+    assert file.stat().st_mode & 0o777 == 0o600
+    code, out, err = invoke("import", other, file)
+    assert (code, err) == (0, "")
+    assert "32 records" in out
+    assert contents(other) == contents(store)
+    assert answer("verify", other)["records"] == 32
+    # What an engine then asks for by its namespace, it gets.
+    record, (rows,) = chunk(3, FLOAT, A)
+    with opened(other, layout=FLOAT) as disk:
+        assert [found.context for found in disk.find(A, record.key)] == [record.context]
+        assert disk.find(B, record.key) == []
+        got = disk.get(record)
+        assert got is not None
+        assert np.array_equal(got[0], rows)
+    code, out, _ = invoke("import", other, file)
+    assert code == 0
+    assert "0 records, 0 B of KV; 32 add nothing to what is there" in out
+    assert contents(other) == contents(store)
+
+
+def test_safetensors_reads_what_is_exported(store: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors import safe_open
+
+    file = tmp_path / "x.safetensors"
+    assert invoke("export", store, file)[0] == 0
+    want = contents(store)
+    with safe_open(file, "pt") as f:
+        assert set(f.keys()) == want.keys()
+        for id in f.keys():  # noqa: SIM118 it is no mapping
+            tensor = f.get_tensor(id)
+            facts, kv = want[id]
+            layout = BFLOAT if facts["shards"] == 2 else FLOAT
+            assert (*tensor.shape,) == layout.shape(facts["tokens"])
+            assert tensor.dtype == getattr(torch, layout.dtype)
+            assert tensor.contiguous().view(torch.uint8).numpy().tobytes() == kv
+
+
+def test_export_of_one_namespace_and_of_the_latest(store: Path, tmp_path: Path) -> None:
+    a = namespace_digest(A).hex()
+    file, other = tmp_path / "x.safetensors", tmp_path / "other"
+    records = answer("ls", store, "--by", "none", "--namespace", a)
+    limit = sum(r["bytes"] for r in records[:3])
+    assert invoke("export", store, file, "--namespace", a[:8], "--limit-bytes", limit)[0] == 0
+    assert invoke("import", other, file)[0] == 0
+    assert contents(other).keys() == {r["id"] for r in records[:3]}
+    code, _, err = invoke("export", store, tmp_path / "y", "--limit-bytes", 1)
+    assert code == 2
+    assert "nothing is exported" in err
+    assert {p.name for p in tmp_path.iterdir()} == {"store", "other", "x.safetensors"}
+
+
+def test_export_leaves_out_what_is_damaged(store: Path, tmp_path: Path) -> None:
+    records = answer("ls", store, "--by", "none")
+    file, _, payload = place(store, records[9]["id"])
+    flip(file, payload + 5)
+    code, out, err = invoke("export", store, tmp_path / "x")
+    assert code == 1
+    assert "31 records" in out
+    assert "1 are damaged and were left out" in err
+    assert invoke("import", tmp_path / "other", tmp_path / "x")[0] == 0
+    assert contents(tmp_path / "other").keys() == {r["id"] for r in records} - {records[9]["id"]}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A file of three records, and what the store had."""
+    path = tmp_path_factory.mktemp("exported")
+    with opened(path / "store", layout=BFLOAT, label="toy") as disk:
+        assert all(disk.put([chunk(i, BFLOAT, A) for i in range(3)]))
+    folder = existing(path / "store")
+    assert export_chunks(folder, path / "x").records == 3
+    folder.close()
+    return path / "x", contents(path / "store")
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_a_damaged_file_is_refused_or_the_same(
+    exported: tuple[Path, dict], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    file, want = exported
+    good = file.read_bytes()
+    begin = 8 + int.from_bytes(good[:8], "little")
+    kind = data.draw(st.sampled_from(["header", "tensor", "cut", "longer"]))
+    at = data.draw(st.integers(begin if kind == "tensor" else 0, len(good) - 1))
+    if kind == "header":
+        at %= begin
+    bad = {
+        "cut": good[:at],
+        "longer": good + bytes(1 + at % 9),
+    }.get(kind) or good[:at] + bytes([good[at] ^ data.draw(st.integers(1, 255))]) + good[at + 1 :]
+    tmp_path = tmp_path_factory.mktemp("damaged")
+    (tmp_path / "x").write_bytes(bad)
+    try:
+        import_chunks(tmp_path / "store", tmp_path / "x", CAPACITY)
+    except ValueError:
+        assert not (tmp_path / "store").exists()
+        return
+    # A blank for another blank: JSON has four.
+    assert kind == "header"
+    assert chr(good[at]).isspace()
+    assert chr(bad[at]).isspace()
+    assert contents(tmp_path / "store") == want
+
+
+def rewritten(good: bytes, change: Callable[[dict, str], None]) -> bytes:
+    """A file with another header; `change` gets it and the name of its first tensor."""
+    length = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + length])
+    change(header, next(name for name in header if name != "__metadata__"))
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + good[8 + length :]
+
+
+def told(**changes: object) -> Callable[[dict, str], None]:
+    def change(header: dict, name: str) -> None:
+        facts = json.loads(header["__metadata__"][name])
+        header["__metadata__"][name] = json.dumps(facts | changes)
+
+    return change
+
+
+def shaped(**changes: object) -> Callable[[dict, str], None]:
+    return lambda header, name: header[name].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, n: h.pop("__metadata__"), "did not write"),
+        (lambda h, n: h["__metadata__"].update(version="2"), "want .*'version': '1'"),
+        (lambda h, n: h["__metadata__"].pop(n), "either the tensors or the metadata"),
+        (lambda h, n: h.pop(n), "either the tensors or the metadata"),
+        (lambda h, n: h["__metadata__"].update({n: "{}"}), "namespace: Field required"),
+        (lambda h, n: h["__metadata__"].update({n: 3}), "Invalid JSON"),
+        (told(tokens=[1, 2, 3]), "got 3 token ids"),
+        (told(tokens=[-1]), "tokens.0"),
+        (told(key="../../etc/passwd"), "key: String should match"),
+        (told(context="00"), "context: String should match"),
+        (told(context="0" * 64), "not the id"),
+        (told(start=1), "does not match its digest"),
+        (told(start=1 << 64), "start: "),
+        (told(origin="stolen"), "origin: "),
+        (told(shard=1), "shard 1 of 1"),
+        (told(created=float("inf")), "created: "),
+        (told(label="\u00fc" * 200), "label of more than 255 bytes"),
+        (told(more=1), "more: Extra inputs"),
+        (shaped(dtype="F32"), "bytes, want"),
+        (shaped(dtype="F8_E4M3"), "dtype: "),
+        (shaped(shape=[2, 2, 30, 32]), "shape: "),
+        (shaped(shape=[2, 2, 30, 32, 1]), "does not match its digest"),
+        (shaped(shape=[1 << 30, 2, 30, 1, 32]), "allowed: at most"),
+        (shaped(shape=[1, 4, 30, 1, 32]), "allowed: at most"),
+        (shaped(data_offsets=[0, 1 << 62]), "bytes, want"),
+        (shaped(data_offsets=[2, 2 * 2 * 30 * 32 * 2 + 2]), "got a tensor at"),
+    ],
+)
+def test_a_file_that_says_otherwise_is_refused(
+    exported: tuple[Path, dict],
+    tmp_path: Path,
+    change: Callable[[dict, str], None],
+    message: str,
+) -> None:
+    (tmp_path / "x").write_bytes(rewritten(exported[0].read_bytes(), change))
+    code, _, err = invoke("import", tmp_path / "store", tmp_path / "x")
+    assert code == 2
+    assert re.search(message, err)
+    assert len(err) < 500
+    assert err.count("\n") == 1
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"1234567", b"\xff" * 64, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{}",
+     (50_000).to_bytes(8, "little") + b"[" * 50_000],
+)  # fmt: skip
+def test_what_is_no_such_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x").write_bytes(data)
+    code, _, err = invoke("import", tmp_path / "store", tmp_path / "x")
+    assert code == 2
+    assert len(err) < 500
+    assert not (tmp_path / "store").exists()
+
+
+def test_import_evicts_nothing(store: Path, tmp_path: Path) -> None:
+    with opened(tmp_path / "new", layout=FLOAT) as disk:
+        assert all(disk.put([chunk(500 + i, FLOAT, A, origin="exact") for i in range(40)]))
+    before, more = contents(tmp_path / "new"), contents(store)
+    assert invoke("export", store, tmp_path / "x")[0] == 0
+    code, _, err = invoke("import", tmp_path / "new", tmp_path / "x", "--capacity", "1MiB")
+    assert code == 2
+    least = re.search(r"give at least ([0-9,]+)", err)
+    assert least is not None
+    assert contents(tmp_path / "new") == before
+    enough = least[1].replace(",", "")
+    assert invoke("import", tmp_path / "new", tmp_path / "x", "--capacity", enough)[0] == 0
+    after = contents(tmp_path / "new")
+    assert after.keys() == before.keys() | more.keys()
+    assert all(after[id] == before[id] for id in before)
