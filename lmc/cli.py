@@ -15,7 +15,7 @@ from lmc.sim.commands.fit import fit
 from lmc.sim.commands.reuse import reuse
 from lmc.sim.commands.sim import sim
 from lmc.sim.commands.trace import trace_app
-from lmc.store.command import store_app
+from lmc.store.commands.app import store_app
 
 app = typer.Typer(
     help="Reuse of KV cache at any position of a prompt.",

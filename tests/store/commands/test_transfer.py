@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmc.store.commands.inspect import existing
+from lmc.store.commands.transfer import export_chunks, import_chunks
 from lmc.store.disk.header import namespace_digest
-from lmc.store.inspect import existing
-from lmc.store.transfer import export_chunks, import_chunks
-from tests.store.toys import (
+from tests.store.commands.toys import (
     BFLOAT,
     CAPACITY,
     FLOAT,

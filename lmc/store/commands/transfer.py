@@ -13,7 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
-from lmc.store.chunk_file import MOST_HEADER, Item, header_of, items_of
+from lmc.store.commands.chunk_file import MOST_HEADER, Item, header_of, items_of
+from lmc.store.commands.inspect import Entry, entries, settled
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located
 from lmc.store.disk.encode import Encoded, Encoder
@@ -23,7 +24,6 @@ from lmc.store.disk.read import Damaged, known, read_rows
 from lmc.store.disk.room import OCCUPANCY
 from lmc.store.disk.segments import aligned
 from lmc.store.disk.tier import Disk
-from lmc.store.inspect import Entry, entries, settled
 from lmc.store.tier import Rows
 
 _BATCH_BYTES = 64 << 20

@@ -13,14 +13,26 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from lmc.store.command import Kind
+from lmc.store.commands.app import Kind
+from lmc.store.commands.inspect import existing
+from lmc.store.commands.tables import size
+from lmc.store.commands.upkeep import verify_all
 from lmc.store.disk.folder import FORMAT_FILE, Folder, _version_digest
 from lmc.store.disk.header import namespace_digest
-from lmc.store.inspect import existing
 from lmc.store.record import Origin
-from lmc.store.tables import size
-from lmc.store.upkeep import verify_all
-from tests.store.toys import FLOAT, A, B, answer, chunk, contents, fill, flip, invoke, opened, place
+from tests.store.commands.toys import (
+    FLOAT,
+    A,
+    B,
+    answer,
+    chunk,
+    contents,
+    fill,
+    flip,
+    invoke,
+    opened,
+    place,
+)
 
 
 @pytest.fixture
