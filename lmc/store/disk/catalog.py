@@ -87,12 +87,16 @@ class Catalog:
         if not read_only:
             self._env.reader_check()
         dups = {"keys"}
-        self._db: dict[str, Any] = {
-            name: self._env.open_db(
-                name.encode(), create=not read_only, dupsort=name in dups, dupfixed=name in dups
-            )
-            for name in _TABLES
-        }
+        try:
+            self._db: dict[str, Any] = {
+                name: self._env.open_db(
+                    name.encode(), create=not read_only, dupsort=name in dups, dupfixed=name in dups
+                )
+                for name in _TABLES
+            }
+        except BaseException:
+            self.close()  # or the next to open it would share what this one has left
+            raise
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -160,6 +164,17 @@ class Catalog:
         """Ids of records that failed to verify, and how."""
         with self._env.begin(db=self._db["quarantined"]) as txn:
             return {id: reason.decode() for id, reason in txn.cursor()}
+
+    def last_segment(self) -> int:
+        """The highest number that a segment ever had, or 0."""
+        with self._env.begin(db=self._db["meta"]) as txn:
+            return int.from_bytes(txn.get(b"segment", b""), "big")
+
+    def unreadable(self) -> set[int]:
+        """Segments that are there and could not be read when the index was made."""
+        with self._env.begin(db=self._db["meta"]) as txn:
+            numbers = txn.get(b"unreadable", b"")
+        return {int.from_bytes(numbers[i : i + 4], "big") for i in range(0, len(numbers), 4)}
 
     def next_seq(self) -> int:
         """The number of the next put."""
@@ -267,6 +282,12 @@ class Change:
         """A segment is there, and what follows `end` in it is nobody's."""
         self._segment(segment).end = end
 
+    def unreadable(self, segment: int) -> None:
+        """A segment is there that could not be read."""
+        numbers = self._txn.get(b"unreadable", b"", db=self._db["meta"])
+        numbers += segment.to_bytes(4, "big")
+        self._txn.put(b"unreadable", numbers, db=self._db["meta"])
+
     def drop_segment(self, segment: int) -> None:
         """A segment without live records is gone."""
         self._segments.pop(segment, None)
@@ -285,6 +306,9 @@ class Change:
         for number, use in self._segments.items():
             value = _SEGMENT.pack(use.end, use.live, use.records)
             self._txn.put(number.to_bytes(4, "big"), value, db=self._db["segments"])
+        last = max(self._segments, default=0).to_bytes(4, "big")
+        if last > self._txn.get(b"segment", b"", db=self._db["meta"]):
+            self._txn.put(b"segment", last, db=self._db["meta"])
         before = _SEQ.unpack(self._txn.get(b"seq", bytes(8), db=self._db["meta"]))[0]
         if self._seq > before:
             self._txn.put(b"seq", _SEQ.pack(self._seq), db=self._db["meta"])

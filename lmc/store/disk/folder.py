@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import lmdb
 import xxhash
 
 from lmc.store.disk import header as fmt
@@ -51,8 +52,10 @@ class Folder:
         damaged = _check_format(root, read_only)
         try:
             self._prepare(damaged)
-        except BaseException:
+        except BaseException as e:
             self._unlock()
+            if isinstance(e, lmdb.Error):
+                raise OSError(f"the index of {root} cannot be used or made: {e}") from e
             raise
 
     @contextlib.contextmanager
@@ -114,10 +117,10 @@ class Folder:
                 catalog.close()
             self.catalog = Catalog(index, read_only=True)
             return
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_folder(self.root)
+        _make_folder(self.root / "segments")
         if damaged:
             _write_format(self.root)
-        (self.root / "segments").mkdir(mode=0o700, exist_ok=True)
         for name in ("open.lock", "users.lock", "writer.lock"):
             self._locks[name] = os.open(self.root / name, os.O_RDWR | os.O_CREAT, 0o600)
         self.segments = Segments(self.root / "segments")
@@ -137,7 +140,11 @@ class Folder:
                     self.counts["index_rebuilt"] += 1
                 seal.wipe(index)
                 self.catalog = Catalog(index)
-                self._rebuild(self.catalog)
+                try:
+                    self._rebuild(self.catalog)
+                except BaseException:
+                    self.catalog.close()
+                    raise
             fcntl.flock(self._locks["users.lock"], fcntl.LOCK_SH)
         finally:
             fcntl.flock(self._locks["open.lock"], fcntl.LOCK_UN)
@@ -165,16 +172,21 @@ class Folder:
                         found[header.id] = header.seq
                         change.add(header, (number, at), data)
                     change.segment_ends(number, end)
-                if self.read_only:
-                    continue
+            except OSError:
+                # It stays, and the index is made again whenever it can be: the disk may recover.
+                self.counts["segments_unreadable"] += 1
+                with catalog.change() as change:
+                    change.unreadable(number)
+                continue
+            if self.read_only:
+                continue
+            with contextlib.suppress(OSError):  # then it is done when the index is made again
                 if end == 0:
                     with catalog.change() as change:
                         change.drop_segment(number)
                     self.segments.unlink(number)
                 elif self.segments.size(number) > end:
                     self.segments.truncate(number, end)
-            except OSError:
-                self.counts["segments_unreadable"] += 1
 
     def _records(self, number: int) -> Iterator[tuple[int, bytes]]:
         """Records of one segment that are whole as far as their headers tell, by offset.
@@ -262,7 +274,7 @@ def _check_format(root: Path, read_only: bool) -> bool:
                 "name a folder that is empty, missing or a store"
             ) from None
         return True
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, IsADirectoryError):
         return True
     if version > fmt.FORMAT:
         raise ValueError(
@@ -270,6 +282,15 @@ def _check_format(root: Path, read_only: bool) -> bool:
             f"(it reads up to {fmt.FORMAT}): use another folder, or a newer lmc"
         )
     return version != fmt.FORMAT
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder, and those it is in, whose names are durable."""
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
+    fsync_folder(path.parent)
 
 
 def _version_digest(version: int) -> str:
@@ -285,6 +306,8 @@ def _write_format(root: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+    if (root / FORMAT_FILE).is_dir():
+        (root / FORMAT_FILE).rmdir()  # only if there is nothing in it
     new.rename(root / FORMAT_FILE)
     fsync_folder(root)
 

@@ -53,6 +53,7 @@ def break_seal(folder: Path) -> None:
     """The index is about to be used: as long as it is, only its users know what it is."""
     (folder / "seal").unlink(missing_ok=True)
     (folder / "lock.mdb").unlink(missing_ok=True)  # of users that are gone
+    fsync_folder(folder)  # or a loss of power brings back a seal and the index that it is of
 
 
 def complete(folder: Path) -> bool:

@@ -175,11 +175,11 @@ class Disk:
                 return read_rows(self.folder.segments, located, stored, into, deadline, arrived)
             except (Damaged, HeaderError, EOFError, FileNotFoundError) as e:
                 # Has a writer moved it meanwhile? Then it is elsewhere now.
-                if located is not None and before is None:
+                if located is not None and located != before:
                     before = located
                     self.folder.segments.forget({located.segment})
                     continue
-                self._set_aside(id, e)
+                self._set_aside(id, before, e)
                 return None
             except (OSError, lmdb.Error) as e:
                 self.counts[kind_of(e)] += 1
@@ -188,10 +188,13 @@ class Disk:
     def _fits(self, found: Known, id: bytes, record: Record, into: Sequence[Rows] | None) -> bool:
         """Whether a record is the one that was asked for, and of a shape that can be taken."""
         stored = found.header.record
-        if (found.id, stored.key, stored.tokens, stored.namespace) != (
-            id, record.key, record.tokens, fmt.namespace_digest(record.namespace)
-        ):  # fmt: skip
+        if found.id != id:
             raise Damaged("index")
+        if (stored.key, stored.tokens, stored.namespace) != (
+            record.key, record.tokens, fmt.namespace_digest(record.namespace)
+        ):  # fmt: skip
+            self.counts["not_its_record"] += 1  # who asks is wrong: what is stored stays
+            return False
         L, S, T, R = found.shape
         fits = self.layout is None or found.header.layout == self.layout
         if into is not None:
@@ -216,8 +219,8 @@ class Disk:
             records = [r for r in records if sum(next(held) for _ in range(n)) == n]
         return records
 
-    def _set_aside(self, id: bytes, fault: Exception) -> None:
-        """Never serve a record again that failed to verify."""
+    def _set_aside(self, id: bytes, located: Located | None, fault: Exception) -> None:
+        """Never serve a record again that failed to verify where it was."""
         reason = kind_of(fault)
         self.counts[f"damaged:{reason}"] += 1
         self._bad.add(id)
@@ -225,6 +228,9 @@ class Disk:
             return
         try:
             with self.folder.writing(1.0):
+                if self.folder.catalog.locate(id) != located:  # it has been put again
+                    self._bad.discard(id)
+                    return
                 self.room.quarantine(id, reason)
             self.counts["quarantined"] += 1
         except FAULTS:

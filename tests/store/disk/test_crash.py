@@ -10,9 +10,12 @@ import contextlib
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -34,6 +37,7 @@ from tests.store.disk.chunks import (
     served,
 )
 
+ROOT = Path(__file__).parents[3]
 SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
@@ -248,3 +252,58 @@ def test_a_killed_writer_loses_and_tears_nothing(
     assert totals.faults == []
     assert (totals.rounds, totals.lost, totals.torn, totals.leaked) == (rounds, 0, 0, 0)
     assert totals.acknowledged > rounds and totals.rebuilt > rounds / 4
+
+
+TRACED = """
+import os, sys
+from pathlib import Path
+from tests.store.disk.chunks import Spec, opened
+
+disk = opened(Path(sys.argv[1]))
+assert disk.put([Spec(int(sys.argv[2]), 0, 50).item()]) == [True]
+os.write(1, b"ACKNOWLEDGED")
+disk.close()
+"""
+
+
+def traced(folder: Path, content: int) -> list[str]:
+    """System calls of a process that puts one chunk, up to its word that it is acknowledged."""
+    log = folder.parents[1] / "calls"
+    calls = (
+        "pwritev,pwritev2,pwrite64,write,fdatasync,fsync,openat,?mkdir,?mkdirat,?unlink,?unlinkat"
+    )
+    command = ["strace", "-f", "-y", "-o", str(log), "-e", f"trace={calls}"]
+    command += [sys.executable, "-c", TRACED, str(folder), str(content)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    if "ptrace" in done.stderr.lower() and done.returncode != 0:
+        pytest.skip(f"strace may not trace here: {done.stderr.strip()}")
+    assert done.stdout == "ACKNOWLEDGED", done.stderr
+    lines = log.read_text().splitlines()
+    acknowledged = next(i for i, line in enumerate(lines) if "ACKNOWLEDGED" in line)
+    return [line for line in lines[:acknowledged] if str(folder.parents[1]) in line]
+
+
+def at(calls: list[str], pattern: str) -> int:
+    """Where the last call is that succeeded and matches."""
+    places = [i for i, call in enumerate(calls) if re.search(pattern + r".*\) += \d", call)]
+    assert places, f"no {pattern}"
+    return places[-1]
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_what_is_acknowledged_is_synced_before(tmp_path: Path) -> None:
+    root = tmp_path / "new" / "store"
+    segment, segments = f"<{root}/segments/00000001.seg>", f"<{root}/segments>"
+    calls = traced(root, 1)
+    assert at(calls, rf"pwritev2?\(\d+{segment}") < at(calls, rf"fdatasync\(\d+{segment}")
+    # The name of every file and folder on the way to it is durable, too.
+    created = at(calls, r'openat\(.*/segments/00000001.seg", .*O_CREAT')
+    assert created < at(calls, rf"fsync\(\d+{segments}")
+    assert at(calls, rf'mkdir.*"{root}/segments"') < at(calls, rf"fsync\(\d+<{root}>")
+    assert at(calls, rf'mkdir.*"{root}"') < at(calls, rf"fsync\(\d+<{root.parent}>")
+    assert at(calls, rf'mkdir.*"{root.parent}"') < at(calls, rf"fsync\(\d+<{tmp_path}>")
+
+    calls = traced(root, 2)
+    assert at(calls, rf"pwritev2?\(\d+{segment}") < at(calls, rf"fdatasync\(\d+{segment}")
+    # The index of before this put must not be believed after a loss of power.
+    assert at(calls, r'unlink.*/index/seal"') < at(calls, rf"fsync\(\d+<{root}/index>")
