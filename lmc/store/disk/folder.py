@@ -136,7 +136,7 @@ class Folder:
                 seal.break_seal(index)
                 self.catalog = Catalog(index)
             else:
-                if index.exists():
+                if index.exists() or self.segments.numbers():
                     self.counts["index_rebuilt"] += 1
                 seal.wipe(index)
                 self.catalog = Catalog(index)
@@ -159,6 +159,8 @@ class Folder:
 
     def _rebuild(self, catalog: Catalog) -> None:
         """Index what is in the segment files, and cut off what is not whole."""
+        others = [p for p in (self.root / "segments").iterdir() if not p.is_file()]
+        self.counts["segments_unreadable"] += len(others)
         found: dict[bytes, int] = {}  # by id, the latest put
         for number in self.segments.numbers():
             try:

@@ -193,8 +193,9 @@ class Room:
         for size in sizes:
             if end + size > self.segment_bytes and (end > 0 or number not in used):
                 number, end = last + 1, 0
+                while not segments.create(number):
+                    number += 1  # what has this name is no file, so not ours
                 last = number
-                segments.create(number)
             places.append((number, end))
             end += size
         return places

@@ -55,14 +55,18 @@ class Segments:
 
     def numbers(self) -> list[int]:
         """Numbers of the files that are there, ascending."""
-        names = (path.stem for path in self._folder.glob("*.seg"))
-        return sorted(int(name) for name in names if len(name) == 8 and name.isdecimal())
+        paths = [path for path in self._folder.glob("*.seg") if path.is_file()]
+        names = [path.stem for path in paths if len(path.stem) == 8 and path.stem.isdecimal()]
+        return sorted(int(name) for name in names)
 
-    def create(self, number: int) -> None:
-        """A new, empty file, whose name is durable."""
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-        os.close(os.open(self._path(number), flags, 0o600))
+    def create(self, number: int) -> bool:
+        """A new, empty file, whose name is durable; False when there is something of that name."""
+        try:
+            os.close(os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            return False
         fsync_folder(self._folder)
+        return True
 
     def size(self, number: int) -> int:
         """Bytes of a file; FileNotFoundError when it is gone."""

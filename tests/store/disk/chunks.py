@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,20 @@ def leaked(disk: Disk) -> int:
 def live_bytes(disk: Disk) -> int:
     """Bytes of records that the index has."""
     return sum(use.live for use in disk.folder.catalog.segments().values())
+
+
+def forked(work: Callable[[int], None]) -> tuple[int, int]:
+    """A child at `work(pipe)`: its process id, and the end of the pipe that reads."""
+    out, into = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(out)
+            work(into)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    os.close(into)
+    return pid, out

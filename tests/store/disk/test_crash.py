@@ -17,8 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import pytest
 
 from tests.store.disk.chunks import (
     Spec,
+    forked,
     held,
     hold,
     leaked,
@@ -87,23 +87,6 @@ class Totals:
             f"crash: {self.rounds} rounds, {self.acknowledged} acknowledged, {self.lost} lost, "
             f"{self.torn} torn, {self.leaked} leaked bytes"
         )
-
-
-def forked(work: Callable[[int], None]) -> tuple[int, int]:
-    """A child at `work(pipe)`: its process id, and the end of the pipe that reads."""
-    out, into = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.close(out)
-            work(into)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    os.close(into)
-    return pid, out
 
 
 def write(folder: Path, setting: Setting, seed: int, pipe: int) -> None:
