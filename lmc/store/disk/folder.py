@@ -259,7 +259,8 @@ def _check_format(root: Path, read_only: bool) -> bool:
     """Whether the format file must be written; ValueError for a folder that must be left alone."""
     file = root / FORMAT_FILE
     names = sorted(path.name for path in root.iterdir()) if root.exists() else []
-    names = [name for name in names if name != FORMAT_FILE + ".new"]  # of a crash
+    # Its new form may be there, of a crash or of another process that opens the folder just now.
+    names = [name for name in names if not (name.startswith(FORMAT_FILE) and name != FORMAT_FILE)]
     if not names:
         if read_only:
             raise ValueError(f"got {root}, which holds no store")
@@ -301,7 +302,7 @@ def _version_digest(version: int) -> str:
 
 def _write_format(root: Path) -> None:
     text = {"lmc_store_format": fmt.FORMAT, "xxh3_64": _version_digest(fmt.FORMAT)}
-    new = root / (FORMAT_FILE + ".new")
+    new = root / f"{FORMAT_FILE}.{os.getpid()}"
     fd = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     try:
         os.write(fd, json.dumps(text).encode())

@@ -17,8 +17,8 @@ from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import Header, HeaderError
 from lmc.store.disk.read import Damaged, verify
 
-# Live bytes over capacity, and files of a full folder, at least. Measured at these: 1.4 to 2.0 bytes
-# written a byte put, against 3.9 to 4.6 at 0.85 and 16 (benchmarks/store.py, churn).
+# Live bytes over capacity, and files of a full folder, at least. Measured: 1.4 to 2.0 bytes written
+# a byte put, against 3.9 to 4.6 at 0.85 and 16 (benchmarks/store.py, churn).
 OCCUPANCY = 0.8
 SEGMENTS = 64
 LARGEST_SEGMENT = 256 << 20
@@ -112,11 +112,14 @@ class Room:
                 self._folder.segments.mark(segment, at, state)
 
     def give_up_a_segment(self) -> bool:
-        """Where a disk is full and nothing can be copied: let the emptiest file go, live or not."""
+        """Where a disk is full and nothing can be copied: let the emptiest file go, live or not.
+
+        Of equals the oldest; the latest, which is still being filled, only where it is alone.
+        """
         used = self._folder.catalog.segments()
-        if len(used) < 2:
+        if not used:
             return False
-        number = min(used, key=lambda n: used[n].live)
+        number = min(sorted(used)[:-1] or used, key=lambda n: used[n].live)
         dropped = [id for id, _ in self._folder.catalog.within(number)]
         self._folder.segments.unlink(number)  # first: the index may need the space
         with self._folder.catalog.change() as change:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 import time
 from collections import Counter
@@ -260,8 +259,8 @@ class Disk:
                 for group in self._groups(encoded):
                     try:
                         acknowledged = self._write(group)
-                    except OSError as e:
-                        if e.errno != errno.ENOSPC or not self.room.give_up_a_segment():
+                    except FAULTS as e:
+                        if kind_of(e) != "disk_full" or not self.room.give_up_a_segment():
                             raise
                         acknowledged = self._write(group)  # if that is not enough, nothing is
                     for i in acknowledged:
