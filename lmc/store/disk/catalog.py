@@ -84,6 +84,7 @@ class Catalog:
                 )  # fmt: skip
             _shared[self._key] = (env, users + 1)
         self._env: Any = env
+        self._data = folder / "data.mdb"
         if not read_only:
             self._env.reader_check()
         dups = {"keys"}
@@ -194,6 +195,11 @@ class Catalog:
             change = Change(txn, self._db)
             yield change
             change.finish()
+        # Pages that a transaction took and gave back may be the last ones, and not be in the file:
+        # who compares its size with its last page would take it for one that was cut short.
+        end = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        if os.stat(self._data).st_size < end:
+            os.truncate(self._data, end)
 
     # -- the end -----------------------------------------------------------------------------
 

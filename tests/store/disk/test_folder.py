@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lmc.store.disk import seal
 from lmc.store.disk.folder import FORMAT_FILE, _version_digest
 from tests.store.disk.chunks import NAMESPACES, Spec, held, opened, right, served
 
@@ -142,4 +143,18 @@ def test_all_is_served_after_a_restart(tmp_path: Path, n: int) -> None:
         assert disk.counts["index_rebuilt"] == crashed
         assert len(held(disk)) == n
         assert all(served(disk, spec) for spec in specs)
+        disk.close()
+
+
+def test_an_index_that_shrank_is_whole_all_the_same(tmp_path: Path) -> None:
+    """LMDB may count pages that it never wrote; others would take the file for one cut short."""
+    specs = [Spec(i, 0, 30) for i in range(212)]
+    for n in (212, 150, 40):
+        disk = opened(tmp_path / str(n))
+        disk.put([spec.item() for spec in specs])
+        disk.evict([spec.record() for spec in specs[:n]])
+        assert seal.complete(tmp_path / str(n) / "index")
+        disk.close()
+        disk = opened(tmp_path / str(n))
+        assert disk.counts["index_rebuilt"] == 0
         disk.close()
