@@ -16,6 +16,8 @@ from lmc.store.record import Record
 from lmc.store.rows import copy_rows
 from lmc.store.tier import Rows
 
+MAP_NORESERVE = 0x4000  # of Linux; Python's mmap has it from 3.13 on
+
 
 @dataclass
 class _Held:
@@ -175,7 +177,9 @@ def _reserved(nbytes: int, populate: bool) -> torch.Tensor:
     """Host memory, uint8 `[nbytes]`."""
     if torch.cuda.is_available():
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    # Whole pages, as O_DIRECT wants them.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (mmap.MAP_POPULATE if populate else 0)
+    # Whole pages, as O_DIRECT wants them. What is not taken yet is not promised either, or a few
+    # stores in one process would leave it unable to fork.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    flags |= mmap.MAP_POPULATE if populate else MAP_NORESERVE
     pages = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=flags)
     return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]

@@ -103,6 +103,11 @@ class LayeredLoad:
                 placement.put([part[some] for part in arrival.parts], pages)
             self._done = end
 
+    @property
+    def complete(self) -> bool:
+        """Whether everything is in place."""
+        return self._done == self._pages.L
+
     def all(self) -> None:
         """Return when everything is in place."""
         self.until(self._pages.L - 1)

@@ -70,6 +70,8 @@ class WorkerSide:
         self._attention: PagedAttention | None = None
         self._paged: PagedKV | None = None
         self._arriving: list[tuple[Blend, LayeredLoad]] = []  # claims that this forward waits for
+        # A forward that is replayed whole as a CUDA graph calls nobody between its layers.
+        self._hooked = not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         # One thread, so that saves and frees happen in the order the scheduler wanted.
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="lmc-save")
         self._lock = threading.Lock()
@@ -141,6 +143,10 @@ class WorkerSide:
 
     def save(self, metadata: StepMetadata) -> None:
         """After the forward: copy new chunks out of the pages, behind the model's back."""
+        for blend, arriving in self._arriving:
+            if not arriving.complete:
+                logger.error("lmc was not asked for the layers of %s", blend.request_id)
+                self._lose(blend, blend.loads)
         self._arriving = []
         ready = _recorded() if metadata.saves else None
         for save in metadata.saves:
@@ -210,8 +216,9 @@ class WorkerSide:
         while True:
             lost, arriving = self._load(blend, late)
             if not lost and arriving is not None and not _computes(blend):
-                self._arriving.append((blend, arriving))  # the engine's own forward waits for it
-                return
+                if self._hooked:
+                    self._arriving.append((blend, arriving))  # the engine's forward waits for it
+                    return
             try:
                 self._compute(blend, lost, arriving)
                 return

@@ -93,8 +93,12 @@ class Disk:
 
     @property
     def size(self) -> int:
-        """Bytes of the segment files."""
-        return self.room.size
+        """Bytes of the segment files; 0 where the index cannot be read."""
+        try:
+            return self.room.size
+        except FAULTS:
+            self.counts["index_faults"] += 1
+            return 0
 
     def contains(self, records: Sequence[Record]) -> list[bool]:
         ids = [self.id_of(record) for record in records]
