@@ -215,10 +215,10 @@ class WorkerSide:
         late: list[ChunkLoad] = []
         while True:
             lost, arriving = self._load(blend, late)
-            if not lost and arriving is not None and not _computes(blend):
-                if self._hooked:
-                    self._arriving.append((blend, arriving))  # the engine's forward waits for it
-                    return
+            hooked = self._hooked and not _computes(blend)
+            if hooked and not lost and arriving is not None:
+                self._arriving.append((blend, arriving))  # the engine's own forward waits for it
+                return
             try:
                 self._compute(blend, lost, arriving)
                 return

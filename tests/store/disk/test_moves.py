@@ -1,0 +1,201 @@
+"""Records that are moved, replaced or unreadable while somebody wants them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmc.store.disk.header import LIVE, STATE_AT
+from lmc.store.disk.segments import Segments
+from lmc.store.disk.tier import Disk
+from tests.store.disk.chunks import Spec, held, leaked, opened, served
+
+
+def located(disk: Disk, spec: Spec) -> tuple[int, int]:
+    """Segment and offset of a record."""
+    found = disk.folder.catalog.locate(disk.id_of(spec.record()))
+    assert found is not None
+    return found.segment, found.at
+
+
+def move(disk: Disk, spec: Spec) -> None:
+    """Have a record copied to another file, by making a gap in the one that it is in."""
+    segment, _ = before = located(disk, spec)
+    near = [other for other in held(disk).values() if located(disk, other)[0] == segment]
+    disk.evict([next(other for other in near if other != spec).record()])
+    with disk.folder.writing():
+        assert disk.room.compact_one(disk.folder.catalog.segments())
+    assert located(disk, spec) != before
+
+
+@contextmanager
+def bad_sector(number: int, call: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One segment cannot be read by `call`."""
+    sound = getattr(Segments, call)
+
+    def failing(self: Segments, segment: int, *arguments: Any, **options: Any) -> Any:
+        if segment == number:
+            raise OSError(errno.EIO, "a bad sector")
+        return sound(self, segment, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Segments, call, failing)
+        yield
+
+
+def test_a_segment_number_is_never_used_twice(tmp_path: Path) -> None:
+    """Or a writer that has the old file open would append to that, acknowledge, and lose it."""
+    one, other = opened(tmp_path / "kv"), opened(tmp_path / "kv")
+    first, second, third = (Spec(i, 0, 30) for i in range(3))
+    assert other.put([first.item()]) == [True]
+    one.evict([first.record()])  # and with it goes the file
+    assert one.put([second.item()]) == [True]
+    assert other.put([third.item()]) == [True]
+    for disk in (one, other):
+        assert served(disk, second) and served(disk, third)
+        disk.close()
+    disk = opened(tmp_path / "kv")
+    assert served(disk, second) and served(disk, third) and leaked(disk) == 0
+    disk.close()
+
+
+def test_of_one_content_chunks_are_put_one_after_the_other(tmp_path: Path) -> None:
+    disk = opened(tmp_path / "kv")
+    variants = [Spec(1, context, 20) for context in range(3)]
+    assert disk.put([spec.item() for spec in variants]) == [True] * 3
+    record = variants[0].record()
+    assert [Spec.of(r) for r in disk.find(record.namespace, record.key)] == variants[1:]
+
+    tails = [Spec(2, 0, T, tail=True) for T in (20, 10, 30)]
+    assert disk.put([spec.item() for spec in tails]) == [True, False, True]
+    record = tails[0].record()
+    tail = disk.tail(record.namespace, record.context)
+    assert tail is not None and Spec.of(tail) == tails[2]
+    assert disk.contains([spec.record() for spec in tails]) == [False, False, True]
+
+    # What is held when the batch begins may be replaced within it.
+    assert disk.put([Spec(3, 1, 20, "isolated").item()]) == [True]
+    assert disk.put([Spec(3, 0, 20, "isolated").item(), Spec(3, 1, 20).item()]) == [True, True]
+    disk.close()
+
+
+def test_a_tail_that_was_replaced_stays_so(tmp_path: Path) -> None:
+    """A process that dies between the index and the mark in the file leaves both as if alive."""
+    disk = opened(tmp_path / "kv")
+    short, long = (Spec(1, 0, T, tail=True) for T in (10, 20))
+    disk.put([short.item()])
+    number, at = located(disk, short)
+    disk.put([long.item()])
+    disk.close()
+    with open(tmp_path / "kv" / "segments" / f"{number:08d}.seg", "r+b") as file:
+        file.seek(at + STATE_AT)
+        assert file.read(1) != bytes([LIVE])
+        file.seek(at + STATE_AT)
+        file.write(bytes([LIVE]))
+    (tmp_path / "kv" / "index" / "seal").unlink()
+    disk = opened(tmp_path / "kv")
+    assert list(held(disk).values()) == [long]
+    record = long.record()
+    tail = disk.tail(record.namespace, record.context)
+    assert tail is not None and Spec.of(tail) == long
+    disk.close()
+
+
+def test_a_reader_follows_a_record_however_often_it_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = opened(tmp_path / "kv"), opened(tmp_path / "kv")
+    spec = Spec(0, 0, 20)
+    writer.put([Spec(i, 0, 20).item() for i in range(8)])
+    moves, view = [1, 2, 3], reader.folder.segments.view
+
+    def late(number: int, at: int, length: int) -> np.ndarray | None:
+        if moves:
+            moves.pop()
+            move(writer, spec)
+        return view(number, at, length)
+
+    monkeypatch.setattr(reader.folder.segments, "view", late)
+    assert served(reader, spec) is True and moves == []
+    assert reader.counts["quarantined"] == 0
+    reader.close()
+    writer.close()
+
+
+def test_what_was_moved_before_it_is_set_aside_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = opened(tmp_path / "kv"), opened(tmp_path / "kv")
+    spec = Spec(0, 0, 20)
+    writer.put([Spec(i, 0, 20).item() for i in range(8)])
+    writing = reader.folder.writing
+
+    @contextmanager
+    def late(patience_s: float = 10.0) -> Iterator[None]:
+        move(writer, spec)
+        with writing(patience_s):
+            yield
+
+    def gone(number: int, at: int, length: int) -> None:
+        raise EOFError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader.folder, "writing", late)
+        patch.setattr(reader.folder.segments, "view", gone)
+        assert served(reader, spec) is None
+    assert reader.counts["damaged:truncated"] == 1 and reader.counts["quarantined"] == 0
+    assert served(reader, spec) is True and served(writer, spec) is True
+    reader.close()
+    writer.close()
+
+
+def test_what_cannot_be_read_at_the_start_is_there_when_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = [Spec(i, 0, 40) for i in range(40)]
+    disk = opened(tmp_path / "kv", 4 << 20)
+    assert all(disk.put([spec.item() for spec in specs]))
+    lost = {spec for spec in specs if located(disk, spec)[0] == 2}
+    disk.close()
+    assert 0 < len(lost) < 40
+    (tmp_path / "kv" / "index" / "seal").unlink()
+    new = Spec(100, 0, 40)
+    with bad_sector(2, "pread", monkeypatch):
+        disk = opened(tmp_path / "kv", 4 << 20)
+        assert disk.counts["segments_unreadable"] == 1
+        assert {spec for spec in specs if not served(disk, spec)} == lost
+        assert disk.put([new.item()]) == [True]
+        disk.evict([specs[0].record()])
+        disk.close()
+    disk = opened(tmp_path / "kv", 4 << 20)
+    assert all(served(disk, spec) for spec in [*specs[1:], new]) and leaked(disk) == 0
+    disk.close()
+
+
+def test_an_index_that_could_not_be_made_is_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who opens the folder next in this process makes another."""
+    disk = opened(tmp_path / "kv")
+    disk.put([Spec(1, 0, 20).item()])
+    disk.close()
+    (tmp_path / "kv" / "index" / "seal").unlink()
+
+    def failing(self: Segments) -> list[int]:
+        raise OSError(errno.EIO, "the folder cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Segments, "numbers", failing)
+        with pytest.raises(OSError, match="cannot be read"):
+            opened(tmp_path / "kv")
+    disk = opened(tmp_path / "kv")
+    assert served(disk, Spec(1, 0, 20))
+    disk.close()
+    assert os.path.exists(tmp_path / "kv" / "index" / "seal")
