@@ -22,12 +22,12 @@ import numpy as np
 import yaml
 from transformers import AutoTokenizer
 
-from lmc import models
 from lmc.experiment.config import EngineConfig, WorkloadConfig
 from lmc.experiment.engines import Answer, Engine, Request
 from lmc.experiment.rows import git_commit
 from lmc.experiment.summary import bootstrap
 from lmc.experiment.workloads import build_workload
+from lmc.model import exports
 from lmc.prompts import Prompt
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--compression", default="none")
     parser.add_argument("--cached", action="store_true", help="leave the page cache as it is")
     options = parser.parse_args()
-    model = models.resolve(options.model)
+    model = exports.resolve(options.model)
     demo = yaml.safe_load((ROOT / "experiments" / "demo.yaml").read_text())
     engine = EngineConfig(**{**demo["engine"], "threads": options.threads})
     workload = build_workload(

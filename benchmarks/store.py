@@ -36,7 +36,7 @@ from lmc.chunk import chunk_key
 from lmc.experiment.engines import _cpu_name
 from lmc.experiment.rows import git_commit
 from lmc.experiment.summary import bootstrap
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store.disk.header import padded
 from lmc.store.disk.segments import aligned
 from lmc.store.disk.tier import Disk

@@ -21,7 +21,7 @@ import numpy as np
 
 from lmc.chunk import Piece
 from lmc.experiment.rows import git_commit
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store import Index, Record
 from lmc.store.disk.tier import Disk
 from lmc.store.keep import keep

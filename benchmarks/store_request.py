@@ -24,7 +24,7 @@ from lmc.blend.plan import make_plan
 from lmc.chunk import Piece, split
 from lmc.chunking import CHUNKERS
 from lmc.experiment.rows import git_commit
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store.chunks import Behind, Chunks
 from lmc.store.disk.tier import Disk
 from lmc.store.index import Index

@@ -69,6 +69,6 @@ def run(
 def export(name: Annotated[str, typer.Argument(help="The model, such as smollm2.")]) -> None:
     """Write a model where an engine can load it, and print its folder."""
     with errors_in_one_line():
-        from lmc import models
+        from lmc.model import exports
 
-        typer.echo(models.export(name))
+        typer.echo(exports.export(name))

@@ -55,6 +55,6 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct in float32 with its tokenizer, from the user's cache."""
-    from lmc import models
+    from lmc.model import exports
 
-    return models.export("smollm2")
+    return exports.export("smollm2")

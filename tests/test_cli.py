@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 import lmc
-from lmc import models
 from lmc.cli import app
+from lmc.model import exports
 
 
 def invoke(*args: str) -> tuple[int, str, str]:
@@ -98,7 +98,7 @@ def test_a_bug_keeps_its_traceback(experiment: Any) -> None:
 
 
 def test_model_export_prints_the_path_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "export", lambda name: tmp_path / name)
+    monkeypatch.setattr(exports, "export", lambda name: tmp_path / name)
     assert invoke("model", "export", "smollm2") == (0, f"{tmp_path / 'smollm2'}\n", "")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from lmc.blend.auto import tunable
 from lmc.blend.evidence import Need, Outline, Seen
 from lmc.blend.strategy import Selective, Strategy
-from lmc.sim.ttft import TTFTModel, load, prefill_work
+from lmc.model.times import TTFTModel, load, prefill_work
 
 
 @dataclass(frozen=True)

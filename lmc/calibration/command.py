@@ -68,7 +68,8 @@ def calibrate(
         from lmc.evaluation import WORKLOADS
         from lmc.experiment.progress import progress
         from lmc.experiment.rows import git_commit
-        from lmc.models import EXPORTS, resolve, weights_digest
+        from lmc.model.exports import EXPORTS, resolve
+        from lmc.model.weights import weights_digest
 
         if context not in get_args(Context):
             raise ValueError(f"--context: got {context!r}; valid: {', '.join(get_args(Context))}")

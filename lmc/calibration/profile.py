@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lmc.blend import STRATEGIES
 from lmc.blend.strategy import Strategy
-from lmc.models import cache_dir
+from lmc.model.weights import cache_dir
 from lmc.registry import one_line
 
 Blend = Mapping[str, Any] | str  # name and fields, as `blend` in a config has them
@@ -76,7 +76,7 @@ class QualityProfile(BaseModel):
     """What `lmc calibrate` found out about one model.
 
     Attributes:
-        model: its name. weights: BLAKE3 of its weight files (`lmc.models.weights_digest`).
+        model: its name. weights: BLAKE3 of its weight files (`lmc.model.weights.weights_digest`).
         dtype: it ran in. rope: fingerprint of its rotation.
         lmc_version, git_commit: what measured it.
         workloads: the prompts, as `lmc.evaluation.WORKLOADS` names them.

@@ -55,12 +55,12 @@ def gate(
     with errors_in_one_line():
         from transformers import AutoModelForCausalLM
 
-        from lmc import models
         from lmc.evaluation.gate import USABLE
         from lmc.evaluation.gate import gate as measure_gate
+        from lmc.model import exports
 
         _, samples = _samples(name, field or [], model)
-        loaded = AutoModelForCausalLM.from_pretrained(models.resolve(model)).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(exports.resolve(model)).eval()
         found = measure_gate(loaded, samples[:prompts])
         share = found.share
         typer.echo(
@@ -85,9 +85,9 @@ def convert(
 def _samples(name: str, fields: list[str], model: str) -> tuple[Any, list[Any]]:
     from transformers import AutoTokenizer
 
-    from lmc import models
     from lmc.evaluation import WORKLOADS
+    from lmc.model import exports
 
     workload = WORKLOADS.build({"name": name, **assigned(fields)})
-    tokenizer = AutoTokenizer.from_pretrained(models.resolve(model))
+    tokenizer = AutoTokenizer.from_pretrained(exports.resolve(model))
     return tokenizer, workload.samples(tokenizer)

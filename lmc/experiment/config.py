@@ -170,7 +170,7 @@ class ExperimentConfig(Strict):
     """A whole experiment.
 
     Attributes:
-        model: a name that lmc.models knows, a folder, or a hub name.
+        model: a name that lmc.model.exports knows, a folder, or a hub name.
         lmc: the connector's settings (lmc.connectors.vllm.LMCConfig).
         arms: name -> arm; `full_prefill` is what all are compared with.
         repetitions: how often each prompt is timed with each arm.

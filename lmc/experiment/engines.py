@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from lmc.experiment.config import EngineConfig
-from lmc.layout import PrefillCost
-from lmc.shapes import from_config
+from lmc.model.cost import PrefillCost
+from lmc.model.shape import shape_of
 
 REQUIRED = {
     # Wall and CPU time are read, and logits recorded, in the process that computes.
@@ -209,7 +209,7 @@ def _start(arguments: dict[str, Any]) -> tuple[Any, str, PrefillCost]:
         device = torch.cuda.get_device_name()
     else:
         device = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return llm, device, from_config(llm.llm_engine.model_config.hf_config).cost
+    return llm, device, shape_of(llm.llm_engine.model_config.hf_config).cost
 
 
 def _answer(llm: Any, request: Request) -> Answer:

@@ -47,7 +47,7 @@ class HFExperiment(Strict):
     """A whole experiment.
 
     Attributes:
-        model: a name that lmc.models knows, a folder, or a hub name.
+        model: a name that lmc.model.exports knows, a folder, or a hub name.
         threads: of torch.
         context: how chunks are encoded before they are reused: `isolated`, `anchored` behind the
             system prompt, or as `first_seen` in a prompt with other chunks in front.

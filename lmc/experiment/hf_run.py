@@ -18,7 +18,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lmc import models
 from lmc.evaluation import WORKLOADS
 from lmc.evaluation.metrics import paired_difference
 from lmc.evaluation.samples import Sample
@@ -26,6 +25,7 @@ from lmc.experiment.hf_config import HFArm, HFExperiment, load_config
 from lmc.experiment.progress import progress
 from lmc.experiment.rows import Row, RowFile, key_of
 from lmc.experiment.summary import FULL_REUSE, Estimate, recovery
+from lmc.model import exports
 
 FIGURE = "pareto.png"
 
@@ -37,7 +37,7 @@ def run(experiment: Path, out: Path, overrides: list[str]) -> None:
     """
     console = Console()
     config = load_config(experiment, overrides)
-    folder = models.resolve(config.model)
+    folder = exports.resolve(config.model)
     samples = _samples(config, folder)
     with RowFile(out, config) as file:
         done = {(arm, prompt) for arm, prompt, _ in map(key_of, file.rows)}

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lmc import models, shapes
 from lmc.blend.plan import KINDS
 from lmc.experiment.config import BlendArm, ExperimentConfig, StockArm, load_config, read_settings
 from lmc.experiment.engines import Answer, Engine, Request
@@ -24,9 +23,11 @@ from lmc.experiment.rows import Key, Row, RowFile, key_of
 from lmc.experiment.summary import FULL_PREFILL, summarise
 from lmc.experiment.tables import fallbacks, tables
 from lmc.experiment.workloads import Workload, build_workload
-from lmc.layout import KVLayout
+from lmc.model import exports
+from lmc.model.layout import KVLayout
+from lmc.model.rope import from_config
+from lmc.model.shape import shape_of
 from lmc.prompts import Prompt
-from lmc.rope import from_config
 
 FIGURE = "ttft_quality.png"
 NO_QUALITY = dict.fromkeys(f.name for f in fields(Quality))
@@ -44,7 +45,7 @@ def run(experiment: Path, out: Path, overrides: list[str]) -> None:
         return
     console = Console()
     config = load_config(experiment, overrides)
-    model = models.resolve(config.model)
+    model = exports.resolve(config.model)
     _check_model(config, model)
     workload = build_workload(config.workload, _tokenizer(model))
     with RowFile(out, config) as file:
@@ -241,7 +242,7 @@ def _check_model(config: ExperimentConfig, model: str) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"model: got {model!r}, which has no config: {error}") from error
     from_config(hf)
-    model_shape = shapes.from_config(hf)
+    model_shape = shape_of(hf)
     auto = config.engine.dtype == "auto"
     dtype = model_shape.dtype if auto else config.engine.dtype
     layout = KVLayout(model_shape.L, model_shape.G, model_shape.D, dtype)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lmc.experiment.summary import RESAMPLES, Estimate, Row
-from lmc.shapes import ModelShape
-from lmc.sim.ttft import TierSpeed, TTFTModel, prefill_work
+from lmc.model.shape import ModelShape
+from lmc.model.times import TierSpeed, TTFTModel, prefill_work
 
 COLUMNS = (
     "arm",

@@ -12,7 +12,7 @@ from lmc.blend import STRATEGIES
 from lmc.blend.plan import KINDS, make_plan
 from lmc.chunk import split
 from lmc.chunking import Chunker
-from lmc.shapes import ModelShape
+from lmc.model.shape import ModelShape
 from lmc.sim.trace import Request
 from lmc.store import Index
 from lmc.store.keep import keep

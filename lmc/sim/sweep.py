@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lmc.chunking import Chunker
-from lmc.shapes import ModelShape
+from lmc.model.shape import ModelShape
 from lmc.sim.replay import MISS, Replay, Write, prefix_run, replay
 from lmc.sim.stack import Curve, ShardsCurve, hit_curve, prefix_distances, shards, stack_distances
 from lmc.sim.store import replay_store

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lmc.model.times import TTFTModel, prefill_work
 from lmc.sim.queueing import Queue, percentiles, simulate
 from lmc.sim.sweep import Outcome
 from lmc.sim.trace import Request
-from lmc.sim.ttft import TTFTModel, prefill_work
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store.memory import HostMemory, rows_of
 from lmc.store.record import Record
 from lmc.store.tier import Rows, Tier

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zstandard
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 
 if TYPE_CHECKING:
     import torch

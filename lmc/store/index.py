@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lmc.layout import PrefillCost
+from lmc.model.cost import PrefillCost
 from lmc.policies import Item, Policy, build_policy
 from lmc.store.record import Origin, Record, superseded
 

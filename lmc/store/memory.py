@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store.extents import Extents, Run
 from lmc.store.record import Record
 from lmc.store.rows import copy_rows

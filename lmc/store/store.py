@@ -13,7 +13,8 @@ import torch
 
 from lmc.chunk import Piece, chunk_key, context_digests, split
 from lmc.chunking import CHUNKERS
-from lmc.layout import KVLayout, PrefillCost
+from lmc.model.cost import PrefillCost
+from lmc.model.layout import KVLayout
 from lmc.store.chunks import Behind, Chunks
 from lmc.store.index import Index
 from lmc.store.keep import keep

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.registry import Registry
 from lmc.store.record import Record
 

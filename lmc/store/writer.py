@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store.memory import HostMemory
 from lmc.store.record import Record
 from lmc.store.tier import Rows, Tier

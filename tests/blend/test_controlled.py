@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lmc.blend import STRATEGIES
 from lmc.blend.controlled import Controlled
 from lmc.blend.evidence import Importance, Outline
-from lmc.sim.ttft import TierSpeed, TTFTModel
+from lmc.model.times import TierSpeed, TTFTModel
 
 TIERS = (TierSpeed("host", 0.0, 10_000.0), TierSpeed("disk", 0.5, 1_000.0))
 TIMES = TTFTModel(0.0, 0.01, 0.0, 20.0, TIERS)  # 0.01 s a row; host hands over 500 tokens a second

@@ -19,7 +19,7 @@ from lmc.calibration.profile import find_profile, load_profile
 from lmc.connectors.hf.model import HFModel
 from lmc.evaluation.measure import measure, prepare
 from lmc.evaluation.samples import Sample
-from lmc.models import weights_digest
+from lmc.model.weights import weights_digest
 
 EPIC = {"name": "epic", "link_tokens": 8}
 ALL = {"name": "cacheblend", "ratio": 1.0}
@@ -148,7 +148,7 @@ def test_a_calibrated_model_is_found_again(smollm2_dir: Path, cache: Path) -> No
 
     from transformers import AutoConfig
 
-    from lmc.rope import from_config
+    from lmc.model.rope import from_config
 
     rope = from_config(AutoConfig.from_pretrained(smollm2_dir)).fingerprint
     assert find_profile(weights_digest(smollm2_dir), "float32", rope) == profile

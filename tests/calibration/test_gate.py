@@ -10,7 +10,7 @@ import pytest
 from lmc.blend import STRATEGIES
 from lmc.calibration.gate import admit, verdict
 from lmc.calibration.profile import QualityProfile
-from lmc.sim.ttft import TierSpeed, TTFTModel
+from lmc.model.times import TierSpeed, TTFTModel
 from tests.calibration.profiles import FULL
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from lmc import models
-from lmc.rope import from_config
+from lmc.model.rope import from_config
+from lmc.model.weights import weights_digest
 from tests.calibration.profiles import epic, profile
 from tests.connectors.across import GATED, STRATEGIES_ACROSS
 from tests.connectors.engine import run_scenario
@@ -24,7 +24,7 @@ def results(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     folder = tmp_path_factory.mktemp("across")
     rope = from_config(AutoConfig.from_pretrained(tiny_llama_dir)).fingerprint
     of_this_model = {
-        "weights": models.weights_digest(tiny_llama_dir).hex(),
+        "weights": weights_digest(tiny_llama_dir).hex(),
         "rope": rope.hex(),
         "model": "tiny",
     }

@@ -11,7 +11,7 @@ import pytest
 
 from lmc.experiment.engines import Answer, Request
 from lmc.experiment.quality import Quality
-from lmc.layout import PrefillCost
+from lmc.model.cost import PrefillCost
 
 REPO = Path(__file__).parents[2]
 

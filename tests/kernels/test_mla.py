@@ -26,7 +26,7 @@ from lmc.kernels.gather import LatentCase, PagedLatents, gather, make_latents
 from lmc.kernels.rerotate import rerotate
 from lmc.kernels.scatter import SPEC, scatter
 from lmc.kernels.spec import interpreted, verify
-from lmc.rope import Rope, from_config
+from lmc.model.rope import Rope, from_config
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LATENT, ROPE = 512, 64

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from lmc.blend.evidence import Run
 from lmc.experiment.rows import ROWS
-from lmc.shapes import shape
+from lmc.model.shape import shape
+from lmc.model.times import TierSpeed, TTFTModel, load
 from lmc.sim.commands.fit import fit as fit_command
 from lmc.sim.fit import CONSTANTS, Fit, fit, nnls
-from lmc.sim.ttft import TierSpeed, TTFTModel, load
 
 SHAPE = shape("smollm2-135m")
 MODEL = TTFTModel(

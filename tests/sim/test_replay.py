@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lmc.chunking import parse
 from lmc.chunking.fixed import Fixed
-from lmc.shapes import shape
+from lmc.model.shape import shape
 from lmc.sim.replay import MISS, MetadataTier, prefix_run, replay
 from lmc.sim.store import replay_store
 from lmc.sim.sweep import (

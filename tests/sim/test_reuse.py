@@ -168,7 +168,7 @@ def test_bad_input_is_refused() -> None:
 @pytest.fixture(scope="module")
 def mtrag() -> list[Request]:
     """The public conversations, tokenised, if they are at hand."""
-    from lmc.models import cache_dir
+    from lmc.model.weights import cache_dir
     from lmc.sim.readers import read
 
     if not (folder := os.environ.get("LMC_DATA")):

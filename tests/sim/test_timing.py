@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lmc.shapes import shape
+from lmc.model.shape import shape
+from lmc.model.times import TierSpeed, TTFTModel
 from lmc.sim.sweep import sweep
 from lmc.sim.timing import serve
 from lmc.sim.trace import Request, accesses
-from lmc.sim.ttft import TierSpeed, TTFTModel
 
 MODEL = TTFTModel(
     fixed_s=0.5,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store import Record
 from lmc.store.chunks import Behind, Chunks
 from lmc.store.rows import copy_rows

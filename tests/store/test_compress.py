@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lmc.kernels.dequantize import dequantize
 from lmc.kernels.quantize import Quantised, quantize
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store.compress import CODECS, bound, check_codec, decode, encode, error
 
 LOSSLESS = ["none", "zstd", "shuffle_zstd"]

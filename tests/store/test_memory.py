@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store import Record
 from lmc.store.memory import HostMemory, rows_of
 from lmc.store.rows import copy_rows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store.store import Found, Store
 
 LAYOUT = KVLayout(L=3, G=2, D=16, dtype="float32")

@@ -12,11 +12,11 @@ import torch
 import xxhash
 from blake3 import blake3
 
-from lmc import shapes
 from lmc.blend.forward import Outcome, selective_forward
 from lmc.connectors.hf.adapter import HFAdapter, Pages, Watch
 from lmc.kernels.rerotate import rerotate
-from lmc.rope import from_config
+from lmc.model.rope import from_config
+from lmc.model.shape import shape_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class HFModel:
         for part in ("embed_tokens", "layers", "rotary_emb", "norm"):
             if not hasattr(self.inner, part):
                 raise ValueError(f"{type(model).__name__} has no model.{part}: not supported")
-        self.shape = shapes.from_config(config)
+        self.shape = shape_of(config)
         self.L: int = self.shape.L
         self.dtype, self.device = model.dtype, model.device
         self.vocabulary: int = config.vocab_size

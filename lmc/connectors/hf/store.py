@@ -16,7 +16,7 @@ from lmc.blend.plan import Plan, Segment, make_plan
 from lmc.blend.strategy import Strategy
 from lmc.chunk import Piece, chunk_key
 from lmc.connectors.hf.model import HFModel
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store import Record, Store
 
 QUERIES = 256  # rows whose attention is looked at together, so that it fits into memory

@@ -18,7 +18,7 @@ from lmc.blend.strategy import Strategy
 from lmc.connectors.vllm.attention import BackendAttention, Current, Measure, PagedAttention, Rows
 from lmc.kernels.gather import gather
 from lmc.kernels.scatter import scatter
-from lmc.rope import Rope
+from lmc.model.rope import Rope
 
 
 class VLLMAdapter:

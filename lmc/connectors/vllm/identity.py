@@ -10,9 +10,9 @@ import vllm
 from blake3 import blake3
 
 from lmc.connectors.vllm.config import TESTED_VLLM, LMCConfig
-from lmc.layout import KVLayout
-from lmc.models import weights_digest
-from lmc.rope import Rope, from_config
+from lmc.model.layout import KVLayout
+from lmc.model.rope import Rope, from_config
+from lmc.model.weights import weights_digest
 from lmc.store.tier import TierConfig
 
 FORMAT_VERSION = 1  # of stored KV; a change makes all that was stored before unfindable

@@ -12,7 +12,7 @@ from lmc.connectors.vllm.attention import PagedAttention
 from lmc.connectors.vllm.messages import ChunkLoad
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.scatter import scatter
-from lmc.rope import Rope
+from lmc.model.rope import Rope
 from lmc.store.chunks import Arrival
 
 

@@ -13,7 +13,8 @@ from lmc.blend.plan import Plan, make_plan
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.tracked import Tracked
-from lmc.layout import KVLayout, PrefillCost
+from lmc.model.cost import PrefillCost
+from lmc.model.layout import KVLayout
 from lmc.store import Index, Record
 from lmc.store.lookup import Behind
 

@@ -19,8 +19,8 @@ from lmc.connectors.vllm.config import (
     check_layers,
     check_runs,
 )
-from lmc.layout import KVLayout
-from lmc.rope import Rope
+from lmc.model.layout import KVLayout
+from lmc.model.rope import Rope
 
 logger = init_logger(__name__)
 

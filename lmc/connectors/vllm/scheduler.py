@@ -11,7 +11,6 @@ import numpy as np
 from blake3 import blake3
 from vllm.logger import init_logger
 
-from lmc import shapes
 from lmc.blend.plan import Plan
 from lmc.chunk import split
 from lmc.connectors.vllm import identity
@@ -30,6 +29,7 @@ from lmc.connectors.vllm.planner import Planner
 from lmc.connectors.vllm.quality import QualityGate
 from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, rechain
 from lmc.connectors.vllm.tracked import Tracked, report_of, unblendable
+from lmc.model.shape import shape_of
 
 logger = init_logger(__name__)
 
@@ -49,7 +49,7 @@ class SchedulerSide:
         self.blend_refusal: str | None = self._rope_refusal or "no worker has reported yet"
         self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.layout = identity.layout_of(vllm_config, kv_cache_config)
-        self.cost = shapes.from_config(vllm_config.model_config.hf_text_config).cost
+        self.cost = shape_of(vllm_config.model_config.hf_text_config).cost
         self.namespace = identity.namespace_of(vllm_config, kv_cache_config, rope)
         check_memory(
             config.memory_bytes, self.layout.bytes_per_token, self.chunker.longest_chunk or 1

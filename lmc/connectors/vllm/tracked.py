@@ -12,7 +12,7 @@ import numpy as np
 from lmc.blend.plan import KINDS, Plan
 from lmc.chunk import Piece
 from lmc.connectors.vllm.config import RequestOptions
-from lmc.layout import PrefillCost
+from lmc.model.cost import PrefillCost
 
 
 @dataclass

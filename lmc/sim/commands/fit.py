@@ -13,8 +13,8 @@ from lmc.errors import errors_in_one_line
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lmc.model.times import TierSpeed
     from lmc.sim.fit import Fit
-    from lmc.sim.ttft import TierSpeed
 
 
 def fit(
@@ -50,7 +50,7 @@ def fit(
         from rich.console import Console
 
         from lmc.experiment.rows import ROWS, read_rows
-        from lmc.shapes import shape
+        from lmc.model.shape import shape
         from lmc.sim.fit import fit as fit_rows
 
         files = [path / ROWS if path.is_dir() else path for path in results]
@@ -87,7 +87,7 @@ def fit(
 
 
 def _tier(text: str) -> TierSpeed:
-    from lmc.sim.ttft import TierSpeed
+    from lmc.model.times import TierSpeed
 
     name, *numbers = text.split(":")
     try:

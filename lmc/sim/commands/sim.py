@@ -13,9 +13,9 @@ from lmc.errors import errors_in_one_line
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lmc.model.times import TTFTModel
     from lmc.sim.sweep import Metric, Outcome
     from lmc.sim.trace import Request
-    from lmc.sim.ttft import TTFTModel
 
 CAPACITIES = {
     "blocks": "1k,10k,100k,inf",
@@ -92,7 +92,7 @@ def sim(
     """Replay a trace through eviction policies, in tiers that hold no bytes."""
     with errors_in_one_line():
         from lmc.chunking import parse as parse_chunker
-        from lmc.shapes import shape as model_shape
+        from lmc.model.shape import shape as model_shape
         from lmc.sim.commands.output import print_bad_lines, print_json
         from lmc.sim.readers import read
         from lmc.sim.sweep import lru_rows, parse_capacity, store_sweep, sweep
@@ -161,7 +161,7 @@ def sim(
 
 
 def _profile(path: Path | None) -> TTFTModel | None:
-    from lmc.sim.ttft import load
+    from lmc.model.times import load
 
     return None if path is None else load(path)
 

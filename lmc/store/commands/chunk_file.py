@@ -17,7 +17,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.registry import one_line
 from lmc.store.compress import CODECS
 from lmc.store.disk import header as fmt

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.sizes import parse_bytes
 from lmc.store.compress import CODECS
 from lmc.store.disk.tier import Disk

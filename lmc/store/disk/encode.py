@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
 from lmc.store.disk.header import PAGE, Header, Section, padded

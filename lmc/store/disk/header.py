@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from blake3 import blake3
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store.compress import CODECS, bound
 from lmc.store.record import Origin, Record
 

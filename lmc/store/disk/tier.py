@@ -12,7 +12,7 @@ from typing import Any
 
 import lmdb
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located

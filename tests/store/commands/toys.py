@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from lmc.chunk import chunk_key
 from lmc.cli import app
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store.commands.inspect import Entry, entries, existing
 from lmc.store.disk.read import known, read_rows
 from lmc.store.disk.tier import Disk

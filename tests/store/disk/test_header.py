@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lmc.layout import KVLayout
+from lmc.model.layout import KVLayout
 from lmc.store.compress import CODECS, bound
 from lmc.store.disk import header as fmt
 from lmc.store.disk.header import Header, HeaderError, Section, pack, sizes, unpack

@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from lmc.rope import from_config
+from lmc.model.rope import from_config
 
 SCALINGS = {
     "default": {"rope_type": "default", "rope_theta": 1e4},

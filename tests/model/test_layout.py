@@ -1,6 +1,7 @@
 import pytest
 
-from lmc.layout import KVLayout, PrefillCost
+from lmc.model.cost import PrefillCost
+from lmc.model.layout import KVLayout
 
 
 def test_bytes_per_token_of_smollm2() -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lmc.shapes import KNOWN, from_config, shape
+from lmc.model.shape import KNOWN, shape, shape_of
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,13 @@ def test_attention_flops_count_query_heads_and_mla_unfolded() -> None:
 
 
 def test_heads_default_to_multi_head_attention() -> None:
-    it = from_config({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64})
+    it = shape_of({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64})
     assert (it.G, it.D, it.dtype) == (4, 16, "float32")
 
 
 def test_a_config_object_of_a_multimodal_model() -> None:
     config = SimpleNamespace(text_config=SimpleNamespace(**KNOWN["qwen3-8b"]))
-    assert from_config(config) == shape("qwen3-8b")
+    assert shape_of(config) == shape("qwen3-8b")
 
 
 def test_a_folder_and_a_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.sim.ttft import TierSpeed, TTFTModel, load, prefill_work
+from lmc.model.times import TierSpeed, TTFTModel, load, prefill_work
 
 MODEL = TTFTModel(
     fixed_s=0.02,

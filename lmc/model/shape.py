@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmc.layout import PrefillCost
+from lmc.model.cost import PrefillCost
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
@@ -43,7 +43,7 @@ class ModelShape:
         return self.L * (self.latent or 2 * self.G * self.D) * BYTES[dtype]
 
 
-def from_config(config: Any) -> ModelShape:
+def shape_of(config: Any) -> ModelShape:
     """Read a Hugging Face text config, an object or the dict of its config.json.
 
     FLOPs are those of a gated decoder: 2 per active weight and row, and per row, key and layer
@@ -105,7 +105,7 @@ def shape(model: str) -> ModelShape:
     Raises ValueError for what is none of these, naming the known models.
     """
     if model in KNOWN:
-        return from_config(KNOWN[model])
+        return shape_of(KNOWN[model])
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -117,7 +117,7 @@ def shape(model: str) -> ModelShape:
         ) from e
     if not isinstance(config, dict):
         raise ValueError(f"model: got {model!r}, want a JSON object with the model's sizes")
-    return from_config(config)
+    return shape_of(config)
 
 
 def _gqa(L: int, hidden: int, H: int, G: int, D: int, inner: int, dtype: str) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""Digests of weights: what says that two models are the same one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/lmc`, or `~/.cache/lmc`."""
+    # The XDG specification: a value that is not absolute is to be ignored.
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "lmc"
+
+
+def weights_digest(path: str | Path) -> bytes:
+    """BLAKE3, 32 bytes, of the weight files of a model folder: their names and contents.
+
+    Digests of files are kept in the cache folder by path, size and modification time, so a
+    second call reads no weights. A cache that is damaged or cannot be written costs time only.
+
+    Raises ValueError if the folder holds no weight files.
+    """
+    folder = Path(path).resolve()
+    files = sorted({file for glob in WEIGHTS for file in folder.glob(glob)})
+    if not files:
+        raise ValueError(f"got {path}, want a folder with weights ({', '.join(WEIGHTS)})")
+    known = _read_digests()
+    complete = True
+    total = blake3()
+    for file in files:
+        stat = file.stat()
+        match known.get(str(file)):
+            case [stat.st_size, stat.st_mtime_ns, str(digest)]:
+                pass
+            case _:
+                digest = file_digest(file)
+                known[str(file)] = [stat.st_size, stat.st_mtime_ns, digest]
+                complete = False
+        total.update(f"{len(file.name)}:{file.name}:{digest}\n".encode())
+    if not complete:
+        _write_digests(known)
+    return total.digest()
+
+
+def file_digest(file: Path) -> str:
+    """BLAKE3 of a file, 64 hex digits."""
+    # One thread: the pool behind blake3.AUTO does not survive a fork, and vLLM forks.
+    return blake3().update_mmap(file).hexdigest()
+
+
+def _read_digests() -> dict[str, Any]:
+    """File -> [size, mtime_ns, digest], as far as they can be read."""
+    try:
+        known = json.loads((cache_dir() / "digests.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_digests(known: dict[str, Any]) -> None:
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as work:
+            new = Path(work) / "digests.json"
+            new.write_text(json.dumps(known, indent=1))
+            new.replace(cache_dir() / "digests.json")
+    except OSError as e:
+        logger.info("digests of weights are not kept: %s", e)
