@@ -22,13 +22,13 @@ import numpy as np
 import yaml
 from transformers import AutoTokenizer
 
+from lmc.chunking.prompt import Prompt
 from lmc.experiment.config import EngineConfig, WorkloadConfig
 from lmc.experiment.engines import Answer, Engine, Request
 from lmc.experiment.rows import git_commit
 from lmc.experiment.summary import bootstrap
 from lmc.experiment.workloads import build_workload
 from lmc.model import exports
-from lmc.prompts import Prompt
 
 ROOT = Path(__file__).parents[1]
 OUT = Path(__file__).parent / "results" / "restart.jsonl"

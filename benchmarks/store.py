@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_128_digest
 
-from lmc.chunk import chunk_key
+from lmc.chunking.pieces import chunk_key
 from lmc.experiment.engines import _cpu_name
 from lmc.experiment.rows import git_commit
 from lmc.experiment.summary import bootstrap

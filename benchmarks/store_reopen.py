@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmc.chunk import Piece
+from lmc.chunking.pieces import Piece
 from lmc.experiment.rows import git_commit
 from lmc.model.layout import KVLayout
 from lmc.store import Index, Record

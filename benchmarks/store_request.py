@@ -21,8 +21,8 @@ import numpy as np
 
 from lmc.blend import STRATEGIES
 from lmc.blend.plan import make_plan
-from lmc.chunk import Piece, split
 from lmc.chunking import CHUNKERS
+from lmc.chunking.pieces import Piece, split
 from lmc.experiment.rows import git_commit
 from lmc.model.layout import KVLayout
 from lmc.store.chunks import Behind, Chunks

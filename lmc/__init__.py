@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lmc.prompts import Prompt, prompt
+from lmc.chunking.prompt import Prompt, prompt
 
 __version__ = version("lmc")
 __all__ = ["Prompt", "__version__", "prompt"]

@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from lmc.blend.evidence import Outline, Run, positions, probe_row_layers, runs_of, without
 from lmc.blend.strategy import Selective, Strategy
-from lmc.chunk import Piece, chunk_key, context_digests
+from lmc.chunking.pieces import Piece, chunk_key, context_digests
 from lmc.store import Index, Record
 from lmc.store.lookup import Behind, Known, exact_in
 

@@ -29,7 +29,7 @@ CHUNKERS = Registry(
     "chunker",
     {
         "cdc": "lmc.chunking.cdc:Cdc",
-        # The spans come with the request (`lmc.chunk.split`); what lies between is cut by cdc.
+        # Spans come with the request (see `pieces.split`); what lies between is cut by cdc.
         "explicit": "lmc.chunking.cdc:Cdc",
         "fixed": "lmc.chunking.fixed:Fixed",
         "separator": "lmc.chunking.separator:Separator",

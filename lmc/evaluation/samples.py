@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lmc.prompts import Prompt
+from lmc.chunking.prompt import Prompt
 
 
 @dataclass(frozen=True)

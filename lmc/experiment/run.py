@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from lmc.blend.plan import KINDS
+from lmc.chunking.prompt import Prompt
 from lmc.experiment.config import BlendArm, ExperimentConfig, StockArm, load_config, read_settings
 from lmc.experiment.engines import Answer, Engine, Request
 from lmc.experiment.progress import progress
@@ -27,7 +28,6 @@ from lmc.model import exports
 from lmc.model.layout import KVLayout
 from lmc.model.rope import from_config
 from lmc.model.shape import shape_of
-from lmc.prompts import Prompt
 
 FIGURE = "ttft_quality.png"
 NO_QUALITY = dict.fromkeys(f.name for f in fields(Quality))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pydoc_data.topics import topics
 from typing import Any
 
+from lmc.chunking.prompt import Prompt, prompt
 from lmc.experiment.config import WorkloadConfig
-from lmc.prompts import Prompt, prompt
 
 SYSTEM = (
     "You are a careful assistant. Answer with the exact words of the documents below, which "

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from lmc.chunk import chunk_key, split
 from lmc.chunking import Chunker
+from lmc.chunking.pieces import chunk_key, split
 from lmc.sim.trace import Request
 from lmc.sim.windows import WindowSet, covered, greedy, window_hashes
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from lmc.blend import STRATEGIES
 from lmc.blend.plan import KINDS, make_plan
-from lmc.chunk import split
 from lmc.chunking import Chunker
+from lmc.chunking.pieces import split
 from lmc.model.shape import ModelShape
 from lmc.sim.trace import Request
 from lmc.store import Index

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lmc.chunk import chunk_key, context_digests, split
 from lmc.chunking import Chunker
 from lmc.chunking.fixed import Fixed
+from lmc.chunking.pieces import chunk_key, context_digests, split
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lmc.chunk import Piece, chunk_key, context_digests
+from lmc.chunking.pieces import Piece, chunk_key, context_digests
 from lmc.store.index import Index
 from lmc.store.record import Record, origin_of
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from lmc.chunk import Piece, chunk_key, context_digests, split
 from lmc.chunking import CHUNKERS
+from lmc.chunking.pieces import Piece, chunk_key, context_digests, split
 from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
 from lmc.store.chunks import Behind, Chunks

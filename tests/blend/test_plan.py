@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lmc.blend import STRATEGIES
 from lmc.blend.evidence import positions, runs_of
 from lmc.blend.plan import Plan, make_plan
-from lmc.chunk import Piece, chunk_key, context_digests
+from lmc.chunking.pieces import Piece, chunk_key, context_digests
 from lmc.store import Index, Record, origin_of
 
 NS = b"namespace"

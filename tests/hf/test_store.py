@@ -11,7 +11,7 @@ import torch
 from lmc.blend import STRATEGIES
 from lmc.blend.cachecraft import CacheCraft
 from lmc.blend.plan import Plan
-from lmc.chunk import chunk_key
+from lmc.chunking.pieces import chunk_key
 from lmc.connectors.hf import HFStore
 from tests.hf.tiny import (
     CHUNKS,

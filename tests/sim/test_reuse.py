@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.chunk import split
 from lmc.chunking import Chunker, parse
 from lmc.chunking.cdc import Cdc
 from lmc.chunking.fixed import Fixed
+from lmc.chunking.pieces import split
 from lmc.sim.reuse import (
     KINDS,
     MOVED,

@@ -11,10 +11,10 @@ import torch
 
 from lmc.blend import STRATEGIES
 from lmc.blend.encoding import Context, Position
+from lmc.chunking.prompt import prompt
 from lmc.connectors.hf.model import HFModel
 from lmc.connectors.hf.serve import Blended, run_blend
 from lmc.connectors.hf.store import HFStore
-from lmc.prompts import prompt
 
 
 @dataclass(frozen=True)

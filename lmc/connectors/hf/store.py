@@ -14,7 +14,7 @@ from lmc.blend.cachecraft import Attended, CacheCraft, alone
 from lmc.blend.encoding import Context
 from lmc.blend.plan import Plan, Segment, make_plan
 from lmc.blend.strategy import Strategy
-from lmc.chunk import Piece, chunk_key
+from lmc.chunking.pieces import Piece, chunk_key
 from lmc.connectors.hf.model import HFModel
 from lmc.model.layout import KVLayout
 from lmc.store import Record, Store

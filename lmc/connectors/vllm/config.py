@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lmc.blend import STRATEGIES
 from lmc.blend.evidence import Outline
 from lmc.blend.strategy import Strategy
-from lmc.chunk import split
 from lmc.chunking import CHUNKERS, Chunker
+from lmc.chunking.pieces import split
 from lmc.registry import one_line
 from lmc.store import Index
 from lmc.store.tier import TIERS, TierConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lmc.chunk import split
 from lmc.chunking import Chunker
+from lmc.chunking.pieces import split
 from lmc.connectors.vllm.messages import ChunkSave
 from lmc.connectors.vllm.tracked import Tracked
 from lmc.store import Index

@@ -12,7 +12,7 @@ from blake3 import blake3
 from vllm.logger import init_logger
 
 from lmc.blend.plan import Plan
-from lmc.chunk import split
+from lmc.chunking.pieces import split
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import LMCConfig, check_memory, parse_request
 from lmc.connectors.vllm.keeping import chunks_to_keep

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lmc.blend.plan import KINDS, Plan
-from lmc.chunk import Piece
+from lmc.chunking.pieces import Piece
 from lmc.connectors.vllm.config import RequestOptions
 from lmc.model.cost import PrefillCost
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 from typer.testing import CliRunner
 
-from lmc.chunk import chunk_key
+from lmc.chunking.pieces import chunk_key
 from lmc.cli import app
 from lmc.model.layout import KVLayout
 from lmc.store.commands.inspect import Entry, entries, existing

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lmc.chunk import chunk_key
+from lmc.chunking.pieces import chunk_key
 from lmc.model.layout import KVLayout
 from lmc.store.disk.tier import Disk
 from lmc.store.record import Origin, Record, superseded

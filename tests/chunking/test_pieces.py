@@ -10,8 +10,8 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.chunk import Piece, chunk_key, context_digests, split
 from lmc.chunking import CHUNKERS
+from lmc.chunking.pieces import Piece, chunk_key, context_digests, split
 
 CONFIGS = [
     {"name": "cdc", "window": 3, "hash_tokens": 2, "max_tokens": 12},

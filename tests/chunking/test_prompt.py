@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import lmc
-from lmc.chunk import Piece, split
 from lmc.chunking import CHUNKERS
+from lmc.chunking.pieces import Piece, split
 
 TEXTS = ["You are helpful.\n", "Paris is", " the capital", " of France", "?"]
 

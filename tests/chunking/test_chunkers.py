@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.chunk import Piece, chunk_key, split
 from lmc.chunking import CHUNKERS, parse
 from lmc.chunking.cdc import Cdc, _mix
+from lmc.chunking.pieces import Piece, chunk_key, split
 
 SMALL = Cdc(window=3, hash_tokens=2, max_tokens=12)
 IDS = st.one_of(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 2**40))).map(
