@@ -87,7 +87,7 @@ def test_what_cannot_be_built(registry: Registry, name: str) -> None:
 
 def test_light_to_import() -> None:
     code = (
-        "import sys, lmc, lmc.registry, lmc.chunking.pieces, lmc.model.exports, lmc.cli;"
+        "import sys, lmc, lmc.registry, lmc.chunking.pieces, lmc.model.exports, lmc.cli.app;"
         "import lmc.chunking as c;"
         "[c.CHUNKERS.build(n) for n in ('cdc', 'explicit', 'fixed')];"
         "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"

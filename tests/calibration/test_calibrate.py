@@ -13,9 +13,9 @@ import yaml
 from typer.testing import CliRunner
 
 from lmc.blend import STRATEGIES
-from lmc.calibration.command import calibrate as command
 from lmc.calibration.measure import BASE, GRID, calibrate, grid
 from lmc.calibration.profile import find_profile, load_profile
+from lmc.cli.calibrate import calibrate as command
 from lmc.connectors.hf.model import HFModel
 from lmc.evaluation.measure import measure, prepare
 from lmc.evaluation.samples import Sample

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from lmc.cli import app
+from lmc.cli.app import app
 from lmc.evaluation import WORKLOADS
 from lmc.evaluation.gate import gate
 from lmc.evaluation.samples import Sample

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from lmc.cli import app
+from lmc.cli.app import app
 from lmc.evaluation import WORKLOADS
 from lmc.evaluation.samples import Sample
 from lmc.evaluation.texts import convert_musique

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lmc.cli import app
+from lmc.cli.app import app
 from lmc.experiment.hf_config import HFExperiment, load_config
 from lmc.experiment.hf_run import comparisons, table
 from lmc.experiment.rows import read_rows

@@ -16,10 +16,10 @@ from hypothesis.extra.numpy import arrays
 from typer.testing import CliRunner
 
 from lmc.blend.evidence import Run
+from lmc.cli.fit import fit as fit_command
 from lmc.experiment.rows import ROWS
 from lmc.model.shape import shape
 from lmc.model.times import TierSpeed, TTFTModel, load
-from lmc.sim.commands.fit import fit as fit_command
 from lmc.sim.fit import CONSTANTS, Fit, fit, nnls
 
 SHAPE = shape("smollm2-135m")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lmc.chunking.fixed import Fixed
-from lmc.sim.commands.trace import trace_app
+from lmc.cli.trace import trace_app
 from lmc.sim.generate import GENERATORS, Chat, Rag, save
 from lmc.sim.readers import read
 from lmc.sim.trace import Request, accesses

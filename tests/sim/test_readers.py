@@ -379,7 +379,7 @@ def test_good_lines_around_a_bad_one_survive(
 
 def test_imports_neither_torch_nor_vllm() -> None:
     code = (
-        "import sys, lmc.sim.readers as r, lmc.sim.generate, lmc.sim.commands.trace\n"
+        "import sys, lmc.sim.readers as r, lmc.sim.generate, lmc.cli.trace\n"
         "[r.FORMATS.load(name) for name in r.FORMATS.names()]\n"
         "print([m for m in ('torch', 'vllm', 'transformers', 'numba') if m in sys.modules])"
     )

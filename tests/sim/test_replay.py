@@ -335,7 +335,7 @@ def test_the_simulator_needs_no_torch() -> None:
     code = (
         "import sys\n"
         "import lmc.sim.sweep, lmc.sim.reuse, lmc.sim.readers, lmc.sim.timing, lmc.plots\n"
-        "import lmc.sim.commands.sim, lmc.cli\n"
+        "import lmc.cli.sim, lmc.cli\n"
         "assert not {'torch', 'vllm', 'transformers', 'triton'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

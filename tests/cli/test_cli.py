@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 import lmc
-from lmc.cli import app
+from lmc.cli.app import app
 from lmc.model import exports
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lmc.store.commands.inspect import Entry, settled
+from lmc.cli.store.inspect import Entry, settled
 from lmc.store.disk.catalog import Located
 from lmc.store.disk.faults import FAULTS, kind_of
 from lmc.store.disk.folder import Folder

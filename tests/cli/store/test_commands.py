@@ -13,14 +13,14 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from lmc.store.commands.app import Kind
-from lmc.store.commands.inspect import existing
-from lmc.store.commands.tables import size
-from lmc.store.commands.upkeep import verify_all
+from lmc.cli.store.app import Kind
+from lmc.cli.store.inspect import existing
+from lmc.cli.store.tables import size
+from lmc.cli.store.upkeep import verify_all
 from lmc.store.disk.folder import FORMAT_FILE, Folder, _version_digest
 from lmc.store.disk.header import namespace_digest
 from lmc.store.record import Origin
-from tests.store.commands.toys import (
+from tests.cli.store.toys import (
     FLOAT,
     A,
     B,

@@ -12,9 +12,9 @@ import numpy as np
 from typer.testing import CliRunner
 
 from lmc.chunking.pieces import chunk_key
-from lmc.cli import app
+from lmc.cli.app import app
+from lmc.cli.store.inspect import Entry, entries, existing
 from lmc.model.layout import KVLayout
-from lmc.store.commands.inspect import Entry, entries, existing
 from lmc.store.disk.read import known, read_rows
 from lmc.store.disk.tier import Disk
 from lmc.store.record import Origin, Record

@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
-from lmc.store.commands.chunk_file import MOST_HEADER, Item, header_of, items_of
-from lmc.store.commands.inspect import Entry, entries, settled
+from lmc.cli.store.chunk_file import MOST_HEADER, Item, header_of, items_of
+from lmc.cli.store.inspect import Entry, entries, settled
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located
 from lmc.store.disk.encode import Encoded, Encoder

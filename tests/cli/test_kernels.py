@@ -10,8 +10,8 @@ import triton
 import typer
 from typer.testing import CliRunner
 
-from lmc import kernel_table
-from lmc.kernel_table import README, kernels, readme, roofline, rows, section
+from lmc.cli import kernels as kernel_table
+from lmc.cli.kernels import README, kernels, readme, roofline, rows, section
 from lmc.kernels import spec as spec_module
 from lmc.kernels import traffic
 from lmc.kernels.aot import DTYPES, TARGETS

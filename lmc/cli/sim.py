@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lmc.errors import errors_in_one_line
+from lmc.cli.errors import errors_in_one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,8 +92,8 @@ def sim(
     """Replay a trace through eviction policies, in tiers that hold no bytes."""
     with errors_in_one_line():
         from lmc.chunking import parse as parse_chunker
+        from lmc.cli.output import print_bad_lines, print_json
         from lmc.model.shape import shape as model_shape
-        from lmc.sim.commands.output import print_bad_lines, print_json
         from lmc.sim.readers import read
         from lmc.sim.sweep import lru_rows, parse_capacity, store_sweep, sweep
         from lmc.sim.trace import accesses

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmc.errors import errors_in_one_line
-from lmc.sim.commands.output import print_json
+from lmc.cli.errors import errors_in_one_line
+from lmc.cli.output import print_json
+from lmc.cli.store import tables
+from lmc.cli.store.tables import AGES, count, size
 from lmc.sizes import parse_bytes
-from lmc.store.commands import tables
-from lmc.store.commands.tables import AGES, count, size
 
 if TYPE_CHECKING:
     from lmc.store.disk.folder import Folder
@@ -66,7 +66,7 @@ def ls(
 ) -> None:
     """List what a store holds: by namespace (model and tenant), or record by record."""
     with _opened(path) as folder:
-        from lmc.store.commands.inspect import entries, grouped
+        from lmc.cli.store.inspect import entries, grouped
 
         found = entries(folder, namespace, origin)
         if by is By.none:
@@ -89,7 +89,7 @@ def ls(
 def stat(path: Store, as_json: AsJson = False) -> None:
     """Say how large a store is, how much of it is dead, how well it compresses, at what error."""
     with _opened(path) as folder:
-        from lmc.store.commands.inspect import totals
+        from lmc.cli.store.inspect import totals
 
         facts = totals(folder)
         if as_json:
@@ -108,8 +108,8 @@ def verify(path: Store, as_json: AsJson = False) -> None:
     with _opened(path) as folder:
         from dataclasses import asdict
 
-        from lmc.store.commands.inspect import LOST, opening
-        from lmc.store.commands.upkeep import verify_all
+        from lmc.cli.store.inspect import LOST, opening
+        from lmc.cli.store.upkeep import verify_all
 
         with _progress(folder) as done:
             found = verify_all(folder, done)
@@ -159,8 +159,8 @@ def gc(
 ) -> None:
     """Give back the space of what is dead; before that, forget what all options together name."""
     with _opened(path, to_write=True) as folder:
-        from lmc.store.commands.inspect import entries
-        from lmc.store.commands.upkeep import compact, forget, forget_quarantined, to_forget
+        from lmc.cli.store.inspect import entries
+        from lmc.cli.store.upkeep import compact, forget, forget_quarantined, to_forget
 
         most = None if to is None else parse_bytes(to)
         until = None if older_than is None else time.time() - _seconds(older_than)
@@ -194,7 +194,7 @@ def export_(
 ) -> None:
     """Write chunks, decoded, to a safetensors file. Exit code 1: damaged ones were left out."""
     with _opened(path) as folder:
-        from lmc.store.commands.transfer import export_chunks
+        from lmc.cli.store.transfer import export_chunks
 
         limit = None if limit_bytes is None else parse_bytes(limit_bytes)
         found = export_chunks(folder, out, namespace, limit)
@@ -223,7 +223,7 @@ def import_(
 ) -> None:
     """Put the chunks of a file into a store, once all of it is checked."""
     with errors_in_one_line():
-        from lmc.store.commands.transfer import import_chunks
+        from lmc.cli.store.transfer import import_chunks
 
         found = import_chunks(path, source, parse_bytes(capacity))
         known = f"; {found.known:,} add nothing to what is there" if found.known else ""
@@ -240,7 +240,7 @@ def _opened(path: Path, to_write: bool = False) -> Iterator[Folder]:
     with errors_in_one_line():
         import lmdb
 
-        from lmc.store.commands.inspect import existing
+        from lmc.cli.store.inspect import existing
         from lmc.store.disk.header import HeaderError
 
         folder = existing(path, to_write)
@@ -257,7 +257,7 @@ _REMEDY = "delete {path}/index while nobody uses the store, and it is made again
 
 def _warn(path: Path, folder: Folder, index_faults: int = 0) -> None:
     """Say, on standard error, what of a store cannot be shown."""
-    from lmc.store.commands.inspect import opening
+    from lmc.cli.store.inspect import opening
 
     met = opening(folder)
     lines = []

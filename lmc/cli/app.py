@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from lmc.calibration.command import calibrate
-from lmc.errors import errors_in_one_line
-from lmc.evaluation.command import workload_app
-from lmc.kernel_table import kernels
-from lmc.sim.commands.fit import fit
-from lmc.sim.commands.reuse import reuse
-from lmc.sim.commands.sim import sim
-from lmc.sim.commands.trace import trace_app
-from lmc.store.commands.app import store_app
+from lmc.cli.calibrate import calibrate
+from lmc.cli.errors import errors_in_one_line
+from lmc.cli.fit import fit
+from lmc.cli.kernels import kernels
+from lmc.cli.reuse import reuse
+from lmc.cli.sim import sim
+from lmc.cli.store.app import store_app
+from lmc.cli.trace import trace_app
+from lmc.cli.workload import workload_app
 
 app = typer.Typer(
     help="Reuse of KV cache at any position of a prompt.",

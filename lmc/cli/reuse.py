@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lmc.errors import errors_in_one_line
+from lmc.cli.errors import errors_in_one_line
 
 if TYPE_CHECKING:
     from lmc.sim.reuse import RequestReuse
@@ -45,7 +45,7 @@ def reuse(
     Nothing is ever evicted here: `lmc sim` says what a store of some size keeps of it.
     """
     with errors_in_one_line():
-        from lmc.sim.commands.output import print_bad_lines, print_json
+        from lmc.cli.output import print_bad_lines, print_json
         from lmc.sim.readers import read
         from lmc.sim.reuse import Sliding, analyse
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmc.errors import errors_in_one_line
+from lmc.cli.errors import errors_in_one_line
 from lmc.registry import assigned
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmc.errors import errors_in_one_line
+from lmc.cli.errors import errors_in_one_line
 from lmc.registry import assigned
 
 workload_app = typer.Typer(

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmc.store.commands.inspect import existing
-from lmc.store.commands.transfer import export_chunks, import_chunks
+from lmc.cli.store.inspect import existing
+from lmc.cli.store.transfer import export_chunks, import_chunks
 from lmc.store.disk.header import namespace_digest
-from tests.store.commands.toys import (
+from tests.cli.store.toys import (
     BFLOAT,
     CAPACITY,
     FLOAT,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmc.errors import errors_in_one_line
+from lmc.cli.errors import errors_in_one_line
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from lmc.cli import app
+from lmc.cli.app import app
 from lmc.sim.reuse import KINDS
 
 PROFILE = """
