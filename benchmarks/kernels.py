@@ -25,9 +25,9 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from lmc.experiment.rows import git_commit
 from lmc.kernels.aot import DTYPES
 from lmc.kernels.spec import KernelSpec, load, verify
+from lmc.results.rows import git_commit
 
 OUT = Path(__file__).parent / "results" / "kernels.jsonl"
 DTYPE = torch.bfloat16

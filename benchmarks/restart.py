@@ -23,12 +23,12 @@ import yaml
 from transformers import AutoTokenizer
 
 from lmc.chunking.prompt import Prompt
-from lmc.experiment.config import EngineConfig, WorkloadConfig
-from lmc.experiment.engines import Answer, Engine, Request
-from lmc.experiment.rows import git_commit
-from lmc.experiment.summary import bootstrap
-from lmc.experiment.workloads import build_workload
+from lmc.experiment.vllm.config import EngineConfig, WorkloadConfig
+from lmc.experiment.vllm.engines import Answer, Engine, Request
 from lmc.model import exports
+from lmc.results.rows import git_commit
+from lmc.results.summary import bootstrap
+from lmc.workloads.rag_reorder import build_workload
 
 ROOT = Path(__file__).parents[1]
 OUT = Path(__file__).parent / "results" / "restart.jsonl"

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from lmc.chunking.cdc import Cdc
-from lmc.experiment.engines import _cpu_name
-from lmc.experiment.rows import git_commit
+from lmc.experiment.vllm.engines import _cpu_name
+from lmc.results.rows import git_commit
 from lmc.sim.stack import Curve, hit_curve, stack_distances
 
 LENGTHS = [300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000]

@@ -33,10 +33,10 @@ import numpy as np
 from xxhash import xxh3_128_digest
 
 from lmc.chunking.pieces import chunk_key
-from lmc.experiment.engines import _cpu_name
-from lmc.experiment.rows import git_commit
-from lmc.experiment.summary import bootstrap
+from lmc.experiment.vllm.engines import _cpu_name
 from lmc.model.layout import KVLayout
+from lmc.results.rows import git_commit
+from lmc.results.summary import bootstrap
 from lmc.store.disk.header import padded
 from lmc.store.disk.segments import aligned
 from lmc.store.disk.tier import Disk

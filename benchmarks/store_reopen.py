@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from lmc.chunking.pieces import Piece
-from lmc.experiment.rows import git_commit
 from lmc.model.layout import KVLayout
+from lmc.results.rows import git_commit
 from lmc.store import Index, Record
 from lmc.store.disk.tier import Disk
 from lmc.store.keep import keep

@@ -23,8 +23,8 @@ from lmc.blend import STRATEGIES
 from lmc.blend.plan import make_plan
 from lmc.chunking import CHUNKERS
 from lmc.chunking.pieces import Piece, split
-from lmc.experiment.rows import git_commit
 from lmc.model.layout import KVLayout
+from lmc.results.rows import git_commit
 from lmc.store.chunks import Behind, Chunks
 from lmc.store.disk.tier import Disk
 from lmc.store.index import Index

@@ -24,7 +24,7 @@ STRATEGIES = Registry(
         "lmc": "lmc.blend.two_stage:TwoStage",
         "union": "lmc.blend.combine:Union",
         "replay": "lmc.blend.combine:Replay",
-        "auto": "lmc.blend.auto:Auto",
-        "controlled": "lmc.blend.controlled:Controlled",
+        "auto": "lmc.quality.auto:Auto",
+        "controlled": "lmc.quality.controlled:Controlled",
     },
 )

@@ -60,7 +60,7 @@ def run(
 ) -> None:
     """Run an experiment; one that was stopped goes on where it stopped."""
     with errors_in_one_line():
-        from lmc.experiment.run import run as run_experiment
+        from lmc.experiment.vllm.run import run as run_experiment
 
         run_experiment(experiment, out, override or [])
 

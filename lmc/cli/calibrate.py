@@ -12,8 +12,8 @@ from lmc.cli.errors import errors_in_one_line
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lmc.calibration.profile import QualityProfile
-    from lmc.evaluation.samples import Sample
+    from lmc.quality.profile import QualityProfile
+    from lmc.workloads.sample import Sample
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -61,15 +61,15 @@ def calibrate(
 
         import lmc
         from lmc.blend.encoding import Context
-        from lmc.calibration.measure import calibrate as measured
-        from lmc.calibration.measure import grid
-        from lmc.calibration.profile import QualityProfile, user_profiles
+        from lmc.cli.progress import progress
         from lmc.connectors.hf.model import HFModel
-        from lmc.evaluation import WORKLOADS
-        from lmc.experiment.progress import progress
-        from lmc.experiment.rows import git_commit
+        from lmc.experiment.calibrate import calibrate as measured
+        from lmc.experiment.calibrate import grid
         from lmc.model.exports import EXPORTS, resolve
         from lmc.model.weights import weights_digest
+        from lmc.quality.profile import QualityProfile, user_profiles
+        from lmc.results.rows import git_commit
+        from lmc.workloads import WORKLOADS
 
         if context not in get_args(Context):
             raise ValueError(f"--context: got {context!r}; valid: {', '.join(get_args(Context))}")
@@ -109,7 +109,7 @@ def table(profile: QualityProfile) -> Table:
     from rich import box
     from rich.table import Table
 
-    from lmc.calibration.profile import knob_of
+    from lmc.quality.profile import knob_of
 
     title = f"{profile.model}, {profile.dtype}, {profile.prompts} prompts, {profile.context} chunks"
     result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)

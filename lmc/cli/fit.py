@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lmc.model.times import TierSpeed
-    from lmc.sim.fit import Fit
+    from lmc.results.fit import Fit
 
 
 def fit(
@@ -49,9 +49,9 @@ def fit(
 
         from rich.console import Console
 
-        from lmc.experiment.rows import ROWS, read_rows
         from lmc.model.shape import shape
-        from lmc.sim.fit import fit as fit_rows
+        from lmc.results.fit import fit as fit_rows
+        from lmc.results.rows import ROWS, read_rows
 
         files = [path / ROWS if path.is_dir() else path for path in results]
         rows = [row for file in files for row in read_rows(file)]

@@ -55,8 +55,8 @@ def gate(
     with errors_in_one_line():
         from transformers import AutoModelForCausalLM
 
-        from lmc.evaluation.gate import USABLE
-        from lmc.evaluation.gate import gate as measure_gate
+        from lmc.experiment.solvable import USABLE
+        from lmc.experiment.solvable import gate as measure_gate
         from lmc.model import exports
 
         _, samples = _samples(name, field or [], model)
@@ -77,7 +77,7 @@ def convert(
 ) -> None:
     """Turn a multi-hop data set, as CacheBlend's examples carry it, into passages."""
     with errors_in_one_line():
-        from lmc.evaluation.texts import convert_musique
+        from lmc.workloads.texts import convert_musique
 
         typer.echo(f"{target}: {convert_musique(source, target)} questions")
 
@@ -85,8 +85,8 @@ def convert(
 def _samples(name: str, fields: list[str], model: str) -> tuple[Any, list[Any]]:
     from transformers import AutoTokenizer
 
-    from lmc.evaluation import WORKLOADS
     from lmc.model import exports
+    from lmc.workloads import WORKLOADS
 
     workload = WORKLOADS.build({"name": name, **assigned(fields)})
     tokenizer = AutoTokenizer.from_pretrained(exports.resolve(model))

@@ -15,11 +15,11 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from lmc.evaluation.metrics import pareto_front
-from lmc.experiment.summary import FULL_PREFILL, FULL_REUSE, Estimate, recovery
 from lmc.plots.runs import FLOOR, Rows, interval_bars, kl_label, rows_of
 from lmc.plots.style import BLUE, ORANGE, tidy
 from lmc.plots.traces import LINES
+from lmc.quality.metrics import pareto_front
+from lmc.results.summary import FULL_PREFILL, FULL_REUSE, Estimate, recovery
 
 OURS, OTHERS = ORANGE, BLUE
 OWN_STRATEGY = "lmc"

@@ -14,9 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from lmc.experiment.rows import read_rows
-from lmc.experiment.summary import ArmSummary, Estimate, summarise
 from lmc.plots.style import BLUE, GREY, ORANGE, PURPLE, SKY, YELLOW, tidy
+from lmc.results.rows import read_rows
+from lmc.results.summary import ArmSummary, Estimate, summarise
 
 Rows = Sequence[dict[str, Any]] | Path | str
 Point = tuple[ArmSummary, Estimate, Estimate]

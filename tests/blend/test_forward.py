@@ -22,7 +22,7 @@ from lmc.blend.query import Query
 from lmc.blend.strategy import Strategy
 from lmc.connectors.hf.adapter import HFAdapter, Pages
 from lmc.kernels.gather import gather
-from tests.hf.tiny import END, TOKENS, T, decoder, far, tiny
+from tests.connectors.hf.tiny import END, TOKENS, T, decoder, far, tiny
 
 L = 4
 NEW = np.concatenate([np.arange(60, 70), np.arange(END, T)])  # a gap, and the suffix

@@ -24,8 +24,8 @@ def invoke(*args: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def experiment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """In place of lmc.experiment.run: keeps what it was called with, raises `error` if set."""
-    module = ModuleType("lmc.experiment.run")
+    """In place of lmc.experiment.vllm.run: keeps what it was called with, raises `error` if set."""
+    module = ModuleType("lmc.experiment.vllm.run")
     module.calls, module.error = [], None
 
     def run(experiment: Path, out: Path, overrides: list[str]) -> None:
@@ -35,7 +35,7 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     module.run = run
     monkeypatch.setitem(sys.modules, "lmc.experiment", ModuleType("lmc.experiment"))
-    monkeypatch.setitem(sys.modules, "lmc.experiment.run", module)
+    monkeypatch.setitem(sys.modules, "lmc.experiment.vllm.run", module)
     return module
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmc.experiment.engines import Answer, Request
-from lmc.experiment.quality import Quality
+from lmc.experiment.vllm.engines import Answer, Request
 from lmc.model.cost import PrefillCost
+from lmc.results.quality import Quality
 
 REPO = Path(__file__).parents[2]
 
@@ -84,7 +84,7 @@ class PretendedEngine:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Request | str]]:
-    """`lmc.experiment.run` on pretended engines; returns what they are asked, as it grows."""
+    """`lmc.experiment.vllm.run` on pretended engines; returns what they are asked, as it grows."""
     PretendedEngine.requests = []
-    monkeypatch.setattr("lmc.experiment.run.Engine", PretendedEngine)
+    monkeypatch.setattr("lmc.experiment.vllm.run.Engine", PretendedEngine)
     return PretendedEngine.requests

@@ -181,7 +181,7 @@ def test_no_profile(tmp_path: Path) -> None:
 
 def test_no_torch_and_no_vllm_come_with_it() -> None:
     code = (
-        "import sys, lmc.sim.fit, lmc.sim.queueing, lmc.cli.fit, lmc.experiment.rows\n"
+        "import sys, lmc.results.fit, lmc.sim.queueing, lmc.cli.fit, lmc.results.rows\n"
         "print(sorted({'torch', 'vllm', 'transformers', 'numba'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,10 +7,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from lmc.blend.auto import Auto
 from lmc.blend.baselines import Prefix
-from lmc.calibration.gate import admit
-from lmc.calibration.profile import Blend, QualityProfile, find_profile
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import (
     LMCConfig,
@@ -21,6 +18,9 @@ from lmc.connectors.vllm.config import (
 )
 from lmc.model.layout import KVLayout
 from lmc.model.rope import Rope
+from lmc.quality.auto import Auto
+from lmc.quality.gate import admit
+from lmc.quality.profile import Blend, QualityProfile, find_profile
 
 logger = init_logger(__name__)
 

@@ -5,7 +5,7 @@ would not have given, so from the first moved token's block on a request's chain
 the recipe of its blend too. Everything that follows, decoded blocks included, inherits it.
 
 This touches internals of vLLM that are no API: `Request._block_hasher`, `Request.block_hashes`
-and `BlockPool.get_cached_block`. tests/connectors/test_taint.py fails when they change shape.
+and `BlockPool.get_cached_block`. tests/connectors/vllm/test_taint.py fails when they change shape.
 """
 
 from __future__ import annotations

@@ -1,1 +1,0 @@
-"""What blending costs a model in quality: measured once, asked at every request."""

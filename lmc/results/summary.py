@@ -1,0 +1,167 @@
+"""Rows to numbers: the one place where tables, figures and notebooks get them from.
+
+A timing is compared with another of the same prompt and repetition, taken moments apart, and
+medians are of those ratios: the speed of a shared machine drifts by more than most effects.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+FULL_PREFILL = "full_prefill"
+EQUAL_ROWS = "prefix_equal_rows"
+FULL_REUSE = "full_reuse"
+
+RESAMPLES = 2000
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95% interval, by bootstrap over prompts."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One arm over all its prompts and repetitions; None where it was not measured.
+
+    blends: whether it ran on lmc.
+    ttft_s: median seconds.
+    speedup, cpu_speedup: median of full prefill's TTFT (CPU seconds) over the arm's, paired.
+    vs_equal_rows: median of the arm's TTFT over that of vLLM's prefix cache when it computes an
+        equal number of rows, paired.
+    compute_fraction, flops_fraction: means.
+    kinds: mean share of the prompt by kind; found: all kinds but `new`.
+    logprob_error: the greatest over all prompts.
+    kl_last to greedy_agreement: means (lmc.results.quality.Quality).
+    recovery: 1 - mean kl_mean / that of full_reuse, over the same prompts.
+    reasons: why requests were not blended -> how many.
+    """
+
+    arm: str
+    blends: bool
+    prompts: int
+    measurements: int
+    ttft_s: float
+    speedup: Estimate | None
+    cpu_speedup: Estimate | None
+    vs_equal_rows: Estimate | None
+    compute_fraction: float
+    flops_fraction: float
+    kinds: dict[str, float]
+    found: float
+    logprob_error: float | None
+    kl_last: float | None
+    kl_mean: Estimate | None
+    top1_agreement: float | None
+    delta_nll: float | None
+    greedy_agreement: float | None
+    recovery: Estimate | None
+    reasons: dict[str, int]
+
+
+def summarise(rows: Sequence[Row]) -> list[ArmSummary]:
+    """One summary an arm, in the order of the experiment."""
+    by_arm: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_arm[row["arm"]].append(row)
+    order = list(rows[-1]["config"]["arms"]) if rows else []
+    return [_summary(arm, by_arm) for arm in order if arm in by_arm]
+
+
+def paired_ratio(over: Sequence[Row], under: Sequence[Row], column: str) -> Estimate | None:
+    """Median of `over[column] / under[column]` over the prompts and repetitions both have."""
+    known = {(r["prompt_id"], r["repetition"]): r[column] for r in under}
+    ratios: dict[int, list[float]] = defaultdict(list)
+    for row in over:
+        if other := known.get((row["prompt_id"], row["repetition"])):
+            ratios[row["prompt_id"]].append(row[column] / other)
+    return bootstrap(list(ratios.values()), lambda sample: np.median(np.concatenate(sample)))
+
+
+def bootstrap(
+    groups: Sequence[Sequence[Any]], statistic: Callable[[list[Any]], Any]
+) -> Estimate | None:
+    """`statistic(groups)`, with the 2.5 and 97.5 percentiles of it over resampled groups.
+
+    A group is a prompt: repetitions of it are not independent, so they are drawn together. The
+    draws are seeded, so that the same rows always give the same interval.
+    """
+    if not groups:
+        return None
+    arrays = [np.asarray(group, np.float64) for group in groups]
+    rng = np.random.default_rng(0)
+    draws = [
+        statistic([arrays[i] for i in rng.integers(len(arrays), size=len(arrays))])
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(float(statistic(arrays)), float(low), float(high))
+
+
+def _summary(arm: str, by_arm: dict[str, list[Row]]) -> ArmSummary:
+    rows = by_arm[arm]
+    full, equal = by_arm.get(FULL_PREFILL, []), by_arm.get(EQUAL_ROWS, [])
+    kinds = {
+        kind: float(np.mean([row["kinds"][kind] / row["prompt_tokens"] for row in rows]))
+        for kind in rows[0]["kinds"]
+    }
+    reasons: dict[str, int] = defaultdict(int)
+    for row in rows:
+        if row["reason"] is not None:
+            reasons[row["reason"]] += 1
+    kl = _by_prompt(rows, "kl_mean")
+    return ArmSummary(
+        arm=arm,
+        blends="blend" in rows[0]["config"]["arms"][arm],
+        prompts=len({row["prompt_id"] for row in rows}),
+        measurements=len(rows),
+        ttft_s=float(np.median([row["ttft_s"] for row in rows])),
+        speedup=paired_ratio(full, rows, "ttft_s"),
+        cpu_speedup=paired_ratio(full, rows, "cpu_s"),
+        vs_equal_rows=paired_ratio(rows, equal, "ttft_s"),
+        compute_fraction=float(np.mean([row["compute_fraction"] for row in rows])),
+        flops_fraction=float(np.mean([row["flops_fraction"] for row in rows])),
+        kinds=kinds,
+        found=1 - kinds["new"],
+        logprob_error=max(_by_prompt(rows, "logprob_error").values(), default=None),
+        kl_last=_mean(rows, "kl_last"),
+        kl_mean=bootstrap([[v] for v in kl.values()], np.mean),
+        top1_agreement=_mean(rows, "top1_agreement"),
+        delta_nll=_mean(rows, "delta_nll"),
+        greedy_agreement=_mean(rows, "greedy_agreement"),
+        recovery=recovery(kl, _by_prompt(by_arm.get(FULL_REUSE, []), "kl_mean")),
+        reasons=dict(reasons),
+    )
+
+
+def _by_prompt(rows: Sequence[Row], column: str) -> dict[int, float]:
+    """Quality is measured once a prompt; other repetitions hold null."""
+    return {row["prompt_id"]: row[column] for row in rows if row[column] is not None}
+
+
+def _mean(rows: Sequence[Row], column: str) -> float | None:
+    values = list(_by_prompt(rows, column).values())
+    return float(np.mean(values)) if values else None
+
+
+def recovery(arm: dict[int, float], reuse: dict[int, float]) -> Estimate | None:
+    """1 - mean KL / mean KL of full_reuse, by prompt, over the prompts that both have."""
+    pairs = [(kl, reuse[prompt]) for prompt, kl in arm.items() if prompt in reuse]
+    if not pairs or not any(reference for _, reference in pairs):
+        return None
+
+    def statistic(sample: list[Any]) -> float:
+        kl, reference = np.sum(sample, axis=0)
+        return float(1 - kl / reference) if reference else float("nan")
+
+    return bootstrap(pairs, statistic)

@@ -1,0 +1,128 @@
+"""Which models are taken, what is said of the others, and that none is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lmc.connectors.hf import HFModel, blend
+from tests.connectors.hf.tiny import (
+    CHUNKS,
+    FAMILIES,
+    QUESTION,
+    SYSTEM,
+    TOKENS,
+    T,
+    decoder,
+    far,
+    reference,
+    tiny,
+)
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 512}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 256}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_is_the_models_own(family: str) -> None:
+    model = tiny(family)
+    right = reference(model)
+    assert far(model.prefill(np.array(TOKENS), logits_from=0).logits, right) < 1e-5
+    split = model.prefill(np.array(TOKENS), logits_from=100, split=77, record=True)
+    assert far(split.logits, right[100:]) < 1e-5
+    assert split.outputs is not None
+    assert split.outputs.shape == (4, T - 100, 128)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shifting_every_position_equally_changes_nothing(family: str) -> None:
+    model = tiny(family)
+    shifted = model.prefill(np.array(TOKENS), np.arange(T) + 300, logits_from=0)
+    assert far(shifted.logits, reference(model)) < 1e-3
+
+
+@pytest.mark.parametrize("rope", [YARN, LLAMA3], ids=lambda rope: rope["rope_type"])
+def test_scaled_rope_that_is_still_a_rotation_is_taken(rope: dict[str, Any]) -> None:
+    model = HFModel(decoder("Llama", rope_parameters=rope))
+    parts = [SYSTEM, *CHUNKS, QUESTION]
+    result = blend(model, None, parts, "full_recompute", compare=True)
+    assert result.report["kl_last"] < 1e-9
+    assert blend(model, None, parts, compare=True).report["kl_last"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        (
+            "Gemma2",
+            {},
+            "Gemma2ForCausalLM: layers of kind sliding_attention are not supported; "
+            "full attention in every layer is",
+        ),
+        ("Mistral", {"sliding_window": 64}, "a sliding window of 64 is not supported; full attent"),
+        (
+            "Qwen2",
+            {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2},
+            "layers of kind sliding_attention",
+        ),
+        (
+            "Llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "RoPE type 'dynamic' cannot be re-rotated (its angles depend on more than the distance "
+            "moved); rotatable types: default, linear, llama3, yarn",
+        ),
+        # Their layers run, but what comes out is not what the model makes of it.
+        ("Granite", {"logits_scaling": 8.0}, "GraniteForCausalLM: logits differ from the model's"),
+        ("Ernie4_5", {}, "Ernie4_5ForCausalLM: re-rotated keys differ from the model's own"),
+        ("StableLm", {}, "layers do not hand keyword arguments on to their attention"),
+        ("Phi", {}, "PhiForCausalLM has no model.norm: not supported"),
+    ],
+)
+def test_a_model_that_cannot_be_blended_is_refused(
+    family: str, options: dict[str, Any], words: str
+) -> None:
+    model = decoder(family, **options)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are the test
+        HFModel(model)
+    assert words in str(error.value)
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_without_rope_is_refused() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64))
+    with pytest.raises(ValueError, match=r"'gpt2' has no RoPE.*rotatable types: default, linear"):
+        HFModel(model)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_model_is_as_it_was(attention: str) -> None:
+    model = decoder("Llama")
+    model.set_attn_implementation(attention)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    ids = torch.tensor([TOKENS])
+    with torch.no_grad():
+        before = model(ids).logits
+    for strategy in ("cacheblend", "ape"):
+        blend(model, None, [SYSTEM, *CHUNKS, QUESTION], strategy, max_new_tokens=2)
+    assert model.config._attn_implementation == attention
+    after = model.state_dict()
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], weight) for name, weight in weights.items())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_a_failing_forward_leaves_the_model_as_it_was() -> None:
+    model = HFModel(decoder("Llama"))
+    before = model.model.config._attn_implementation
+    with pytest.raises(IndexError):
+        model.prefill(np.array([1, 2, 512]))  # an id that the model does not have
+    assert model.model.config._attn_implementation == before

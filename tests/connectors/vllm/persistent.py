@@ -1,0 +1,93 @@
+"""What the engine tests let an engine with a disk tier do."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.connectors.vllm.scenarios import Session
+
+BLENDS: dict[str, Any] = {
+    "prefix": "prefix",
+    "full_reuse": "full_reuse",
+    "epic": {"name": "epic", "link_tokens": 8},
+    "cacheblend": {"name": "cacheblend", "ratio": 0.3},
+    "full_recompute": "full_recompute",
+}
+
+
+def arms(session: Session, parts: list[list[int]]) -> dict[str, Any]:
+    """Each blend on one prompt; nothing of it is stored, and host memory is left as it is found."""
+    return {name: session.fresh(parts, blend, save=False) for name, blend in BLENDS.items()} | {
+        "plain": session.fresh(parts, enabled=False)
+    }
+
+
+def from_disk(session: Session, parts: list[list[int]]) -> dict[str, Any]:
+    """The same arms, each with nothing in host memory: every chunk comes from the tier behind."""
+    answers = {}
+    for name, blend in BLENDS.items():
+        forget_memory(session)
+        answers[name] = session.fresh(parts, blend, save=False)
+    return answers
+
+
+def forget_memory(session: Session) -> None:
+    """As after a restart; in an engine in this process."""
+    session.scheduler.connector._scheduler.index.clear()
+
+
+def counting(session: Session) -> Counter[str]:
+    """All that both sides will count; each step's counters go to vLLM's logger and are gone."""
+    counts: Counter[str] = Counter()
+    for side in (session.scheduler.connector._scheduler, session.lmc_worker):
+        take = side.take_stats
+
+        def taken(take: Any = take) -> Any:
+            if stats := take():
+                counts.update(stats.data)
+            return stats
+
+        side.take_stats = taken
+    return counts
+
+
+def slow_disk(session: Session, parts: list[list[int]]) -> dict[str, Any]:
+    """A disk that hangs: what is asked of it is computed, and others go on meanwhile."""
+    counts = counting(session)
+    side = session.scheduler.connector._scheduler
+    disk = session.lmc_worker.chunks.tiers[0].tier
+    get, hung = disk.get, []
+
+    def hangs(*arguments: Any, **options: Any) -> Any:
+        hung.append(time.monotonic())
+        time.sleep(2.0)
+        return get(*arguments, **options)
+
+    disk.get = hangs
+    forget_memory(session)
+    results: dict[str, Any] = {"alone": session.fresh(parts, "full_recompute", save=False)}
+    results["rests"] = side.planner.back_at > time.monotonic()
+    results["at_rest"] = session.fresh(parts, "full_recompute", save=False)
+    results["gets"] = len(hung)
+    side.planner.back_at = 0.0
+    time.sleep(5.0)  # the threads that hung are back
+    forget_memory(session)
+    session.llm.reset_prefix_cache()
+    other = session.add(parts[:2], enabled=False, tokens=60)
+    session.engine.step()
+    waits = session.add(parts, "full_recompute", save=False)
+    steps, first = 0, None
+    outputs: dict[str, Any] = {}
+    while session.engine.has_unfinished_requests():
+        steps += 1
+        for output in session.engine.step():
+            request = output.request_id.split("-")[0]
+            if request == waits and first is None:
+                first = steps
+            outputs[request] = output
+    disk.get = get
+    results["other"], results["waits"] = outputs[other], outputs[waits]
+    return results | {"steps_before_it": first, "counts": counts}
