@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def main() -> int:
     gpu = torch.cuda.get_device_properties(device)
     copied = copy_rate(COPIED, device, median_ms)
     about = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpu": gpu.name,
         "copy_gb_per_s": copied / 1e9,
         "torch": torch.__version__,

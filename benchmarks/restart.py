@@ -23,12 +23,12 @@ import yaml
 from transformers import AutoTokenizer
 
 from lmc.chunking.prompt import Prompt
-from lmc.experiment.vllm.config import EngineConfig, WorkloadConfig
+from lmc.experiment.vllm.config import EngineConfig
 from lmc.experiment.vllm.engines import Answer, Engine, Request
 from lmc.model import exports
 from lmc.results.rows import git_commit
-from lmc.results.summary import bootstrap
-from lmc.workloads.rag_reorder import build_workload
+from lmc.results.statistics import bootstrap
+from lmc.workloads.rag_reorder import RagReorder
 
 ROOT = Path(__file__).parents[1]
 OUT = Path(__file__).parent / "results" / "restart.jsonl"
@@ -51,12 +51,11 @@ def main() -> None:
     model = exports.resolve(options.model)
     demo = yaml.safe_load((ROOT / "experiments" / "demo.yaml").read_text())
     engine = EngineConfig(**{**demo["engine"], "threads": options.threads})
-    workload = build_workload(
-        WorkloadConfig(**{**demo["workload"], "prompts": options.prompts + 1}),
-        AutoTokenizer.from_pretrained(model),
-    )
+    fields = {k: v for k, v in demo["workload"].items() if k != "name"}
+    workload = RagReorder(**{**fields, "prompts": options.prompts + 1})
+    samples = workload.samples(AutoTokenizer.from_pretrained(model))
     # The last one warms the engines up.
-    *prompts, extra = workload.prompts
+    *prompts, extra = (sample.prompt for sample in samples)
     asked = [(f"{blend}-{i}", blend, p) for i, p in enumerate(prompts) for blend in BLENDS]
     with tempfile.TemporaryDirectory(prefix="lmc-restart-", dir=ROOT / "benchmarks") as work:
         folder = Path(work)

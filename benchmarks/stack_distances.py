@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 
 from lmc.chunking.cdc import Cdc
-from lmc.experiment.vllm.engines import _cpu_name
-from lmc.results.rows import git_commit
+from lmc.results.rows import cpu_name, git_commit
 from lmc.sim.stack import Curve, hit_curve, stack_distances
 
 LENGTHS = [300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000]
@@ -126,7 +125,7 @@ def beside_libcachesim(n: int) -> dict[str, Any]:
 def chunking(prompts: int = 32, T: int = 32_768) -> dict[str, Any]:
     """One row: prompts of T random ids cut on one core."""
     tokens = np.random.default_rng(0).integers(0, 50_000, (prompts, T))
-    chunker = Cdc(window=32)
+    chunker = Cdc(64)
     times = [seconds(lambda: [chunker.cuts(t) for t in tokens]) for _ in range(ROUNDS)]
     return {"kind": "cdc", "tokens": prompts * T, "window": chunker.window, "seconds": times}
 
@@ -186,7 +185,7 @@ def main() -> None:
         f"({speeds.min():.1f} to {speeds.max():.1f})"
     )
     rows.append(row)
-    where = {"time": time.time(), "cpu": _cpu_name(), "commit": git_commit()}
+    where = {"time": time.time(), "cpu": cpu_name(), "commit": git_commit()}
     where |= {name: version(name) for name in ("numpy", "numba")}
     OUT.parent.mkdir(exist_ok=True)
     with OUT.open("a") as file:

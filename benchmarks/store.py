@@ -33,10 +33,9 @@ import numpy as np
 from xxhash import xxh3_128_digest
 
 from lmc.chunking.pieces import chunk_key
-from lmc.experiment.vllm.engines import _cpu_name
 from lmc.model.layout import KVLayout
-from lmc.results.rows import git_commit
-from lmc.results.summary import bootstrap
+from lmc.results.rows import cpu_name, git_commit
+from lmc.results.statistics import bootstrap
 from lmc.store.disk.header import padded
 from lmc.store.disk.segments import aligned
 from lmc.store.disk.tier import Disk
@@ -488,7 +487,7 @@ def main() -> None:
         rows += [churn(folder, how) for how in ("lru", "random")]
     if options.plot:
         draw(rows, options.plot)
-    where = {"time": time.time(), "cpu": _cpu_name(), "commit": git_commit()}
+    where = {"time": time.time(), "cpu": cpu_name(), "commit": git_commit()}
     where |= {name: version(name) for name in ("numpy", "xxhash", "lmdb")}
     where["load"] = os.getloadavg()
     OUT.parent.mkdir(exist_ok=True)

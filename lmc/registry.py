@@ -1,13 +1,19 @@
-"""One registry for everything a config names: chunkers, policies, tiers, strategies."""
+"""One registry, and one way to write it down, for everything that is a name with fields."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
+
+OPENING, CLOSING = "([{", ")]}"
+SEXAGESIMAL = re.compile(r"[-+\d_.]+(:[\d_.]+)+")
+FIELD = re.compile(r"([A-Za-z_]\w*) *=(.*)", re.DOTALL)
 
 
 def one_line(error: ValidationError) -> str:
@@ -20,51 +26,88 @@ def one_line(error: ValidationError) -> str:
     return "; ".join(parts)
 
 
-def assigned(assignments: Sequence[str]) -> dict[str, str]:
-    """Fields for `Registry.build` out of `--set FIELD=VALUE`; its types say what a value may be.
-
-    Raises ValueError for one that is not of that form, or that would set the name.
-    """
-    fields = {}
-    for text in assignments:
-        name, equals, value = text.partition("=")
-        if not (name and equals) or name == "name":
-            raise ValueError(f"--set: got {text!r}, want FIELD=VALUE such as documents=500")
-        fields[name] = value
-    return fields
-
-
 class Registry:
     """Name -> "module:Class", imported when it is first built.
 
-    kind: what the entries are, for messages ("chunker").
-    entries: name -> "module:Class"; each class is a dataclass whose fields are its config.
+    What a config, a command line or a notebook names is written in one of three ways:
+
+        epic                            a name: every field as its class has it
+        epic:link_tokens=4              a name and fields; values are YAML, commas go between
+        {name: epic, link_tokens: 4}    a mapping, or the text of one
+
+    The first field may go without its name, `epic:4`; and a name may be the user's own
+    `module:Class`, fields behind a further colon.
+
+    Args:
+        kind: what the entries are, for messages ("chunker").
+        entries: name -> "module:Class"; each class is a dataclass whose fields are its config.
+        given: fields that no config sets, since whoever builds the object says them.
     """
 
-    def __init__(self, kind: str, entries: dict[str, str]):
-        self.kind, self.entries = kind, entries
+    def __init__(self, kind: str, entries: Mapping[str, str], given: Sequence[str] = ()):
+        self.kind, self.entries, self.given = kind, dict(entries), tuple(given)
 
     def names(self) -> list[str]:
         """The registered names, sorted."""
         return sorted(self.entries)
 
-    def build(self, config: Mapping[str, Any] | str) -> Any:
-        """A fresh object from `{"name": ..., **fields}`, or from a name alone.
+    def with_entries(self, entries: Mapping[str, str]) -> Registry:
+        """A registry of these entries and further ones."""
+        return Registry(self.kind, {**self.entries, **entries}, self.given)
 
-        The name may be the user's own "module:Class". Values are checked against the field types.
-        Raises ValueError for an unknown name or field and for a wrong value.
+    def parse(self, spec: Mapping[str, Any] | str) -> dict[str, Any]:
+        """`{"name": ..., **fields}` out of any of the three ways.
+
+        Raises ValueError for a text that is none of them, and for an unknown name where the
+        first field goes without its own.
         """
-        fields = {"name": config} if isinstance(config, str) else dict(config)
+        if isinstance(spec, Mapping):
+            return dict(spec)
+        if not isinstance(spec, str):
+            raise ValueError(f"{self.kind}: got {spec!r}, want a name, a text or a mapping")
+        text = spec.strip()
+        if text.startswith("{"):
+            return self._mapping(text)
+        name, colon, rest = text.partition(":")
+        if name not in self.entries and colon:
+            attribute, colon, rest = rest.partition(":")
+            name = f"{name}:{attribute}"
+        if colon and not rest.strip():
+            raise ValueError(f"{self.kind}: got {spec!r}, want fields behind the colon, or none")
+        return {"name": name, **(self._fields(name, rest, spec) if colon else {})}
+
+    def split(self, text: str) -> list[str]:
+        """Several of them, with commas between: `lru,ttl:seconds=600,belady`.
+
+        A part that is only `field=value` belongs to the one before it.
+        """
+        specs: list[str] = []
+        for part in split_outside(text, ","):
+            if FIELD.fullmatch(part.strip()) and specs and ":" in specs[-1]:
+                specs[-1] += f",{part}"
+            else:
+                specs.append(part)
+        return [spec.strip() for spec in specs]
+
+    def build(self, spec: Mapping[str, Any] | str, **given: Any) -> Any:
+        """A fresh object, its values checked against the field types.
+
+        given: the fields that no config sets, as far as the class has them.
+
+        Raises ValueError as `parse`, for an unknown name or field, and for a wrong value.
+        """
+        fields = self.parse(spec)
         name = fields.pop("name", None)
         cls = self.load(name)
-        valid = {f.name: f for f in dataclasses.fields(cls) if f.init}
+        valid = self._fields_of(cls)
         if unknown := sorted(map(str, fields.keys() - valid.keys())):
             raise ValueError(
                 f"{self.kind} {name!r}: got unknown field {', '.join(unknown)}; "
                 f"valid: {', '.join(valid) or 'none'}"
             )
+        said = {f.name for f in dataclasses.fields(cls)} & given.keys()
         try:
-            return TypeAdapter(cls).validate_python(fields)
+            return TypeAdapter(cls).validate_python(fields | {f: given[f] for f in said})
         except ValidationError as e:
             valid_types = ", ".join(f"{f.name}: {_type_name(f.type)}" for f in valid.values())
             raise ValueError(f"{self.kind} {name!r}: {one_line(e)}; valid: {valid_types}") from e
@@ -85,6 +128,63 @@ class Registry:
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise ValueError(f"{self.kind} {name!r}: got {cls!r}, want a dataclass")
         return cls
+
+    def _mapping(self, text: str) -> dict[str, Any]:
+        try:
+            fields = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise ValueError(f"{self.kind}: got {text!r}, which is no YAML") from e
+        if not (isinstance(fields, dict) and "name" in fields):
+            raise ValueError(f"{self.kind}: got {text!r}, want {{name: ..., field: value, ...}}")
+        return fields
+
+    def _fields(self, name: str, text: str, spec: str) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for i, part in enumerate(split_outside(text, ",")):
+            match = FIELD.fullmatch(part.strip())
+            if match is None and i:
+                raise ValueError(
+                    f"{self.kind}: got {spec!r}, want field=value behind the first comma "
+                    f"({part.strip()!r} names no field)"
+                )
+            field, value = match.groups() if match else (self._first_field(name), part)
+            if field in fields or field == "name":
+                raise ValueError(f"{self.kind}: got {spec!r}, which sets {field} twice")
+            try:
+                # To YAML 1.1, 2:30 is the number 150.
+                sexagesimal = SEXAGESIMAL.fullmatch(value.strip())
+                fields[field] = value.strip() if sexagesimal else yaml.safe_load(value)
+            except yaml.YAMLError as e:
+                raise ValueError(f"{self.kind}: got {spec!r}, whose {field} is no YAML") from e
+        return fields
+
+    def _first_field(self, name: str) -> str:
+        fields = list(self._fields_of(self.load(name)))
+        if not fields:
+            raise ValueError(f"{self.kind} {name!r}: has no fields")
+        return fields[0]
+
+    def _fields_of(self, cls: Any) -> dict[str, dataclasses.Field[Any]]:
+        fields = dataclasses.fields(cls)
+        return {f.name: f for f in fields if f.init and f.name not in self.given}
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """Parts of a text between separators that stand in no brackets and no quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for i, c in enumerate(text):
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        elif c in OPENING:
+            depth += 1
+        elif c in CLOSING:
+            depth -= 1
+        elif c == separator and depth <= 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
 
 
 def _type_name(annotation: Any) -> str:

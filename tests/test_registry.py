@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmc.registry import Registry
 
@@ -51,6 +54,70 @@ def test_name_alone() -> None:
     registry = Registry("chunker", {"fixed": "lmc.chunking.fixed:Fixed"})
     assert registry.build("fixed") == registry.build({"name": "fixed"})
     assert registry.names() == ["fixed"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields"),
+    [
+        ("example:0.5", {"ratio": 0.5}),
+        ("example:ratio=0.5,layers=middle", {"ratio": 0.5, "layers": "middle"}),
+        (" example:0.5, on=true, ids=[1, 2] ", {"ratio": 0.5, "on": True, "ids": (1, 2)}),
+        ("{name: example, ratio: 0.5, ids: [1, 2]}", {"ratio": 0.5, "ids": (1, 2)}),
+        ("registry_example:Example:0.5", {"ratio": 0.5}),
+        ("registry_example:Example:ratio=0.5,on=true", {"ratio": 0.5, "on": True}),
+        ({"name": "example", "ratio": 0.5}, {"ratio": 0.5}),
+    ],
+)  # fmt: skip
+def test_one_syntax(registry: Registry, spec: Any, fields: dict[str, Any]) -> None:
+    assert registry.build(spec) == Example(**fields)
+    assert registry.build(registry.parse(spec)) == Example(**fields)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("example:", "fields behind the colon, or none"),
+        ("registry_example:Example:", "fields behind the colon, or none"),
+        ("example:0.5,middle", "field=value behind the first comma"),
+        ("example:0.5,ratio=0.4", "sets ratio twice"),
+        ("example:name=other", "sets name twice"),
+        ("example:8x", "ratio: .*got '8x'"),
+        ("example:ratio=[1", "whose ratio is no YAML"),
+        ("{name: example", "is no YAML"),
+        ("{ratio: 0.5}", "want {name: ...,"),
+        ("exampel:0.5", "cannot be imported"),
+        (5, "want a name, a text or a mapping"),
+        (["example"], "want a name, a text or a mapping"),
+        (True, "want a name, a text or a mapping"),
+    ],
+)
+def test_one_syntax_and_what_is_not_it(registry: Registry, spec: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        registry.build(spec)
+
+
+def test_several_with_commas_between(registry: Registry) -> None:
+    text = "example:0.5,layers=middle,example:ids=[1, 2],gone, example"
+    assert registry.split(text) == [
+        "example:0.5,layers=middle",
+        "example:ids=[1, 2]",
+        "gone",
+        "example",
+    ]
+
+
+def test_what_the_builder_gives_no_config_sets() -> None:
+    policies = Registry("policy", {"ttl": "lmc.policies.recency:Ttl"}, given=["capacity"])
+    policy = policies.build("ttl:60", capacity=9)
+    assert (policy.capacity, policy.seconds) == (9, 60.0)
+    with pytest.raises(ValueError, match="unknown field capacity; valid: seconds"):
+        policies.build("ttl:capacity=3", capacity=9)
+
+
+@given(st.text(max_size=30))
+def test_no_text_is_more_than_refused(text: str) -> None:
+    with suppress(ValueError):
+        Registry("thing", {"fixed": "lmc.chunking.fixed:Fixed"}).build(text)
 
 
 @pytest.mark.parametrize("name", ["nothing", None, 3, "", ":", "a:", ":b"])

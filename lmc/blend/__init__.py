@@ -24,7 +24,5 @@ STRATEGIES = Registry(
         "lmc": "lmc.blend.two_stage:TwoStage",
         "union": "lmc.blend.combine:Union",
         "replay": "lmc.blend.combine:Replay",
-        "auto": "lmc.quality.auto:Auto",
-        "controlled": "lmc.quality.controlled:Controlled",
     },
 )

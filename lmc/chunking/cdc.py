@@ -25,45 +25,48 @@ class Cdc:
     positions to its right (of equal ones the leftmost wins). All of these must exist, so a cut is
     a function of ids `[p - hash_tokens - window, p + window)` and of nothing else.
 
-    window: positions on either side; the mean chunk is 2 * window + 1 tokens, the shortest
-        window + 1.
+    n: tokens of a chunk, on average; `window` is half of it, and a chunk has more tokens than that.
     hash_tokens: ids that are hashed at a position.
-    max_tokens: the longest chunk. Text without a local minimum (one token repeated) is cut at
-        this length after the previous cut; only these cuts depend on what came before.
+    max_tokens: the longest chunk, default 8 windows and at least 256. Text without a local minimum
+        (one token repeated) is cut at this length after the previous cut; only these cuts depend on
+        what came before.
 
-    Raises ValueError for window or hash_tokens below 1, or max_tokens not above window.
+    Raises ValueError for n or hash_tokens below 1, or max_tokens not above the window.
     """
 
-    window: int = 16
+    n: int = 33
     hash_tokens: int = 4
-    max_tokens: int = 256
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.hash_tokens < 1:
+        if self.n < 1 or self.hash_tokens < 1:
+            raise ValueError(f"got n {self.n} and hash_tokens {self.hash_tokens}, want at least 1")
+        if self.longest_chunk <= self.window:
             raise ValueError(
-                f"got window {self.window} and hash_tokens {self.hash_tokens}, want at least 1"
-            )
-        if self.max_tokens <= self.window:
-            raise ValueError(
-                f"got max_tokens {self.max_tokens}, want more than window {self.window}"
+                f"got max_tokens {self.max_tokens}, want more than half of n, {self.window}"
             )
 
     @property
+    def window(self) -> int:
+        """Positions on either side of a cut whose hash is not smaller."""
+        return max(self.n // 2, 1)
+
+    @property
     def longest_chunk(self) -> int:
-        return self.max_tokens
+        return max(256, 8 * self.window) if self.max_tokens is None else self.max_tokens
 
     def cuts(self, tokens: np.ndarray) -> np.ndarray:
         """tokens [T] -> end positions of the closed chunks, ascending, each in (0, T]."""
         found: list[int] = []
-        last = 0
+        last, longest = 0, self.longest_chunk
         for p in self._minima(tokens).tolist():
-            found += range(last + self.max_tokens, p, self.max_tokens)
+            found += range(last + longest, p, longest)
             found.append(p)
             last = p
         # A position is decided once `window` tokens follow it, and a forced cut stands once all
         # positions before it are: appended tokens may still bring a minimum there.
         undecided = len(tokens) - self.window + 1
-        found += range(last + self.max_tokens, undecided + 1, self.max_tokens)
+        found += range(last + longest, undecided + 1, longest)
         return np.array(found, dtype=np.int64)
 
     def _minima(self, tokens: np.ndarray) -> np.ndarray:

@@ -35,8 +35,7 @@ def prompt(segments: Sequence[str | Sequence[int]], tokenizer: Any) -> Prompt:
     """
     if isinstance(segments, str):
         raise ValueError("segments: got one text, want a list of texts (or of token id lists)")
-    token_ids: list[int] = []
-    spans: list[tuple[int, int]] = []
+    parts: list[list[int]] = []
     for i, segment in enumerate(segments):
         if isinstance(segment, str):
             encoded = tokenizer.encode(segment, add_special_tokens=False)
@@ -45,8 +44,18 @@ def prompt(segments: Sequence[str | Sequence[int]], tokenizer: Any) -> Prompt:
             ids = [int(t) for t in segment]
         if not ids:
             raise ValueError(f"segment {i}: got {segment!r}, which has no tokens; leave it out")
-        spans.append((len(token_ids), len(token_ids) + len(ids)))
-        token_ids += ids
-    if not spans:
+        parts.append(ids)
+    if not parts:
         raise ValueError("segments: got none, want at least one")
+    return join(parts)
+
+
+def join(parts: Sequence[Sequence[int]]) -> Prompt:
+    """The parts behind each other, a span each; an empty one is left out."""
+    token_ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for part in parts:
+        if len(part):
+            spans.append((len(token_ids), len(token_ids) + len(part)))
+            token_ids += part
     return Prompt(token_ids, spans)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from lmc.cli.errors import errors_in_one_line
 from lmc.cli.fit import fit
 from lmc.cli.kernels import kernels
 from lmc.cli.reuse import reuse
+from lmc.cli.run import run
 from lmc.cli.sim import sim
 from lmc.cli.store.app import store_app
 from lmc.cli.trace import trace_app
@@ -28,7 +28,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(trace_app, name="trace")
 app.add_typer(workload_app, name="workload")
 app.add_typer(store_app, name="store")
-for command in (calibrate, sim, reuse, fit, kernels):
+for command in (run, calibrate, sim, reuse, fit, kernels):
     app.command()(command)
 
 
@@ -47,22 +47,6 @@ def _main(
     ] = False,
 ) -> None:
     pass
-
-
-@app.command()
-def run(
-    experiment: Annotated[Path, typer.Argument(help="A YAML file, such as experiments/demo.yaml.")],
-    out: Annotated[Path, typer.Option(help="The folder that rows.jsonl is appended to.")],
-    override: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="Override one value; may be repeated."),
-    ] = None,
-) -> None:
-    """Run an experiment; one that was stopped goes on where it stopped."""
-    with errors_in_one_line():
-        from lmc.experiment.vllm.run import run as run_experiment
-
-        run_experiment(experiment, out, override or [])
 
 
 @model_app.command()

@@ -26,16 +26,16 @@ def calibrate(
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME|YAML",
-            help="Prompts, such as pydoc or '{name: passages, path: FILE}'; may be repeated.",
+            metavar="WORKLOAD",
+            help="Prompts, such as pydoc or passages:path=FILE; may be repeated.",
         ),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="How many of each workload.")] = 16,
     blend: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME|YAML",
-            help="Strategies, such as epic or '{name: query, ratio: 0.1}'; may be repeated. "
+            metavar="STRATEGY",
+            help="Strategies, such as epic or query:ratio=0.1; may be repeated. "
             "Default: all that are worth it, over their range.",
         ),
     ] = None,
@@ -73,8 +73,8 @@ def calibrate(
 
         if context not in get_args(Context):
             raise ValueError(f"--context: got {context!r}; valid: {', '.join(get_args(Context))}")
-        configs = grid([_config("--blend", text) for text in blend or []])
-        workloads = [_config("--workload", text) for text in workload or ["pydoc"]]
+        configs = grid(blend or [])
+        workloads = [WORKLOADS.parse(text) for text in workload or ["pydoc"]]
         built = [WORKLOADS.build(config) for config in workloads]
         folder = resolve(model)
         weights = weights_digest(folder)
@@ -91,7 +91,7 @@ def calibrate(
                     rope=hf.rope.fingerprint.hex(),
                     lmc_version=lmc.__version__,
                     git_commit=git_commit(),
-                    workloads=[{"name": w} if isinstance(w, str) else w for w in workloads],
+                    workloads=workloads,
                     prompts=rows[0].prompts,
                     context=context,
                     rows=rows,
@@ -128,19 +128,6 @@ def table(profile: QualityProfile) -> Table:
             f"{row.kl:.3f}",
         )
     return result
-
-
-def _config(option: str, text: str) -> str | dict[str, Any]:
-    """A name, or a YAML object with a name in it."""
-    import yaml
-
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{option}: got {text!r}, which is no YAML") from error
-    if isinstance(config, str) or (isinstance(config, dict) and "name" in config):
-        return config
-    raise ValueError(f"{option}: got {text!r}, want a name or {{name: ..., ...}}")
 
 
 def _first(prompts: int, samples: list[Sample], workload: Any) -> list[Sample]:

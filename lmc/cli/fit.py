@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,19 +18,28 @@ if TYPE_CHECKING:
     from lmc.results.fit import Fit
 
 
+@dataclass(frozen=True)
+class UnmeasuredTier:
+    """What `--tier NAME:...` says: bytes a second (a number or such as 2GiB), and latency."""
+
+    bytes_per_s: float | str
+    latency_s: float = 0.0
+
+
 def fit(
     results: Annotated[
         list[Path],
         typer.Argument(help="Folders that `lmc run` wrote, such as results/demo."),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The YAML file that the profile is written to.")
+        Path | None, typer.Option(help="The YAML file that the time model is written to.")
     ] = None,
     tier: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME:GIB_PER_S:LATENCY_MS",
-            help="A tier that was not measured, such as disk:2:0.1; may be repeated.",
+            metavar="NAME:FIELD=VALUE,...",
+            help="A tier that was not measured, such as disk:2GiB,latency_s=0.0001; "
+            "may be repeated.",
         ),
     ] = None,
     overlap: Annotated[
@@ -61,15 +71,15 @@ def fit(
             "files": {str(file): sha256(file.read_bytes()).hexdigest() for file in files},
         }
         tiers = (*fitted.model.tiers, *map(_tier, tier or []))
-        profile = replace(fitted.model, tiers=tiers, overlap=overlap, provenance=provenance)
+        times = replace(fitted.model, tiers=tiers, overlap=overlap, provenance=provenance)
         if out is not None:
-            profile.save(out)
+            times.save(out)
         longest = provenance["prompt_tokens"][1]
-        verdicts = [profile.verdict(t.name, longest) for t in tiers]
+        verdicts = [times.verdict(t.name, longest) for t in tiers]
         console = Console()
         if as_json:
             answer = {
-                "profile": asdict(profile),
+                "times": asdict(times),
                 "residuals": [asdict(residual) for residual in fitted.residuals],
                 "warnings": fitted.warnings,
                 "verdicts": verdicts,
@@ -83,20 +93,20 @@ def fit(
         for verdict in verdicts:
             console.print(verdict, soft_wrap=True, highlight=False)
         if out is not None:
-            console.print(f"profile: {out}", soft_wrap=True)
+            console.print(f"times: {out}", soft_wrap=True)
 
 
 def _tier(text: str) -> TierSpeed:
     from lmc.model.times import TierSpeed
+    from lmc.registry import Registry
+    from lmc.sizes import scaled
 
-    name, *numbers = text.split(":")
-    try:
-        gib_per_s, latency_ms = map(float, numbers)
-    except ValueError as error:
-        raise ValueError(
-            f"--tier: got {text!r}, want NAME:GIB_PER_S:LATENCY_MS such as disk:2:0.1"
-        ) from error
-    return TierSpeed(name, latency_ms / 1e3, gib_per_s * 2**30)
+    # Its name is the user's own, so the registry has no other.
+    name = Registry("--tier", {}).parse(text)["name"] if text.strip()[:1] == "{" else ""
+    name = name or text.strip().partition(":")[0]
+    said = Registry("--tier", {name: "lmc.cli.fit:UnmeasuredTier"}).build(text)
+    speed = said.bytes_per_s if isinstance(said.bytes_per_s, float) else scaled(said.bytes_per_s)
+    return TierSpeed(name, said.latency_s, speed)
 
 
 def _tables(fitted: Fit) -> list[Table]:

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 HBM, BUS, BF16_FLOPS = 3.35e12, 55e9, 989e12
 FIGURES = ("registers", "spills", "shared_bytes", "load_bits", "store_bits")
 TOKENS = (8192, 32768)
-README = Path(__file__).parent / "kernels" / "README.md"
+README = Path(__file__).parents[1] / "kernels" / "README.md"
 
 HEAD = """\
 # Kernels

@@ -24,7 +24,7 @@ def reuse(
     chunker: Annotated[
         str,
         typer.Option(
-            help="cdc:64 (mean tokens), fixed:256, separator:198,198, explicit (messages are "
+            help="cdc:64 (mean tokens), fixed:256, separator:[198,198], explicit (messages are "
             "chunks), sliding:256 (a fixed grid found at any offset), or module:Class."
         ),
     ] = "cdc:64",
@@ -47,15 +47,9 @@ def reuse(
     with errors_in_one_line():
         from lmc.cli.output import print_bad_lines, print_json
         from lmc.sim.readers import read
-        from lmc.sim.reuse import Sliding, analyse
+        from lmc.sim.reuse import CUTS, analyse
 
-        name, _, n = chunker.partition(":")
-        if name == "sliding":
-            cut: Any = Sliding(int(n) if n.isdecimal() else 256)
-        else:
-            from lmc.chunking import parse
-
-            cut = parse(chunker)
+        cut, name = CUTS.build(chunker), CUTS.parse(chunker)["name"]
         reading = read(trace, format, tokenizer=tokenizer, strict=strict, progress=not json)
         requests = sorted(reading, key=lambda r: r.timestamp)
         if show is not None and not 1 <= show <= len(requests):

@@ -26,9 +26,7 @@ CAPACITIES = {
 
 def sim(
     trace: Annotated[Path, typer.Argument(help="A trace with block ids, token ids or text.")],
-    policy: Annotated[
-        str, typer.Option(help="One or more, such as lru,belady,ttl:seconds=600.")
-    ] = "lru",
+    policy: Annotated[str, typer.Option(help="One or more, such as lru,belady,ttl:600.")] = "lru",
     capacity: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +62,9 @@ def sim(
     chunker: Annotated[
         str, typer.Option(help="Cuts token ids and text, as in lmc reuse.")
     ] = "fixed:16",
-    blend: Annotated[str, typer.Option(help="Metric store: the blending strategy.")] = "epic",
+    blend: Annotated[
+        str, typer.Option(help="Metric store: the blending strategy, such as epic:4.")
+    ] = "epic",
     exact_variants: Annotated[
         int, typer.Option(help="Metric store: exact contexts kept of one content.")
     ] = 2,
@@ -75,12 +75,12 @@ def sim(
         float | None,
         typer.Option(help="With --capacity all: the share of keys to look at (SHARDS)."),
     ] = None,
-    profile: Annotated[
-        Path | None, typer.Option(help="A time profile that `lmc fit` wrote: adds TTFT under load.")
+    times: Annotated[
+        Path | None, typer.Option(help="A time model that `lmc fit` wrote: adds TTFT under load.")
     ] = None,
-    servers: Annotated[int, typer.Option(help="With --profile: engines behind one queue.")] = 1,
+    servers: Annotated[int, typer.Option(help="With --times: engines behind one queue.")] = 1,
     rate_scale: Annotated[
-        float, typer.Option(help="With --profile: how many times faster requests come.")
+        float, typer.Option(help="With --times: how many times faster requests come.")
     ] = 1.0,
     plot: Annotated[
         Path | None, typer.Option(help="Draw hit rate against capacity into this file.")
@@ -91,15 +91,16 @@ def sim(
 ) -> None:
     """Replay a trace through eviction policies, in tiers that hold no bytes."""
     with errors_in_one_line():
-        from lmc.chunking import parse as parse_chunker
+        from lmc.chunking import CHUNKERS
         from lmc.cli.output import print_bad_lines, print_json
         from lmc.model.shape import shape as model_shape
+        from lmc.policies import POLICIES
         from lmc.sim.readers import read
         from lmc.sim.sweep import lru_rows, parse_capacity, store_sweep, sweep
         from lmc.sim.trace import accesses
 
-        times = _profile(profile)
-        shape, cut = model_shape(model), parse_chunker(chunker)
+        model_of_times = _loaded(times)
+        shape, cut = model_shape(model), CHUNKERS.build(chunker)
         capacity = capacity or CAPACITIES[unit]
         curve = capacity.strip() == "all"
         if curve and (policy, metric == "store", times) != ("lru", False, None):
@@ -108,7 +109,7 @@ def sim(
             raise ValueError("sample: goes with --capacity all")
         if metric == "store" and unit != "bytes":
             raise ValueError(f"metric store counts bytes: got unit {unit}, want --unit bytes")
-        policies = policy.split(",")
+        policies = POLICIES.split(policy)
         capacities = [] if curve else [parse_capacity(c) for c in capacity.split(",")]
         reading = read(trace, format, tokenizer=tokenizer, strict=strict, progress=not json)
         requests = sorted(reading, key=lambda r: r.timestamp)
@@ -134,7 +135,7 @@ def sim(
                     dtype=kv_dtype,
                     blend=blend,
                     exact_variants=exact_variants,
-                    spans=chunker.partition(":")[0] == "explicit",
+                    spans=CHUNKERS.parse(chunker)["name"] == "explicit",
                 )
             else:
                 replayed = sweep(
@@ -148,7 +149,7 @@ def sim(
                     write=write,
                 )
             outcomes = _with_progress(replayed, len(policies) * len(capacities), json)
-            rows = _rows(requests, outcomes, times, servers, rate_scale)
+            rows = _rows(requests, outcomes, model_of_times, servers, rate_scale)
         if json:
             print_json(rows)
         else:
@@ -160,7 +161,7 @@ def sim(
             hit_rates(rows, lru).savefig(plot, dpi=150)
 
 
-def _profile(path: Path | None) -> TTFTModel | None:
+def _loaded(path: Path | None) -> TTFTModel | None:
     from lmc.model.times import load
 
     return None if path is None else load(path)

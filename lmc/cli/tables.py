@@ -1,13 +1,17 @@
-"""The two tables that a run ends with."""
+"""The tables that a run ends with."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
-from lmc.results.summary import ArmSummary, Estimate
+from lmc.results.rows import Row
+from lmc.results.statistics import Estimate, paired_difference, recovery_estimate
+from lmc.results.summary import FULL_REUSE, ArmSummary
 
 
 def fallbacks(summaries: Sequence[ArmSummary]) -> list[str]:
@@ -19,9 +23,62 @@ def fallbacks(summaries: Sequence[ArmSummary]) -> list[str]:
     ]
 
 
-def tables(summaries: Sequence[ArmSummary]) -> list[Table]:
-    """Speed and quality by arm, each at most 80 columns wide."""
+def speed_and_quality(summaries: Sequence[ArmSummary]) -> list[Table]:
+    """Of a run on vLLM: speed and quality by arm, each at most 80 columns wide."""
     return [_speed(summaries), _quality(summaries)]
+
+
+def hf_quality(rows: Sequence[Row]) -> Table:
+    """Of a run on a Hugging Face model: what each arm computes, and how far it is off."""
+    by_arm = _by_arm(rows)
+    shown = _table(
+        "Quality against full prefill",
+        ["rows", "FLOPs", "KL", "top-1", "top-5", "ΔNLL", "recovery [95%]"],
+        "rows: row-layers of all, probe and check layers included. KL(full || arm), "
+        "top-1 and top-5: over the forced answer. ΔNLL: of what truly follows, nats a token. "
+        "recovery: 1 - KL / that of full_reuse.",
+    )
+    reuse = _kl(by_arm[FULL_REUSE])
+    for name, group in by_arm.items():
+        mean = {
+            key: float(np.mean([row[key] for row in group]))
+            for key in ("compute_fraction", "flops_fraction", "kl_mean")
+        }
+        shown.add_row(
+            name,
+            f"{mean['compute_fraction']:.1%}",
+            f"{mean['flops_fraction']:.0%}",
+            f"{mean['kl_mean']:.4f}" if mean["kl_mean"] > 1e-4 else f"{mean['kl_mean']:.0e}",
+            f"{np.mean([row['top1_agreement'] for row in group]):.0%}",
+            f"{np.mean([row['top5_overlap'] for row in group]):.0%}",
+            f"{np.mean([row['delta_nll'] for row in group]):+.2f}",
+            _interval(recovery_estimate(_kl(group), reuse), ".2f"),
+        )
+    return shown
+
+
+def comparisons(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each pair of arms: the difference of their recoveries."""
+    by_arm = _by_arm(rows)
+    reuse = _kl(by_arm[FULL_REUSE])
+    lines = []
+    for a, b in pairs:
+        if a in by_arm and b in by_arm:
+            difference = paired_difference(_kl(by_arm[a]), _kl(by_arm[b]), reuse)
+            lines.append(f"recovery of {a} - {b}: {_interval(difference, '+.2f')}")
+    return lines
+
+
+def _by_arm(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["arm"]].append(row)
+    order = list(rows[-1]["config"]["arms"]) if rows else []
+    return {name: groups[name] for name in order if name in groups}
+
+
+def _kl(rows: Sequence[Row]) -> dict[int, float]:
+    return {row["prompt_id"]: row["kl_mean"] for row in rows}
 
 
 def _speed(summaries: Sequence[ArmSummary]) -> Table:
@@ -72,10 +129,10 @@ def _table(title: str, columns: list[str], caption: str) -> Table:
     return table
 
 
-def _interval(e: Estimate | None) -> str:
+def _interval(e: Estimate | None, form: str | None = None) -> str:
     if e is None:
         return "–"
-    form = ".1f" if e.value >= 2 else ".2f"
+    form = form or (".1f" if e.value >= 2 else ".2f")
     return f"{e.value:{form}} [{e.low:{form}}, {e.high:{form}}]"
 
 

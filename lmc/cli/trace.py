@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmc.cli.errors import errors_in_one_line
-from lmc.registry import assigned
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,20 +22,17 @@ BAD_LINES_SHOWN = 10
 
 @trace_app.command()
 def make(
-    name: Annotated[str, typer.Argument(help="The generator: agents, chat or rag.")],
+    generator: Annotated[
+        str, typer.Argument(help="agents, chat or rag, with fields: rag:documents=500,seed=1.")
+    ],
     out: Annotated[Path, typer.Option(help="The file; one named .gz, .xz or .zst is compressed.")],
-    field: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Set one field; may be repeated."),
-    ] = None,
 ) -> None:
     """Write a synthetic trace with token ids, the same for the same fields and seed."""
     with errors_in_one_line():
         from lmc.sim.generate import GENERATORS, save
 
-        generator = GENERATORS.build({"name": name, **assigned(field or [])})
-        n = save(generator.requests(), out)
-        typer.echo(f"{out}: {n:,} requests of {name}")
+        n = save(GENERATORS.build(generator).requests(), out)
+        typer.echo(f"{out}: {n:,} requests of {generator}")
 
 
 @trace_app.command()

@@ -1,4 +1,4 @@
-"""`lmc workload`: see the prompts that quality is measured on, gate them, convert a data set."""
+"""`lmc workload`: see the prompts, whether a model can solve them, convert a data set."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from lmc.cli.errors import errors_in_one_line
-from lmc.registry import assigned
 
 workload_app = typer.Typer(
-    help="Prompts that quality is measured on: look at them, gate them, convert a data set.",
+    help="Prompts to measure on: look at them, see if a model can solve them, convert a data set.",
     no_args_is_help=True,
 )
-Name = Annotated[str, typer.Argument(help="A workload: pydoc, passages, recall, two_hop, ...")]
-Fields = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Set one field; may be repeated."),
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="WORKLOAD", help="pydoc, recall, two_hop:chunks=2, passages:path=FILE, ..."
+    ),
 ]
 Model = Annotated[str, typer.Option(help="A model's name or folder.")]
 
@@ -25,7 +25,6 @@ Model = Annotated[str, typer.Option(help="A model's name or folder.")]
 @workload_app.command()
 def show(
     name: Name,
-    field: Fields = None,
     model: Model = "smollm2",
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts to print.")] = 1,
 ) -> None:
@@ -34,7 +33,7 @@ def show(
         from rich.console import Console
 
         console = Console()
-        tokenizer, samples = _samples(name, field or [], model)
+        tokenizer, samples = _samples(name, model)
         for i, sample in enumerate(samples[:prompts]):
             parts = [("system", sample.system)]
             parts += [(f"chunk {j + 1}", ids) for j, ids in enumerate(sample.chunks)]
@@ -45,9 +44,8 @@ def show(
 
 
 @workload_app.command()
-def gate(
+def solvable(
     name: Name,
-    field: Fields = None,
     model: Model = "smollm2",
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts to answer.")] = 24,
 ) -> None:
@@ -55,18 +53,17 @@ def gate(
     with errors_in_one_line():
         from transformers import AutoModelForCausalLM
 
-        from lmc.experiment.solvable import USABLE
-        from lmc.experiment.solvable import gate as measure_gate
+        from lmc.experiment.solvable import SOLVABLE, solved
         from lmc.model import exports
 
-        _, samples = _samples(name, field or [], model)
+        _, samples = _samples(name, model)
         loaded = AutoModelForCausalLM.from_pretrained(exports.resolve(model)).eval()
-        found = measure_gate(loaded, samples[:prompts])
+        found = solved(loaded, samples[:prompts])
         share = found.share
         typer.echo(
             f"{name}: {sum(found.right)} of {len(found.right)} prompts answered, "
             f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]: "
-            f"{'usable' if found.usable else f'not usable, below {USABLE:.0%}'} for {model}"
+            f"{'solvable' if found.solvable else f'not solvable, below {SOLVABLE:.0%}'} for {model}"
         )
 
 
@@ -77,17 +74,17 @@ def convert(
 ) -> None:
     """Turn a multi-hop data set, as CacheBlend's examples carry it, into passages."""
     with errors_in_one_line():
-        from lmc.workloads.texts import convert_musique
+        from lmc.workloads.passages import convert_musique
 
         typer.echo(f"{target}: {convert_musique(source, target)} questions")
 
 
-def _samples(name: str, fields: list[str], model: str) -> tuple[Any, list[Any]]:
+def _samples(name: str, model: str) -> tuple[Any, list[Any]]:
     from transformers import AutoTokenizer
 
     from lmc.model import exports
     from lmc.workloads import WORKLOADS
 
-    workload = WORKLOADS.build({"name": name, **assigned(fields)})
+    workload = WORKLOADS.build(name)
     tokenizer = AutoTokenizer.from_pretrained(exports.resolve(model))
     return tokenizer, workload.samples(tokenizer)

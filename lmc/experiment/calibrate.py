@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from lmc.blend import STRATEGIES
 from lmc.blend.encoding import Context
 from lmc.blend.strategy import Strategy
 from lmc.cli.progress import Step
 from lmc.connectors.hf.model import HFModel
 from lmc.experiment.hf.measure import ANSWER_TOKENS, measure, prepare
+from lmc.quality import BLENDS
 from lmc.quality.auto import Auto
 from lmc.quality.controlled import Controlled
 from lmc.quality.gate import described
 from lmc.quality.profile import Measured
-from lmc.results.summary import FULL_REUSE, recovery
+from lmc.results.statistics import recovery_estimate
+from lmc.results.summary import FULL_REUSE
 from lmc.workloads.sample import Sample
 
 BASE: dict[str, Any] = {"name": FULL_REUSE}
@@ -38,21 +39,20 @@ GRID: dict[str, list[dict[str, Any]]] = {
 def grid(blends: Sequence[Mapping[str, Any] | str] = ()) -> list[dict[str, Any]]:
     """Configs to measure, full_reuse first, since recovery is relative to it; each once.
 
-    blends: names of `GRID`, which stand for all values there, other names, or names and fields;
-        none is all of `GRID`.
+    blends: names of `GRID`, which stand for all values there, or strategies as a config names
+        them; none is all of `GRID`.
 
     Raises ValueError for a strategy that does not exist.
     """
     configs = [BASE]
     for blend in blends or GRID:
-        if isinstance(blend, str):
-            configs += [{"name": blend, **fields} for fields in GRID.get(blend, [{}])]
-        else:
-            configs.append(dict(blend))
+        config = BLENDS.parse(blend)
+        tried = GRID.get(blend, [{}]) if isinstance(blend, str) else [{}]
+        configs += [config | fields for fields in tried]
     built: list[Strategy] = []
     kept = []
     for config in configs:
-        strategy = STRATEGIES.build(config)
+        strategy = BLENDS.build(config)
         if strategy not in built:
             built.append(strategy)
             kept.append(config)
@@ -84,7 +84,7 @@ def calibrate(
         raise ValueError("samples: got none, want at least one")
     if not configs or configs[0] != BASE:
         raise ValueError(f"configs: got {list(configs[:1])}, want {BASE} first")
-    strategies = [STRATEGIES.build(config) for config in configs]
+    strategies = [BLENDS.build(config) for config in configs]
     for config, strategy in zip(configs, strategies, strict=True):
         if strategy.control or not strategy.moves:
             raise ValueError(f"{config}: loses no quality, so there is nothing to measure")
@@ -110,7 +110,7 @@ def calibrate(
 def _measured(
     config: dict[str, Any], kl: dict[int, float], reuse: dict[int, float], compute: list[float]
 ) -> Measured:
-    estimate = recovery(kl, reuse)
+    estimate = recovery_estimate(kl, reuse)
     if estimate is None:
         raise ValueError("full_reuse loses nothing on these prompts, so nothing can be recovered")
     return Measured(

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmc.results.summary import Estimate, bootstrap
+from lmc.results.statistics import Estimate, bootstrap
 from lmc.workloads.sample import Sample
 
-USABLE = 0.8  # share of prompts that full prefill must answer
+SOLVABLE = 0.8  # share of prompts that full prefill must answer
 
 
 @dataclass(frozen=True)
-class Gate:
+class Solved:
     """What full prefill answers.
 
     Attributes:
@@ -29,12 +29,12 @@ class Gate:
     share: Estimate
 
     @property
-    def usable(self) -> bool:
-        """Whether the share reaches `USABLE`."""
-        return self.share.value >= USABLE
+    def solvable(self) -> bool:
+        """Whether the share reaches `SOLVABLE`."""
+        return self.share.value >= SOLVABLE
 
 
-def gate(model: Any, samples: Sequence[Sample]) -> Gate:
+def solved(model: Any, samples: Sequence[Sample]) -> Solved:
     """Answer every sample by full prefill, one forward each.
 
     model: a transformers causal language model.
@@ -49,7 +49,7 @@ def gate(model: Any, samples: Sequence[Sample]) -> Gate:
     right = [_answers(model, sample) for sample in samples]
     share = bootstrap([[float(r)] for r in right], np.mean)
     assert share is not None
-    return Gate(right, share)
+    return Solved(right, share)
 
 
 @torch.inference_mode()

@@ -161,7 +161,7 @@ class TTFTModel:
         return np.array([float(name == tier) for name in names])
 
     def save(self, path: Path) -> None:
-        """Write the profile as YAML, one key for each attribute."""
+        """Write the model as YAML, one key for each attribute."""
         fields = asdict(self)
         fields["tiers"] = list(fields["tiers"])
         path.write_text(yaml.safe_dump(fields, sort_keys=False, width=100))
@@ -186,7 +186,7 @@ def prefill_work(T: ArrayLike, found: ArrayLike) -> tuple[np.ndarray, np.ndarray
 
 
 def load(path: Path) -> TTFTModel:
-    """Read a profile. Raises ValueError for a file that is missing, no YAML, or not a profile."""
+    """Read a time model. Raises ValueError for a file that is missing, no YAML or no model."""
     try:
         fields = yaml.safe_load(path.read_text())
     except OSError as error:

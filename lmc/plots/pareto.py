@@ -18,8 +18,8 @@ from matplotlib.transforms import Bbox
 from lmc.plots.runs import FLOOR, Rows, interval_bars, kl_label, rows_of
 from lmc.plots.style import BLUE, ORANGE, tidy
 from lmc.plots.traces import LINES
-from lmc.quality.metrics import pareto_front
-from lmc.results.summary import FULL_PREFILL, FULL_REUSE, Estimate, recovery
+from lmc.results.statistics import Estimate, pareto_front, recovery_estimate
+from lmc.results.summary import FULL_PREFILL, FULL_REUSE
 
 OURS, OTHERS = ORANGE, BLUE
 OWN_STRATEGY = "lmc"
@@ -159,7 +159,7 @@ def _points(rows: Sequence[dict[str, Any]]) -> list[Point]:
         kl.setdefault(FULL_PREFILL, dict.fromkeys(cost[FULL_PREFILL], 0.0))
     points = []
     for arm in cost:
-        estimate = recovery(kl.get(arm, {}), reuse)
+        estimate = recovery_estimate(kl.get(arm, {}), reuse)
         if estimate is not None:
             points.append((arm, float(np.mean(list(cost[arm].values()))), estimate))
     return points

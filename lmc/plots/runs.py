@@ -16,7 +16,8 @@ from matplotlib.transforms import Bbox
 
 from lmc.plots.style import BLUE, GREY, ORANGE, PURPLE, SKY, YELLOW, tidy
 from lmc.results.rows import read_rows
-from lmc.results.summary import ArmSummary, Estimate, summarise
+from lmc.results.statistics import Estimate
+from lmc.results.summary import ArmSummary, summarise
 
 Rows = Sequence[dict[str, Any]] | Path | str
 Point = tuple[ArmSummary, Estimate, Estimate]

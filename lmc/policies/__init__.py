@@ -7,9 +7,9 @@ keys and numbers, never bytes, and imports neither torch nor vllm.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container, Hashable, Mapping
+from collections.abc import Collection, Container, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from lmc.registry import Registry
 
@@ -41,7 +41,7 @@ class Policy(Protocol):
     amortised, pinned items aside.
 
     capacity: the caller's, in the unit of `Item.size`; sizes of queues and ghosts derive from it.
-    Fields other than it are the policy's config. A policy built by `POLICIES.build` is fresh.
+    Fields other than it are the policy's config: `POLICIES.build("lru", capacity=1000)`.
     """
 
     capacity: int
@@ -88,16 +88,5 @@ POLICIES = Registry(
         "ttl": "lmc.policies.recency:Ttl",
         "wtinylfu": "lmc.policies.w_tinylfu:WTinyLfu",
     },
+    given=["capacity"],
 )
-
-
-def build_policy(config: Mapping[str, Any] | str, capacity: int) -> Policy:
-    """A fresh policy of a place of `capacity` units, from its name or its name and fields.
-
-    Raises ValueError for an unknown name or field, or a capacity in the config.
-    """
-    fields = {"name": config} if isinstance(config, str) else dict(config)
-    if "capacity" in fields:
-        raise ValueError("policy: got a capacity, which the place that it serves says")
-    policy: Policy = POLICIES.build({**fields, "capacity": capacity})
-    return policy

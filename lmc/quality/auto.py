@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lmc.blend import STRATEGIES
 from lmc.blend.evidence import Run
 from lmc.blend.strategy import Strategy
 
@@ -23,12 +24,10 @@ def tunable(blend: str | dict[str, Any]) -> Strategy:
         ValueError: a strategy that does not exist, has no knob or one that is given already, or
             that only checks or bounds others.
     """
-    from lmc.blend import STRATEGIES
-
     strategy: Strategy = STRATEGIES.build(blend)
     if strategy.knob is None or strategy.control or strategy.dense or not strategy.moves:
         raise ValueError(f"strategy: got {blend!r}, want one with a ratio or another such knob")
-    if isinstance(blend, dict) and strategy.knob in blend:
+    if strategy.knob in STRATEGIES.parse(blend):
         raise ValueError(f"strategy: got {blend!r}, but {strategy.knob} is chosen for it")
     return strategy
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lmc.blend import STRATEGIES
 from lmc.blend.evidence import Need, Outline, Seen
 from lmc.blend.strategy import Selective, Strategy
 from lmc.model.times import TTFTModel, load, prefill_work
@@ -23,26 +24,26 @@ class Controlled(Selective):
     The largest r with r * T_prefill <= T_load, but at least the floor: Yao et al. 2024, arXiv
     2405.16444, section on the loading controller. Rows beyond that would make the request later,
     fewer would not make it earlier, where layers load while others compute. Times are those of
-    a profile, so the ratio is a function of the request alone.
+    a time model, so the ratio is a function of the request alone.
 
     Attributes:
-        profile: path of a time profile, as `lmc fit` writes it.
+        times: path of a time model, as `lmc fit` writes it.
         strategy: name, or name and fields, of one with a `ratio`, which is not given here.
         floor: the least ratio; 15% in the paper.
-        tier: where the moved tokens are loaded from, a tier of the profile.
-        times: what the profile says; no field of the config.
+        tier: where the moved tokens are loaded from, a tier of the time model.
+        model: what that file says; no field of the config.
 
     Raises:
-        ValueError: a profile that cannot be read or has no such tier, a floor outside [0, 1], or
+        ValueError: a time model that cannot be read or has no such tier, a floor outside [0, 1], or
             a strategy without a ratio.
     """
 
-    profile: str
+    times: str
     strategy: str | dict[str, Any] = "cacheblend"
     floor: float = 0.15
     tier: str = "host"
-    # A field, so that what is derived from a strategy's repr changes with the profile.
-    times: TTFTModel = field(init=False)
+    # A field, so that what is derived from a strategy's repr changes with the file.
+    model: TTFTModel = field(init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
@@ -50,18 +51,17 @@ class Controlled(Selective):
         inner = tunable(self.strategy)
         if inner.knob != "ratio":
             raise ValueError(f"strategy: got {self.strategy!r}, want one with a ratio")
-        times = load(Path(self.profile))
-        tiers = [tier.name for tier in times.tiers]
+        model = load(Path(self.times))
+        tiers = [tier.name for tier in model.tiers]
         if self.tier not in tiers:
             raise ValueError(f"tier: got {self.tier!r}; valid: {', '.join(tiers) or 'none'}")
-        object.__setattr__(self, "times", times)
+        object.__setattr__(self, "model", model)
         object.__setattr__(self, "_inner", inner)
 
     @property
     def least(self) -> tuple[dict[str, Any], Strategy]:
         """Config and strategy of a request whose loading hides nothing."""
-        fields = {"name": self.strategy} if isinstance(self.strategy, str) else self.strategy
-        return {**fields, "ratio": self.floor}, self._at(self.floor)
+        return {**STRATEGIES.parse(self.strategy), "ratio": self.floor}, self._at(self.floor)
 
     @property
     def rotate(self) -> bool:
@@ -78,10 +78,10 @@ class Controlled(Selective):
 
     def ratio(self, outline: Outline) -> float:
         """Share of the moved rows; in steps of a hundredth, but for the floor."""
-        loaded = [outline.n * (tier.name == self.tier) for tier in self.times.tiers]
-        load_s = float(self.times.load_s(loaded))
+        loaded = [outline.n * (tier.name == self.tier) for tier in self.model.tiers]
+        load_s = float(self.model.load_s(loaded))
         prefill_s = float(
-            self.times.seconds(*prefill_work(outline.T, 0), np.zeros(len(self.times.tiers)))
+            self.model.seconds(*prefill_work(outline.T, 0), np.zeros(len(self.model.tiers)))
         )
         hidden = load_s / prefill_s if prefill_s else 1.0
         return min(1.0, max(self.floor, math.floor(hidden * 100 + 1e-9) / 100))

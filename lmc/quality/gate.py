@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lmc.blend import STRATEGIES
 from lmc.blend.strategy import Strategy
 from lmc.quality.auto import Auto
 from lmc.quality.controlled import Controlled
@@ -75,7 +76,7 @@ def verdict(
 
 def described(blend: Blend, strategy: Strategy) -> str:
     """A strategy on one line: its name, the fields that were given, and its knob."""
-    fields = {"name": blend} if isinstance(blend, str) else dict(blend)
+    fields = STRATEGIES.parse(blend)
     name = fields.pop("name")
     if strategy.knob is not None:
         fields[strategy.knob] = knob_of(strategy)

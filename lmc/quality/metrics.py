@@ -7,14 +7,11 @@ splits, goes through the same functions as any other, and what it differs by is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-
-from lmc.results.quality import kl_divergence
-from lmc.results.summary import Estimate, bootstrap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +42,37 @@ class PromptQuality:
     delta_nll: float
     first_divergence: int
     logprob_rmse: float
+
+
+@dataclass(frozen=True)
+class AnswerQuality:
+    """One prompt, one arm, against full prefill; the names are those of the rows.
+
+    Forced positions are the last of the prompt and those of the reference answer but its last.
+    logprob_error: greatest difference of the first token's log-probabilities, whole vocabulary.
+    kl_last: KL(full || arm) of the first token's distribution, in nats, whole vocabulary.
+    kl_mean: the same, mean over the forced positions.
+    top1_agreement: share of forced positions with the same most likely token.
+    delta_nll: mean increase of the reference tokens' negative log-likelihood, in nats.
+    greedy_agreement: share of equal tokens, place by place, of the arm's own greedy answer.
+    """
+
+    logprob_error: float
+    kl_last: float
+    kl_mean: float
+    top1_agreement: float
+    delta_nll: float
+    greedy_agreement: float
+
+
+def kl_divergence(full: np.ndarray, arm: np.ndarray) -> np.ndarray:
+    """KL(full || arm) in nats from log-probabilities `[..., V]`, summed in float64."""
+    full, arm = np.asarray(full, np.float64), np.asarray(arm, np.float64)
+    p = np.exp(full)
+    with np.errstate(invalid="ignore"):
+        terms = np.where(p > 0, p * (full - arm), 0.0)
+    # Rounding can leave a tiny negative sum where the two are equal.
+    return np.maximum(terms.sum(-1), 0.0)
 
 
 def compare(
@@ -88,6 +116,30 @@ def compare(
     )
 
 
+def compare_answers(
+    reference_tokens: list[int],
+    reference: np.ndarray,
+    forced: np.ndarray,
+    greedy_tokens: list[int],
+) -> AnswerQuality:
+    """Quality from full prefill's greedy answer `[n]` and log-probabilities `[n, V]`.
+
+    forced: the arm's log-probabilities `[n, V]` while the reference answer is forced.
+    greedy_tokens: the arm's own answer `[n]`.
+    """
+    kl = kl_divergence(reference, forced)
+    places = np.arange(len(reference_tokens))
+    increase = reference[places, reference_tokens] - forced[places, reference_tokens]
+    return AnswerQuality(
+        logprob_error=float(np.abs(reference[0] - forced[0]).max()),
+        kl_last=float(kl[0]),
+        kl_mean=float(kl.mean()),
+        top1_agreement=float(np.mean(reference.argmax(-1) == forced.argmax(-1))),
+        delta_nll=float(increase.mean()),
+        greedy_agreement=float(np.mean(np.equal(reference_tokens, greedy_tokens))),
+    )
+
+
 def attention_error(full: np.ndarray | Tensor, arm: np.ndarray | Tensor) -> np.ndarray:
     """Relative error `[L]` of attention outputs `[L, M, H*D]` of the same M rows.
 
@@ -117,38 +169,13 @@ def kv_deviation(
     return deviation[:, 0], deviation[:, 1]
 
 
-def paired_difference(
-    a: Mapping[Any, float], b: Mapping[Any, float], reuse: Mapping[Any, float]
-) -> Estimate:
-    """recovery(a) - recovery(b), over the prompts all three have; prompt -> KL.
+def recovery(kl: Sequence[float] | np.ndarray, reuse: Sequence[float] | np.ndarray) -> float:
+    """1 - mean KL / mean KL of full reuse, of the same prompts: 1 is full prefill, 0 full reuse.
 
-    Each bootstrap draw takes the same prompts for both arms: how hard a prompt is then cancels,
-    which two separate intervals would count twice. Raises ValueError where no prompt is common
-    or full_reuse loses nothing.
+    NaN where full reuse loses nothing.
     """
-    common = [p for p in a if p in b and p in reuse]
-    estimate = bootstrap([(a[p], b[p], reuse[p]) for p in common], _recovery_difference)
-    if estimate is None or np.isnan(estimate.value):
-        raise ValueError(
-            f"paired difference: got {len(common)} prompts that both arms and full_reuse have, "
-            "want at least one, and one where full_reuse has KL above 0"
-        )
-    return estimate
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the (cost, value) points that no other dominates, in ascending order of cost.
-
-    A point dominates another if it costs no more, is worth no less, and is better in one of the
-    two; of equal points all stay. Raises ValueError for NaN, which has no order.
-    """
-    if np.isnan(np.asarray(points, float)).any():
-        raise ValueError(f"points: got NaN among {list(points)}, want (cost, value) numbers")
-    front: list[int] = []
-    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if not front or points[i][1] > points[front[-1]][1] or points[i] == points[front[-1]]:
-            front.append(i)
-    return front
+    lost = float(np.sum(reuse))
+    return 1 - float(np.sum(kl)) / lost if lost else float("nan")
 
 
 def _float64(x: np.ndarray | Tensor) -> np.ndarray:
@@ -190,8 +217,3 @@ def _norms(
 def _relative(error: np.ndarray, size: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(error == 0, 0.0, error / size)
-
-
-def _recovery_difference(sample: list[Any]) -> float:
-    a, b, reference = np.sum(sample, axis=0)
-    return float((b - a) / reference) if reference else float("nan")

@@ -259,7 +259,7 @@ def best(curve: Curve) -> tuple[Any, Measured]:
 
 
 def _target(blend: Blend) -> str:
-    name = blend if isinstance(blend, str) else blend["name"]
+    name = STRATEGIES.parse(blend)["name"]
     return STRATEGIES.entries.get(name, name)
 
 

@@ -7,27 +7,19 @@ medians are of those ratios: the speed of a shared machine drifts by more than m
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from lmc.results.statistics import Estimate, bootstrap, paired_ratio, recovery_estimate
+
 FULL_PREFILL = "full_prefill"
 EQUAL_ROWS = "prefix_equal_rows"
 FULL_REUSE = "full_reuse"
 
-RESAMPLES = 2000
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its 95% interval, by bootstrap over prompts."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class ArmSummary:
     compute_fraction, flops_fraction: means.
     kinds: mean share of the prompt by kind; found: all kinds but `new`.
     logprob_error: the greatest over all prompts.
-    kl_last to greedy_agreement: means (lmc.results.quality.Quality).
+    kl_last to greedy_agreement: means (lmc.quality.metrics.AnswerQuality).
     recovery: 1 - mean kl_mean / that of full_reuse, over the same prompts.
     reasons: why requests were not blended -> how many.
     """
@@ -78,36 +70,6 @@ def summarise(rows: Sequence[Row]) -> list[ArmSummary]:
     return [_summary(arm, by_arm) for arm in order if arm in by_arm]
 
 
-def paired_ratio(over: Sequence[Row], under: Sequence[Row], column: str) -> Estimate | None:
-    """Median of `over[column] / under[column]` over the prompts and repetitions both have."""
-    known = {(r["prompt_id"], r["repetition"]): r[column] for r in under}
-    ratios: dict[int, list[float]] = defaultdict(list)
-    for row in over:
-        if other := known.get((row["prompt_id"], row["repetition"])):
-            ratios[row["prompt_id"]].append(row[column] / other)
-    return bootstrap(list(ratios.values()), lambda sample: np.median(np.concatenate(sample)))
-
-
-def bootstrap(
-    groups: Sequence[Sequence[Any]], statistic: Callable[[list[Any]], Any]
-) -> Estimate | None:
-    """`statistic(groups)`, with the 2.5 and 97.5 percentiles of it over resampled groups.
-
-    A group is a prompt: repetitions of it are not independent, so they are drawn together. The
-    draws are seeded, so that the same rows always give the same interval.
-    """
-    if not groups:
-        return None
-    arrays = [np.asarray(group, np.float64) for group in groups]
-    rng = np.random.default_rng(0)
-    draws = [
-        statistic([arrays[i] for i in rng.integers(len(arrays), size=len(arrays))])
-        for _ in range(RESAMPLES)
-    ]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(float(statistic(arrays)), float(low), float(high))
-
-
 def _summary(arm: str, by_arm: dict[str, list[Row]]) -> ArmSummary:
     rows = by_arm[arm]
     full, equal = by_arm.get(FULL_PREFILL, []), by_arm.get(EQUAL_ROWS, [])
@@ -139,7 +101,7 @@ def _summary(arm: str, by_arm: dict[str, list[Row]]) -> ArmSummary:
         top1_agreement=_mean(rows, "top1_agreement"),
         delta_nll=_mean(rows, "delta_nll"),
         greedy_agreement=_mean(rows, "greedy_agreement"),
-        recovery=recovery(kl, _by_prompt(by_arm.get(FULL_REUSE, []), "kl_mean")),
+        recovery=recovery_estimate(kl, _by_prompt(by_arm.get(FULL_REUSE, []), "kl_mean")),
         reasons=dict(reasons),
     )
 
@@ -152,16 +114,3 @@ def _by_prompt(rows: Sequence[Row], column: str) -> dict[int, float]:
 def _mean(rows: Sequence[Row], column: str) -> float | None:
     values = list(_by_prompt(rows, column).values())
     return float(np.mean(values)) if values else None
-
-
-def recovery(arm: dict[int, float], reuse: dict[int, float]) -> Estimate | None:
-    """1 - mean KL / mean KL of full_reuse, by prompt, over the prompts that both have."""
-    pairs = [(kl, reuse[prompt]) for prompt, kl in arm.items() if prompt in reuse]
-    if not pairs or not any(reference for _, reference in pairs):
-        return None
-
-    def statistic(sample: list[Any]) -> float:
-        kl, reference = np.sum(sample, axis=0)
-        return float(1 - kl / reference) if reference else float("nan")
-
-    return bootstrap(pairs, statistic)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lmc.policies import Item, build_policy
+from lmc.policies import POLICIES, Item
 from lmc.sim.trace import Accesses
 
 Write = Literal["through", "back"]
@@ -100,7 +100,7 @@ class MetadataTier:
 
     def __init__(self, capacity: int, policy: Mapping[str, Any] | str) -> None:
         self.capacity = capacity
-        self.policy = build_policy(policy, capacity)
+        self.policy = POLICIES.build(policy, capacity=capacity)
         self.size = 0
         self.written = 0
         self._held: dict[Hashable, Item] = {}

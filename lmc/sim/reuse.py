@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from lmc.chunking import Chunker
+from lmc.chunking import CHUNKERS, Chunker
 from lmc.chunking.pieces import chunk_key, split
 from lmc.sim.trace import Request
 from lmc.sim.windows import WindowSet, covered, greedy, window_hashes
@@ -33,6 +33,10 @@ class Sliding:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"got n {self.n}, want at least 1")
+
+
+# What `lmc reuse` cuts by: chunkers, and the yardstick for them.
+CUTS = CHUNKERS.with_entries({"sliding": "lmc.sim.reuse:Sliding"})
 
 
 @dataclass(frozen=True, eq=False)

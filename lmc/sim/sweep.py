@@ -90,7 +90,7 @@ def sweep(
     """Replay a trace of blocks under every policy and capacity.
 
     Args:
-        policies: as `parse_policy` reads them.
+        policies: names, or names and fields, as `POLICIES.parse` reads them.
         capacities: of the tiers of each layout; `inf` forgets nothing.
         metric: `object` counts accesses that any tier held. `prefix` counts tokens in the run of
             hits from the start of each request, over all input tokens; blocks that are not full
@@ -104,10 +104,9 @@ def sweep(
     costs = block_costs(accesses, model)
     everything = int(sizes.sum())
     for policy in policies:
-        config = parse_policy(policy)
         for layout in capacities:
             whole = [everything if math.isinf(c) else int(c) for c in layout]
-            done = replay(accesses, whole, config, sizes=sizes, costs=costs, write=write)
+            done = replay(accesses, whole, policy, sizes=sizes, costs=costs, write=write)
             yield _outcome(policy, layout, unit, metric, accesses, done)
 
 
@@ -186,7 +185,6 @@ def store_sweep(
     if any(len(layout) > 1 for layout in capacities):
         raise ValueError("capacity: got tiers, but lmc's store is one tier of host memory")
     for policy in policies:
-        config = parse_policy(policy)
         for (capacity,) in capacities:
             done = replay_store(
                 requests,
@@ -194,7 +192,7 @@ def store_sweep(
                 everything if math.isinf(capacity) else int(capacity),
                 model,
                 dtype=dtype,
-                policy=config,
+                policy=policy,
                 blend=blend,
                 exact_variants=exact_variants,
                 spans=spans,
@@ -225,24 +223,6 @@ def block_costs(accesses: Accesses, model: ModelShape) -> np.ndarray:
     start, T = accesses.starts(), accesses.tokens
     keys = T * (2 * start + T + 1) / 2
     return np.asarray(model.cost.linear * T + model.cost.attention * keys)
-
-
-def parse_policy(text: str) -> dict[str, Any]:
-    """`lru`, or a policy with fields, such as `ttl:seconds=600`.
-
-    Raises ValueError for fields that are not name=number.
-    """
-    name, *fields = text.split(":")
-    config: dict[str, Any] = {"name": name}
-    for field in fields:
-        key, equals, value = field.partition("=")
-        try:
-            config[key] = float(value)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise ValueError(f"policy: got {text!r}, want such as lru or ttl:seconds=600")
-    return config
 
 
 def parse_capacity(text: str) -> tuple[float, ...]:

@@ -60,7 +60,7 @@ def serve(
         tiers = outcome.loaded.shape[1]
         if tiers > len(model.tiers):
             known = ", ".join(tier.name for tier in model.tiers) or "none"
-            raise ValueError(f"got {tiers} tiers of capacity, but the profile's are: {known}")
+            raise ValueError(f"got {tiers} tiers of capacity, but the time model's are: {known}")
         loaded = nothing.copy()
         loaded[:, :tiers] = outcome.loaded
         seconds = model.seconds(outcome.rows, outcome.pairs, loaded, outcome.blends)

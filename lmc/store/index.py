@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from lmc.model.cost import PrefillCost
-from lmc.policies import Item, Policy, build_policy
+from lmc.policies import POLICIES, Item, Policy
 from lmc.store.record import Origin, Record, superseded
 
 
@@ -59,13 +59,13 @@ class Index:
         clock: Callable[[], float] = time.monotonic,
         exact_variants: int = 2,
     ) -> None:
-        if policy == "belady" or (isinstance(policy, Mapping) and policy.get("name") == "belady"):
+        if POLICIES.parse(policy).get("name") == "belady":
             raise ValueError("policy belady needs the accesses to come, which no store knows")
         self.capacity = capacity
         self.size = 0
         self.counts: Counter[str] = Counter()
         self._ranks = ranks
-        self._policy: Policy = build_policy(policy, capacity)
+        self._policy: Policy = POLICIES.build(policy, capacity=capacity)
         self._cost = cost
         self._clock = clock
         self._exact_variants = exact_variants

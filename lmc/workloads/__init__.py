@@ -1,16 +1,19 @@
-"""Quality of blending: prompts whose chunks may be reused, and what is measured on them.
+"""Workloads: prompts whose chunks may be reused, for timing and for quality alike.
 
-Adding a workload: one frozen dataclass with `samples(tokenizer) -> list[Sample]`, and one line in
-`WORKLOADS`.
+Adding one: a frozen dataclass with `samples(tokenizer) -> list[Sample]`, and a line in
+`WORKLOADS`. The runners on vLLM and on Hugging Face models and `lmc calibrate` take any of them.
 """
+
+from __future__ import annotations
 
 from lmc.registry import Registry
 
 WORKLOADS = Registry(
     "workload",
     {
-        "pydoc": "lmc.workloads.texts:Pydoc",
-        "passages": "lmc.workloads.texts:Passages",
+        "rag_reorder": "lmc.workloads.rag_reorder:RagReorder",
+        "pydoc": "lmc.workloads.pydoc:Pydoc",
+        "passages": "lmc.workloads.passages:Passages",
         "recall": "lmc.workloads.tasks:Recall",
         "two_hop": "lmc.workloads.tasks:TwoHop",
         "chain": "lmc.workloads.tasks:Chain",

@@ -1,10 +1,12 @@
-"""What quality is measured on: a prompt whose chunks may be reused, and what truly follows it."""
+"""What is measured on: a prompt whose chunks may be reused, and what truly follows it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lmc.chunking.prompt import Prompt
+from lmc.chunking.prompt import Prompt, join
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,26 @@ class Sample:
     @property
     def prompt(self) -> Prompt:
         """The whole prompt; spans are the system text, each chunk, and the question."""
-        token_ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for part in (self.system, *self.chunks, self.question):
-            if part:
-                spans.append((len(token_ids), len(token_ids) + len(part)))
-                token_ids += part
-        return Prompt(token_ids, spans)
+        return join([self.system, *self.chunks, self.question])
+
+    @property
+    def reusable(self) -> list[tuple[int, int]]:
+        """The spans of the prompt that may come back; a question comes once."""
+        spans = self.prompt.spans
+        return spans[:-1] if self.question else spans
+
+
+def corpus(samples: Sequence[Sample]) -> list[Prompt]:
+    """Every chunk of the samples once, alone behind its system text: how a service stores them."""
+    seen: dict[tuple[tuple[int, ...], ...], Prompt] = {}
+    for sample in samples:
+        for chunk in sample.chunks:
+            seen.setdefault((tuple(sample.system), tuple(chunk)), join([sample.system, chunk]))
+    return list(seen.values())
+
+
+def positive(workload: Any, *fields: str) -> None:
+    """Raise ValueError for a field below 1."""
+    for field in fields:
+        if (value := getattr(workload, field)) < 1:
+            raise ValueError(f"{field}: got {value}, want at least 1")

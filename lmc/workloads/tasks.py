@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lmc.workloads.rag_reorder import encode
+from lmc.workloads.frame import encode
 from lmc.workloads.sample import Sample
 
 NAMES = [

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.chunking import CHUNKERS, parse
+from lmc.chunking import CHUNKERS
 from lmc.chunking.cdc import Cdc, _mix
 from lmc.chunking.pieces import Piece, chunk_key, split
 
-SMALL = Cdc(window=3, hash_tokens=2, max_tokens=12)
+SMALL = Cdc(7, hash_tokens=2, max_tokens=12)
 IDS = st.one_of(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 2**40))).map(
     lambda ids: np.array(ids, dtype=np.int64)
 )
@@ -54,7 +54,7 @@ def test_cdc_is_its_rule(tokens: np.ndarray) -> None:
 def test_cdc_minima_depend_on_content_alone(
     before: np.ndarray, other: np.ndarray, tokens: np.ndarray, after: np.ndarray
 ) -> None:
-    chunker = Cdc(window=3, hash_tokens=2, max_tokens=10_000)  # no forced cuts
+    chunker = Cdc(7, hash_tokens=2, max_tokens=10_000)  # no forced cuts
 
     def inside(prefix: np.ndarray) -> list[int]:
         cuts = chunker.cuts(np.concatenate([prefix, tokens, after])) - len(prefix)
@@ -88,9 +88,9 @@ def test_cdc_resumes_after_forced_cuts() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "cdc", "window": 0}, "window 0.*at least 1"),
-        ({"name": "cdc", "max_tokens": 16}, "max_tokens 16, want more than window 16"),
-        ({"name": "cdc", "width": 3}, "valid: window, hash_tokens, max_tokens"),
+        ({"name": "cdc", "n": 0}, "n 0.*at least 1"),
+        ({"name": "cdc", "max_tokens": 16}, "max_tokens 16, want more than half of n, 16"),
+        ({"name": "cdc", "width": 3}, "valid: n, hash_tokens, max_tokens"),
         ({"name": "fixed", "n": 0}, "n 0, want at least 1"),
         ({"name": "separator", "ids": []}, "got no ids"),
         ({"name": "separator"}, "ids: .*required"),
@@ -153,13 +153,14 @@ def found_share(docs: list[list[int]], chunker: Any) -> float:
 
 
 def test_a_chunker_in_a_few_characters() -> None:
-    cdc = parse("cdc:64")
-    assert (cdc.window, cdc.max_tokens) == (32, 256)  # 2 * 32 + 1 tokens on average
-    assert parse("cdc:1000").max_tokens == 4000
-    assert parse("cdc") == CHUNKERS.build("cdc")
-    assert parse("fixed:256").n == 256
-    assert parse("separator:1,2").ids == (1, 2)
-    assert parse("lmc.chunking.fixed:Fixed").n == 64
-    for wrong in ("cdc:x", "fixed:1,2", "fixed:0", "nothing", "cdc:"):
+    cdc = CHUNKERS.build("cdc:64")
+    assert (cdc.window, cdc.longest_chunk) == (32, 256)  # 2 * 32 + 1 tokens on average
+    assert CHUNKERS.build("cdc:1000").longest_chunk == 4000
+    assert CHUNKERS.build("cdc") == CHUNKERS.build({"name": "cdc", "n": 33})
+    assert CHUNKERS.build("fixed:256").n == 256
+    assert CHUNKERS.build("separator:[1, 2]").ids == (1, 2)
+    assert CHUNKERS.build("lmc.chunking.fixed:Fixed").n == 64
+    assert CHUNKERS.build("lmc.chunking.fixed:Fixed:8").n == 8
+    for wrong in ("cdc:x", "cdc:8x", "cdc:-8", "fixed:1,2", "fixed:0", "nothing", "cdc:"):
         with pytest.raises(ValueError, match="chunker"):
-            parse(wrong)
+            CHUNKERS.build(wrong)

@@ -14,9 +14,9 @@ from lmc.chunking import CHUNKERS
 from lmc.chunking.pieces import Piece, chunk_key, context_digests, split
 
 CONFIGS = [
-    {"name": "cdc", "window": 3, "hash_tokens": 2, "max_tokens": 12},
+    {"name": "cdc", "n": 7, "hash_tokens": 2, "max_tokens": 12},
     {"name": "cdc"},
-    {"name": "explicit", "window": 2},
+    {"name": "explicit", "n": 5},
     {"name": "fixed", "n": 7},
     {"name": "separator", "ids": [1, 2]},
 ]

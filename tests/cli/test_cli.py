@@ -24,18 +24,22 @@ def invoke(*args: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def experiment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """In place of lmc.experiment.vllm.run: keeps what it was called with, raises `error` if set."""
-    module = ModuleType("lmc.experiment.vllm.run")
+    """In place of lmc.experiment.run: keeps what it was called with, raises `error` if set."""
+    module = ModuleType("lmc.experiment.run")
     module.calls, module.error = [], None
 
-    def run(experiment: Path, out: Path, overrides: list[str]) -> None:
-        module.calls.append((experiment, out, overrides))
+    def load(experiment: Path, overrides: list[str]) -> None:
+        module.calls.append((experiment, overrides))
         if module.error:
             raise module.error
 
-    module.run = run
-    monkeypatch.setitem(sys.modules, "lmc.experiment", ModuleType("lmc.experiment"))
-    monkeypatch.setitem(sys.modules, "lmc.experiment.vllm.run", module)
+    def run(config: None, out: Path, progress: Any) -> list[Any]:
+        module.calls.append(out)
+        return []
+
+    module.load, module.run = load, run
+    monkeypatch.setitem(sys.modules, "lmc.experiment.run", module)
+    monkeypatch.setattr("lmc.cli.run.report", lambda *arguments: None)
     return module
 
 
@@ -46,12 +50,12 @@ def test_version() -> None:
 def test_run(experiment: Any) -> None:
     code, out, err = invoke("run", "x.yaml", "--out", "o", "--set", "a.b=1", "--set", "c=[2, 3]")
     assert (code, out, err) == (0, "", "")
-    assert experiment.calls == [(Path("x.yaml"), Path("o"), ["a.b=1", "c=[2, 3]"])]
+    assert experiment.calls == [(Path("x.yaml"), ["a.b=1", "c=[2, 3]"]), Path("o")]
 
 
 def test_run_without_overrides(experiment: Any) -> None:
     assert invoke("run", "x.yaml", "--out", "o")[0] == 0
-    assert experiment.calls == [(Path("x.yaml"), Path("o"), [])]
+    assert experiment.calls == [(Path("x.yaml"), []), Path("o")]
 
 
 def test_run_needs_out(experiment: Any) -> None:

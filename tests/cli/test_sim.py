@@ -116,7 +116,7 @@ def test_sim_says_what_it_is_worth(blocks: Path, tmp_path: Path) -> None:
     profile = tmp_path / "profile.yaml"
     profile.write_text(PROFILE)
     none, host, both = answer(
-        "sim", blocks, "--metric", "prefix", "--capacity", "inf,1+2", "--profile", profile,
+        "sim", blocks, "--metric", "prefix", "--capacity", "inf,1+2", "--times", profile,
         "--servers", 4,
     )  # fmt: skip
     assert none["policy"] == "none"
@@ -128,7 +128,7 @@ def test_sim_says_what_it_is_worth(blocks: Path, tmp_path: Path) -> None:
     assert host["offered_load"] < none["offered_load"]
     # In the second layout, with one block above, one request finds it on tape, at 90 s.
     assert both["reuse_slower"] == 0.25
-    code, out, _ = invoke("sim", blocks, "--metric", "prefix", "--capacity", "1+2", "--profile",
+    code, out, _ = invoke("sim", blocks, "--metric", "prefix", "--capacity", "1+2", "--times",
                           profile)  # fmt: skip
     assert code == 0
     assert "slower" in out
@@ -168,7 +168,7 @@ def test_reuse_shows_a_prompt(ids: Path) -> None:
 
 def test_sessions_of_one_request_are_told(tmp_path: Path) -> None:
     trace = tmp_path / "rag.jsonl.gz"
-    assert invoke("trace", "make", "rag", "--out", trace, "--set", "count=20")[0] == 0
+    assert invoke("trace", "make", "rag:count=20", "--out", trace)[0] == 0
     _, out, _ = invoke("reuse", trace)
     assert "--scope trace" in out
     assert answer("reuse", trace)["moved"] == 0
@@ -198,7 +198,7 @@ def test_bad_lines_are_told_and_left_out(blocks: Path) -> None:
         (["--metric", "store", "--unit", "bytes"], "no token ids"),
         (["--capacity", "all", "--policy", "fifo"], "capacity all"),
         (["--sample", "0.1"], "--capacity all"),
-        (["--profile", "nowhere.yaml"], "nowhere.yaml"),
+        (["--times", "nowhere.yaml"], "nowhere.yaml"),
         (["--chunker", "rabin"], "'rabin'"),
         (["--tokenizer", "x", "--format", "chat"], "tokenizer x"),
     ],

@@ -1,8 +1,7 @@
-"""An experiment file, rows made by hand, and an engine that only pretends."""
+"""An engine that only pretends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +10,6 @@ import pytest
 
 from lmc.experiment.vllm.engines import Answer, Request
 from lmc.model.cost import PrefillCost
-from lmc.results.quality import Quality
-
-REPO = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def demo() -> Path:
-    """The demo experiment."""
-    return REPO / "experiments" / "demo.yaml"
-
-
-@pytest.fixture
-def make_row() -> Callable[..., dict[str, Any]]:
-    """Builds a row of which only the given fields matter."""
-
-    def make(arm: str, prompt_id: int = 0, repetition: int = 0, **fields: Any) -> dict[str, Any]:
-        arms = {"full_prefill": {"cache": "none"}, "full_reuse": {"blend": {}}}
-        arms |= {"prefix_equal_rows": {"cache": "warmed"}, "epic16": {"blend": {}}}
-        row = {
-            "arm": arm,
-            "prompt_id": prompt_id,
-            "repetition": repetition,
-            "config": {"arms": arms},
-            "ttft_s": 1.0,
-            "cpu_s": 1.0,
-            "prompt_tokens": 100,
-            "kinds": {"local": 0, "exact": 0, "moved": 60, "recomputed": 10, "new": 30},
-            "compute_fraction": 0.4,
-            "flops_fraction": 0.5,
-            "reason": None,
-        }
-        row |= dict.fromkeys(Quality.__dataclass_fields__)
-        return row | fields
-
-    return make
 
 
 class PretendedEngine:

@@ -185,7 +185,7 @@ def test_a_stop_loses_one_prompt_and_leaves_the_last_profile(
         (["--dtype", "int8"], "--dtype: got 'int8'; valid: float32, float16, bfloat16"),
         (["--context", "alone"], "--context: got 'alone'; valid: isolated, anchored, first_seen"),
         (["--workload", "prose"], "unknown workload: got 'prose'"),
-        (["--workload", "{path: x}"], "--workload: got '{path: x}', want a name"),
+        (["--workload", "{path: x}"], "workload: got '{path: x}', want {name:"),
         (["--workload", "{"], "which is no YAML"),
         (["--blend", "epik"], "unknown blend strategy: got 'epik'"),
         (["--prompts", "65"], "--prompts: got 65, but Pydoc(prompts=64"),

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from lmc.cli.app import app
-from lmc.experiment.solvable import gate
+from lmc.experiment.solvable import solved
 from lmc.workloads import WORKLOADS
 from lmc.workloads.sample import Sample
 
@@ -27,42 +27,46 @@ def recall(smollm2_dir: Path) -> list[Sample]:
 
 
 def test_what_the_model_can_do_is_usable(model: Any, recall: list[Sample]) -> None:
-    found = gate(model, recall)
-    assert found.usable
+    found = solved(model, recall)
+    assert found.solvable
     assert found.share.value == sum(found.right) / 5
     assert found.share.low <= found.share.value <= found.share.high
 
 
 def test_wrong_answers_are_not(model: Any, recall: list[Sample]) -> None:
     wrong = [replace(sample, answer=recall[i - 1].answer) for i, sample in enumerate(recall)]
-    found = gate(model, wrong)
-    assert found.right == [a.answer == b.answer and r for a, b, r in
-                           zip(recall, wrong, gate(model, recall).right, strict=True)]  # fmt: skip
-    assert not found.usable
+    found = solved(model, wrong)
+    right = solved(model, recall).right
+    assert found.right == [
+        a.answer == b.answer and r for a, b, r in zip(recall, wrong, right, strict=True)
+    ]
+    assert not found.solvable
 
 
 def test_the_last_token_must_be_right_too(model: Any, recall: list[Sample]) -> None:
-    sample = recall[gate(model, recall).right.index(True)]
+    sample = recall[solved(model, recall).right.index(True)]
     longer = replace(sample, answer=[*sample.answer, 0])
-    assert gate(model, [longer]).right == [False]
+    assert solved(model, [longer]).right == [False]
 
 
 def test_samples_without_an_answer_are_refused(model: Any, recall: list[Sample]) -> None:
     with pytest.raises(ValueError, match="samples: got none"):
-        gate(model, [])
+        solved(model, [])
     with pytest.raises(ValueError, match="sample 1: got no answer tokens"):
-        gate(model, [recall[0], replace(recall[0], answer=[])])
+        solved(model, [recall[0], replace(recall[0], answer=[])])
 
 
 def test_commands(smollm2_dir: Path) -> None:
     run = CliRunner().invoke
-    result = run(app, ["workload", "gate", "recall", "--prompts", "3"])
+    result = run(app, ["workload", "solvable", "recall", "--prompts", "3"])
     assert result.exit_code == 0, result.output
-    assert "recall: 3 of 3 prompts answered, 100% [100%, 100%]: usable for smollm2" in result.output
-    result = run(app, ["workload", "show", "chain", "--set", "chunks=2"])
+    assert (
+        "recall: 3 of 3 prompts answered, 100% [100%, 100%]: solvable for smollm2" in result.output
+    )
+    result = run(app, ["workload", "show", "chain:chunks=2"])
     assert result.exit_code == 0, result.output
     assert "has the same number as the one before" in result.output
     assert "prompt 1, chunk 2:" in result.output
-    result = run(app, ["workload", "show", "chain", "--set", "chunks"])
+    result = run(app, ["workload", "show", "chain:chunks"])
     assert result.exit_code == 2
-    assert "--set: got 'chunks', want FIELD=VALUE" in result.output
+    assert "prompts: Input should be a valid integer" in result.output

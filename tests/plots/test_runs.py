@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lmc import plots
-from lmc.chunking import parse
+from lmc.chunking import CHUNKERS
 from lmc.sim.reuse import KINDS, NEW, analyse
 from lmc.sim.stack import NEVER, hit_curve
 from lmc.sim.trace import Request
@@ -96,7 +96,7 @@ def test_the_figures_of_a_trace_draw(tmp_path: Path) -> None:
         Request(float(i), "s", len(p), 1, tokens=p, segments=[("system", 0, 9), ("doc", 9, 309)])
         for i, p in enumerate(prompts)
     ]
-    done = list(analyse(requests, parse("cdc:64")))
+    done = list(analyse(requests, CHUNKERS.build("cdc:64")))
     plots.reuse_over_time(done).savefig(tmp_path / "time.png")
     plots.reuse_over_time([]).savefig(tmp_path / "nothing.png")
     plots.reuse_over_time(done * 300).savefig(tmp_path / "many.png")
@@ -107,7 +107,7 @@ def test_the_figures_of_a_trace_draw(tmp_path: Path) -> None:
 
 def test_the_bars_of_a_request_add_up() -> None:
     tokens = np.arange(200, dtype=np.int32)
-    done = list(analyse([Request(0.0, "s", 200, 1, tokens=tokens)] * 2, parse("fixed:64")))
+    done = list(analyse([Request(0.0, "s", 200, 1, tokens=tokens)] * 2, CHUNKERS.build("fixed:64")))
     (axes,) = plots.reuse_over_time(done).axes
     tops = [bar.get_y() + bar.get_height() for bar in axes.patches]
     assert sorted(tops)[-2:] == pytest.approx([1, 1])
@@ -115,7 +115,7 @@ def test_the_bars_of_a_request_add_up() -> None:
 
 def test_the_map_has_a_cell_a_token() -> None:
     tokens = np.arange(300, dtype=np.int32)
-    (done,) = analyse([Request(0.0, "s", 300, 1, tokens=tokens)], parse("fixed:64"))
+    (done,) = analyse([Request(0.0, "s", 300, 1, tokens=tokens)], CHUNKERS.build("fixed:64"))
     (axes,) = plots.token_map(done, columns=64).axes
     cells = axes.get_images()[0].get_array()
     assert cells.shape == (5, 64)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.policies import POLICIES, Item, Policy, build_policy
+from lmc.policies import POLICIES, Item, Policy
 from lmc.policies.w_tinylfu import CELLS
 from lmc.sim.replay import replay
 from tests.policies import models
@@ -30,7 +30,7 @@ class Place:
     """A caller of a policy that checks every answer."""
 
     def __init__(self, config: Any, capacity: int) -> None:
-        self.policy: Policy = build_policy(config, capacity)
+        self.policy: Policy = POLICIES.build(config, capacity=capacity)
         self.name = config if isinstance(config, str) else config["name"]
         self.capacity = capacity
         self.held: dict[Any, Item] = {}
@@ -185,7 +185,7 @@ def test_more_capacity_never_hurts(config: Any, keys: list[int]) -> None:
 
 
 def test_belady_refuses_what_is_used_last_of_all() -> None:
-    policy = build_policy(MAY_REFUSE, 2)
+    policy = POLICIES.build(MAY_REFUSE, capacity=2)
     policy.insert(Item("soon", next_use=3), 0)
     policy.insert(Item("late", next_use=9), 1)
     assert policy.evict(Item("later", next_use=10), 2) == "later"
@@ -193,13 +193,13 @@ def test_belady_refuses_what_is_used_last_of_all() -> None:
     assert policy.evict(Item("later", next_use=10), 2, pinned={"soon", "late"}) is None
     assert policy.evict(Item("later", next_use=8), 2, pinned={"late"}) == "later"
     assert policy.evict(Item("sooner", next_use=8), 2) == "late"
-    always = build_policy("belady", 1)
+    always = POLICIES.build("belady", capacity=1)
     always.insert(Item("soon", next_use=3), 0)
     assert always.evict(Item("later", next_use=10), 1) == "soon"
 
 
 def test_gdsf_keeps_what_is_dear_for_its_size() -> None:
-    policy = build_policy("gdsf", 12)
+    policy = POLICIES.build("gdsf", capacity=12)
     policy.insert(Item("dear", size=2, cost=100.0), 0)
     policy.insert(Item("cheap", size=1, cost=10.0), 1)
     policy.insert(Item("large", size=9, cost=80.0), 2)
@@ -226,7 +226,7 @@ def test_a_scan_does_not_wash_out_what_2q_arc_s3fifo_and_wtinylfu_keep() -> None
 
 @pytest.mark.parametrize("name", ["2q", "s3fifo"])
 def test_the_item_that_goes_does_not_push_the_newcomer_out_of_the_ghost(name: str) -> None:
-    policy = build_policy(name, 4)
+    policy = POLICIES.build(name, capacity=4)
     for now, key in enumerate(range(10)):
         if now >= 4:
             policy.evict(Item(key), now)
@@ -239,7 +239,7 @@ def test_the_item_that_goes_does_not_push_the_newcomer_out_of_the_ghost(name: st
 
 
 def test_leaves_go_before_what_they_continue() -> None:
-    policy = build_policy("leaf_lru", 4)
+    policy = POLICIES.build("leaf_lru", capacity=4)
     for now, (key, parent) in enumerate([("a", None), ("b", "a"), ("c", "b"), ("x", None)]):
         policy.insert(Item(key, parent=parent), now)
     policy.touch(Item("c", parent="b"), 9)
@@ -249,7 +249,7 @@ def test_leaves_go_before_what_they_continue() -> None:
 
 
 def test_a_parent_that_comes_after_its_child_is_kept_for_it() -> None:
-    policy = build_policy("leaf_lru", 2)
+    policy = POLICIES.build("leaf_lru", capacity=2)
     policy.insert(Item("child", parent="parent"), 0)
     policy.insert(Item("parent"), 1)
     policy.touch(Item("child", parent="parent"), 2)
@@ -257,7 +257,7 @@ def test_a_parent_that_comes_after_its_child_is_kept_for_it() -> None:
 
 
 def test_leaf_lru_keeps_what_the_newcomer_continues() -> None:
-    policy = build_policy("leaf_lru", 1)
+    policy = POLICIES.build("leaf_lru", capacity=1)
     policy.insert(Item("a"), 0)
     assert policy.evict(Item("b", parent="a"), 1) == "b"
     assert policy.evict(Item("b", parent="a"), 1, pinned={"a"}) is None
@@ -267,7 +267,7 @@ def test_leaf_lru_keeps_what_the_newcomer_continues() -> None:
 def test_chunks_that_follow_each_other_in_circles_can_all_go(
     pairs: list[tuple[int, int]], capacity: int
 ) -> None:
-    policy = build_policy("leaf_lru", capacity)
+    policy = POLICIES.build("leaf_lru", capacity=capacity)
     held: set[Any] = set()
     for now, (key, parent) in enumerate(pairs):
         item = Item(key, parent=parent)
@@ -284,7 +284,7 @@ def test_chunks_that_follow_each_other_in_circles_can_all_go(
 
 
 def test_ttl_counts_from_the_first_day() -> None:
-    policy = build_policy({"name": "ttl", "seconds": 10}, 4)
+    policy = POLICIES.build({"name": "ttl", "seconds": 10}, capacity=4)
     policy.insert(Item("a"), 0)
     policy.insert(Item("b"), 5)
     policy.touch(Item("a"), 9)
@@ -292,14 +292,14 @@ def test_ttl_counts_from_the_first_day() -> None:
     assert list(policy.expired(10)) == ["a"]
     assert list(policy.expired(15)) == ["a", "b"]
     with pytest.raises(ValueError, match="seconds 0"):
-        build_policy({"name": "ttl", "seconds": 0}, 4)
+        POLICIES.build({"name": "ttl", "seconds": 0}, capacity=4)
 
 
 def test_a_place_says_its_own_capacity() -> None:
     with pytest.raises(ValueError, match="capacity"):
-        build_policy({"name": "lru", "capacity": 3}, 4)
+        POLICIES.build({"name": "lru", "capacity": 3}, capacity=4)
     with pytest.raises(ValueError, match=r"'mru'.*belady.*s3fifo"):
-        build_policy("mru", 4)
+        POLICIES.build("mru", capacity=4)
 
 
 def entries(x: object) -> int:
@@ -332,7 +332,7 @@ def test_memory_is_bounded_by_the_capacity(name: str, hit_rate: float) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_removed_leaves_nothing_behind(name: str) -> None:
-    policy = build_policy(CONFIGS[name], 20)
+    policy = POLICIES.build(CONFIGS[name], capacity=20)
     for now in range(2000):
         policy.insert(Item(now, parent=now - 1, next_use=now + 50), now)
         if now >= 10:
@@ -342,8 +342,8 @@ def test_what_is_removed_leaves_nothing_behind(name: str) -> None:
 
 def test_none_of_it_imports_torch() -> None:
     code = (
-        "import sys; from lmc.policies import POLICIES, build_policy\n"
-        "for n in POLICIES.names(): build_policy(n, 9)\n"
+        "import sys; from lmc.policies import POLICIES\n"
+        "for n in POLICIES.names(): POLICIES.build(n, capacity=9)\n"
         "assert not {'torch', 'transformers', 'vllm', 'numba'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

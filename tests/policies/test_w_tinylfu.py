@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.policies import Item, build_policy
+from lmc.policies import POLICIES, Item
 from lmc.policies.w_tinylfu import MOST_USES, Sketch
 from tests.policies import models
 from tests.policies.traces import hits
@@ -38,7 +38,7 @@ def test_a_sketch_never_counts_too_few(keys: list[int], doublings: int) -> None:
 
 
 def test_w_tinylfu_admits_what_is_asked_for_more_often() -> None:
-    policy = build_policy("wtinylfu", 4)  # a window of 1, of the main part 3
+    policy = POLICIES.build("wtinylfu", capacity=4)  # a window of 1, of the main part 3
     for now, key in enumerate(["a", "b", "c", "d"]):
         policy.insert(Item(key), now)
     # d is in the window, a the oldest of the main part; both were asked for once.
@@ -52,7 +52,7 @@ def test_w_tinylfu_admits_what_is_asked_for_more_often() -> None:
 
 
 def test_nothing_contends_for_room_that_is_free() -> None:
-    policy = build_policy("wtinylfu", 100)  # a window of 1, of the main part 99
+    policy = POLICIES.build("wtinylfu", capacity=100)  # a window of 1, of the main part 99
     for now, (key, size) in enumerate([("x", 60), ("y", 39), ("w", 1)]):
         policy.insert(Item(key, size), now)
     policy.remove("y")

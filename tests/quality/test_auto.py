@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from lmc.blend import STRATEGIES
+from lmc.quality import BLENDS
 from lmc.quality.auto import Auto
 from lmc.quality.gate import verdict
 from tests.quality.profiles import FULL
 
 
 def auto(**fields: Any) -> Auto:
-    built = STRATEGIES.build({"name": "auto", **fields})
+    built = BLENDS.build({"name": "auto", **fields})
     assert isinstance(built, Auto)
     return built
 
@@ -36,7 +36,7 @@ def auto(**fields: Any) -> Auto:
 )
 def test_the_least_that_recovers_enough(strategy: Any, bound: float, expected: Any) -> None:
     resolved = auto(strategy=strategy, min_recovery=bound).resolve(FULL)
-    assert resolved == STRATEGIES.build(expected)
+    assert resolved == BLENDS.build(expected)
     assert verdict(strategy, resolved, FULL, bound) is None
 
 
@@ -54,7 +54,7 @@ def test_where_none_does_the_best_is_named() -> None:
     [
         ("full_reuse", "want one with a ratio or another such knob"),
         ("prefix", "want one with a ratio or another such knob"),
-        ("auto", "want one with a ratio or another such knob"),
+        ("auto", "unknown blend strategy: got 'auto'"),
         ({"name": "epic", "link_tokens": 4}, "but link_tokens is chosen for it"),
         ({"name": "epic", "links": 4}, "unknown field links"),
     ],

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.blend import STRATEGIES
 from lmc.blend.evidence import Importance, Outline
 from lmc.model.times import TierSpeed, TTFTModel
+from lmc.quality import BLENDS
 from lmc.quality.controlled import Controlled
 
 TIERS = (TierSpeed("host", 0.0, 10_000.0), TierSpeed("disk", 0.5, 1_000.0))
@@ -41,7 +41,7 @@ def outline(n: int, T: int) -> Outline:
 
 
 def build(times: str, **fields: Any) -> Controlled:
-    strategy = STRATEGIES.build({"name": "controlled", "profile": times, **fields})
+    strategy = BLENDS.build({"name": "controlled", "times": times, **fields})
     assert isinstance(strategy, Controlled)
     return strategy
 
@@ -69,7 +69,7 @@ def test_a_ratio_is_rounded_down_to_a_hundredth(times: str) -> None:
 def test_it_becomes_its_inner_strategy_at_that_ratio(times: str) -> None:
     request = outline(200, 210)  # 0.4 s of 2.1 s
     controlled = build(times, strategy={"name": "cacheblend", "tensor": "k", "norm": "l1"})
-    inner = STRATEGIES.build({"name": "cacheblend", "tensor": "k", "norm": "l1", "ratio": 0.19})
+    inner = BLENDS.build({"name": "cacheblend", "tensor": "k", "norm": "l1", "ratio": 0.19})
     assert controlled.ratio(request) == 0.19
     assert controlled.needs(request) == inner.needs(request)
     assert controlled.counts(request) == inner.counts(request)
@@ -115,10 +115,10 @@ def test_what_its_inner_strategy_is_told_holds_for_it(times: str) -> None:
     assert isinstance(need, Importance)
     config, inner = build(times, floor=0.2, strategy={"name": "query", "layers": 2}).least
     assert config == {"name": "query", "layers": 2, "ratio": 0.2}
-    assert inner == STRATEGIES.build(config)
+    assert inner == BLENDS.build(config)
 
 
-def test_another_profile_is_another_strategy(times: str, tmp_path: Path) -> None:
+def test_other_times_are_another_strategy(times: str, tmp_path: Path) -> None:
     path = tmp_path / "times.yaml"
     TIMES.save(path)
     before = build(str(path))
@@ -132,18 +132,18 @@ def test_another_profile_is_another_strategy(times: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"profile": "/nowhere.yaml"}, "/nowhere.yaml: cannot be read"),
+        ({"times": "/nowhere.yaml"}, "/nowhere.yaml: cannot be read"),
         ({"tier": "tape"}, "tier: got 'tape'; valid: host, disk"),
         ({"floor": 1.5}, "floor must be from 0 to 1, got 1.5"),
         ({"strategy": "epic"}, "'epic', want one with a ratio"),
         ({"strategy": "full_reuse"}, "'full_reuse', want one with a ratio"),
         ({"strategy": "full_recompute"}, "'full_recompute', want one with a ratio"),
         ({"strategy": {"name": "query", "ratio": 0.1}}, "but ratio is chosen for it"),
-        ({"times": {}}, "unknown field times"),
+        ({"model": {}}, "unknown field model"),
         ({"strategy": "cachblend"}, "unknown blend strategy"),
     ],
 )
 def test_wrong_fields_say_what_is_wrong(times: str, fields: Any, words: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are the test
-        STRATEGIES.build({"name": "controlled", "profile": times, **fields})
+        BLENDS.build({"name": "controlled", "times": times, **fields})
     assert words in str(error.value)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lmc.blend import STRATEGIES
 from lmc.model.times import TierSpeed, TTFTModel
+from lmc.quality import BLENDS
 from lmc.quality.gate import admit, verdict
 from lmc.quality.profile import QualityProfile
 from tests.quality.profiles import FULL
@@ -20,7 +20,7 @@ def ask(
     profile: QualityProfile | None = FULL,
     uncalibrated: Any = "refuse",
 ) -> str | None:
-    return verdict(blend, STRATEGIES.build(blend), profile, min_recovery, uncalibrated)
+    return verdict(blend, BLENDS.build(blend), profile, min_recovery, uncalibrated)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_what_was_not_measured_is_not_guessed(blend: Any) -> None:
 def test_a_controlled_strategy_is_judged_at_its_floor(tmp_path: Path) -> None:
     times = TTFTModel(0.0, 0.001, 0.0, 1000.0, (TierSpeed("host", 0.0, 1e6),))
     times.save(tmp_path / "times.yaml")
-    blend = {"name": "controlled", "profile": str(tmp_path / "times.yaml")}
+    blend = {"name": "controlled", "times": str(tmp_path / "times.yaml")}
     assert ask({**blend, "floor": 0.15}, 0.4) is None
     assert ask({**blend, "floor": 0.25}, 0.6) is None
     assert ask({**blend, "floor": 0.15}, 0.6) == (
@@ -105,10 +105,10 @@ def test_a_controlled_strategy_is_judged_at_its_floor(tmp_path: Path) -> None:
 
 def test_an_automatic_strategy_is_resolved_and_judged_as_what_it_stands_for() -> None:
     def asked(blend: Any, bound: float | None, profile: QualityProfile | None = FULL) -> Any:
-        return admit(blend, STRATEGIES.build(blend), profile, bound)
+        return admit(blend, BLENDS.build(blend), profile, bound)
 
     auto = {"name": "auto", "strategy": "epic", "min_recovery": 0.3}
-    eight = STRATEGIES.build({"name": "epic", "link_tokens": 8})
+    eight = BLENDS.build({"name": "epic", "link_tokens": 8})
     assert asked(auto, 0.3) == asked(auto, None) == eight
     assert asked(auto, 0.4) == (
         "recovery of epic link_tokens=8 is 0.30 [0.20, 0.40], below min_recovery 0.4"
@@ -119,7 +119,7 @@ def test_an_automatic_strategy_is_resolved_and_judged_as_what_it_stands_for() ->
 
 def test_without_a_bound_any_strategy_runs() -> None:
     for blend in ("full_reuse", "random"):
-        strategy = STRATEGIES.build(blend)
+        strategy = BLENDS.build(blend)
         for profile in (FULL, None):
             assert admit(blend, strategy, profile, None) == strategy
             assert isinstance(admit(blend, strategy, profile, 0.3), str)

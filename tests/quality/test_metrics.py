@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lmc.quality.metrics import (
     attention_error,
     compare,
+    compare_answers,
+    kl_divergence,
     kv_deviation,
-    paired_difference,
-    pareto_front,
 )
-from lmc.results import quality
-from lmc.results.summary import Estimate, recovery
 
 
 def logprobs(seed: int, n: int, V: int, scale: float = 1.0) -> np.ndarray:
@@ -84,7 +80,7 @@ def test_ranges_and_the_names_shared_with_runs(
     assert 0 <= q.top1_agreement <= 1 and 0 <= q.top5_overlap <= 1
     assert 0 <= q.first_divergence <= n
     assert (q.first_divergence == n) == (q.top1_agreement == 1)
-    run = quality.compare(tokens, full, arm, tokens)
+    run = compare_answers(tokens, full, arm, tokens)
     for name in ("kl_mean", "kl_last", "top1_agreement", "delta_nll"):
         assert getattr(q, name) == pytest.approx(getattr(run, name)), name
 
@@ -154,73 +150,35 @@ def test_wrong_shapes_are_refused(metric: object, shape: tuple[int, ...], words:
         metric(np.zeros(shape), np.zeros(shape))  # type: ignore[operator]
 
 
-def _value(estimate: Estimate | None) -> float:
-    assert estimate is not None
-    return estimate.value
+def test_kl_by_hand() -> None:
+    full = np.log([[0.5, 0.5], [0.9, 0.1]])
+    arm = np.log([[0.25, 0.75], [0.9, 0.1]])
+    expected = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
+    assert kl_divergence(full, arm) == pytest.approx([expected, 0.0])
 
 
-def test_recovery_of_reuse_is_0_and_of_full_prefill_1() -> None:
-    reuse = {0: 0.4, 1: 0.2, 2: 0.6}
-    assert recovery(reuse, reuse) == Estimate(0, 0, 0)
-    assert recovery(dict.fromkeys(reuse, 0.0), reuse) == Estimate(1, 1, 1)
-    assert _value(recovery({0: 0.1, 1: 0.2}, reuse)) == pytest.approx(0.5)
-    assert recovery({9: 0.1}, reuse) is None
+def test_kl_of_impossible_tokens() -> None:
+    with np.errstate(divide="ignore"):
+        full, arm = np.log([1.0, 0.0]), np.log([0.5, 0.5])
+    assert kl_divergence(full, arm) == pytest.approx(np.log(2))
+    assert kl_divergence(arm, full) == np.inf
 
 
-KL = st.floats(0, 10)
+def test_kl_is_summed_in_float64() -> None:
+    logits = np.random.default_rng(0).normal(size=50_000).astype(np.float32)
+    log_probs = logits - np.log(np.exp(logits.astype(np.float64)).sum())
+    assert kl_divergence(log_probs, log_probs + 1e-9) < 1e-8
+    assert kl_divergence(log_probs, log_probs) == 0.0
 
 
-@given(st.dictionaries(st.integers(0, 50), st.tuples(KL, KL, st.floats(0.1, 10)), min_size=1))
-@settings(max_examples=15)  # each draws thousands of resamples
-def test_paired_difference_is_that_of_the_recoveries(kl: dict[int, Sequence[float]]) -> None:
-    a, b, reuse = ({p: v[i] for p, v in kl.items()} for i in range(3))
-    difference = paired_difference(a, b, reuse)
-    assert difference.value == pytest.approx(
-        _value(recovery(a, reuse)) - _value(recovery(b, reuse)), abs=1e-9
-    )
-    turned = paired_difference(b, a, reuse)
-    assert (turned.low, turned.high) == pytest.approx((-difference.high, -difference.low))
-    assert paired_difference(a, a, reuse) == Estimate(0, 0, 0)
-
-
-def test_pairing_removes_what_prompts_differ_by() -> None:
-    rng = np.random.default_rng(0)
-    reuse = dict.fromkeys(range(32), 1.0)
-    b = {p: float(rng.uniform(0, 1)) for p in reuse}
-    a = {p: kl - 0.01 for p, kl in b.items()}  # a little better on every prompt
-    difference = paired_difference(a, b, reuse)
-    assert (difference.low, difference.high) == pytest.approx((0.01, 0.01))
-    one, other = recovery(a, reuse), recovery(b, reuse)
-    assert one is not None and other is not None
-    assert one.low < other.high  # which two separate intervals cannot tell apart
-
-
-def test_paired_difference_takes_common_prompts_only() -> None:
-    difference = paired_difference({0: 0.1, 1: 9.0}, {0: 0.3, 2: 9.0}, {0: 1.0, 1: 1.0, 2: 1.0})
-    assert difference.value == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="got 0 prompts"):
-        paired_difference({0: 0.1}, {1: 0.1}, {0: 1.0, 1: 1.0})
-    with pytest.raises(ValueError, match="KL above 0"):
-        paired_difference({0: 0.1}, {0: 0.1}, {0: 0.0})
-
-
-def test_front_by_hand() -> None:
-    points = [(0.4, 0.9), (0.1, 0.5), (0.2, 0.4), (0.2, 0.7), (0.5, 0.9), (0.1, 0.5), (0.1, 0.2)]
-    assert pareto_front(points) == [1, 5, 3, 0]
-    assert pareto_front([]) == []
-    with pytest.raises(ValueError, match="got NaN"):
-        pareto_front([(0.1, float("nan"))])
-
-
-COORDINATE = st.one_of(st.integers(0, 4), st.floats(allow_nan=False))
-
-
-@given(st.lists(st.tuples(COORDINATE, COORDINATE), max_size=25))
-def test_front_is_what_brute_force_finds(points: list[tuple[float, float]]) -> None:
-    def dominated(i: int) -> bool:
-        cost, value = points[i]
-        return any(c <= cost and v >= value and (c < cost or v > value) for c, v in points)
-
-    front = pareto_front(points)
-    assert sorted(front) == [i for i in range(len(points)) if not dominated(i)]
-    assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
+def test_compare_by_hand() -> None:
+    reference = np.log([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]])
+    forced = np.log([[0.3, 0.6, 0.1], [0.2, 0.7, 0.1]])
+    quality = compare_answers([0, 1], reference, forced, [1, 1])
+    kl = 0.6 * np.log(2) + 0.3 * np.log(0.5)
+    assert quality.logprob_error == pytest.approx(np.log(2))
+    assert quality.kl_last == pytest.approx(kl)
+    assert quality.kl_mean == pytest.approx(kl / 2)
+    assert quality.top1_agreement == 0.5
+    assert quality.delta_nll == pytest.approx(np.log(2) / 2)
+    assert quality.greedy_agreement == 0.5

@@ -199,7 +199,7 @@ def results(tmp_path: Path, design: list[dict[str, Any]]) -> list[Path]:
 def test_command_prints_constants_and_verdicts(
     lmc_fit: Callable[..., Any], results: list[Path]
 ) -> None:
-    done = lmc_fit(*results, "--tier", "s3:0.05:20")
+    done = lmc_fit(*results, "--tier", "s3:0.05GiB,latency_s=0.02")
     assert done.exit_code == 0, done.output
     assert "0.7 ms" in done.output
     assert "1.49 GiB/s" in done.output  # 1.6e9 bytes
@@ -214,7 +214,7 @@ def test_command_saves_a_profile_and_prints_json(
     done = lmc_fit(*results, "--out", out, "--overlap", "0.5", "--json")
     printed = json.loads(done.output)
     profile = load(out)
-    assert printed["profile"]["per_row_s"] == profile.per_row_s
+    assert printed["times"]["per_row_s"] == profile.per_row_s
     assert profile.overlap == 0.5
     assert profile.model == "smollm2"
     assert profile.provenance["prompt_tokens"] == [848, 1872]
@@ -225,8 +225,10 @@ def test_command_saves_a_profile_and_prints_json(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tier", "disk:2"], "got 'disk:2', want NAME:GIB_PER_S:LATENCY_MS"),
-        (["--tier", "host:2:0"], "tiers: got host, host, want each name once"),
+        (["--tier", "disk"], "bytes_per_s: "),
+        (["--tier", "disk:fast"], "got 'fast', want a number"),
+        (["--tier", "disk:2:0.1"], "2:0.1"),
+        (["--tier", "host:2GiB"], "tiers: got host, host, want each name once"),
         (["--overlap", "2"], "overlap: got 2.0, want 0 to 1"),
         (["--model", "gpt"], "model: got 'gpt'"),
     ],

@@ -8,31 +8,32 @@ from typing import Any
 
 import pytest
 
-from lmc.experiment.vllm.config import ExperimentConfig, load_config
+from lmc.experiment.run import load as load_config
+from lmc.experiment.vllm.config import VLLMExperiment
 from lmc.results.rows import RowFile, key_of, read_rows
 
 
 @pytest.fixture
-def config(demo: Path) -> ExperimentConfig:
+def config(demo: Path) -> VLLMExperiment:
     return load_config(demo)
 
 
-def _append(folder: Path, config: ExperimentConfig, **row: Any) -> None:
+def _append(folder: Path, config: VLLMExperiment, **row: Any) -> None:
     with RowFile(folder, config) as file:
         file.append({"arm": "epic16", "prompt_id": 0, "repetition": 0, **row})
 
 
-def test_rows_say_what_they_come_from(tmp_path: Path, config: ExperimentConfig) -> None:
+def test_rows_say_what_they_come_from(tmp_path: Path, config: VLLMExperiment) -> None:
     _append(tmp_path / "new" / "folder", config)
     (row,) = read_rows(tmp_path / "new" / "folder")
     assert key_of(row) == ("epic16", 0, 0)
     assert row["config_hash"] == config.digest()
-    assert ExperimentConfig.model_validate(row["config"]) == config
+    assert VLLMExperiment.model_validate(row["config"]) == config
     assert {"torch", "transformers"} <= row["packages"].keys()
     assert "git_commit" in row
 
 
-def test_a_line_cut_short_is_dropped(tmp_path: Path, config: ExperimentConfig) -> None:
+def test_a_line_cut_short_is_dropped(tmp_path: Path, config: VLLMExperiment) -> None:
     _append(tmp_path, config)
     with (tmp_path / "rows.jsonl").open("a") as f:
         f.write('{"arm": "epi')
@@ -44,7 +45,7 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path, config: ExperimentConfig) -
 
 
 def test_another_configuration_needs_another_folder(
-    tmp_path: Path, config: ExperimentConfig, demo: Path
+    tmp_path: Path, config: VLLMExperiment, demo: Path
 ) -> None:
     _append(tmp_path, config)
     before = (tmp_path / "rows.jsonl").read_bytes()
@@ -55,7 +56,7 @@ def test_another_configuration_needs_another_folder(
         assert len(file.rows) == 1
 
 
-def test_one_writer_at_a_time(tmp_path: Path, config: ExperimentConfig) -> None:
+def test_one_writer_at_a_time(tmp_path: Path, config: VLLMExperiment) -> None:
     with (
         RowFile(tmp_path, config),
         pytest.raises(ValueError, match="another run is writing"),
@@ -63,7 +64,7 @@ def test_one_writer_at_a_time(tmp_path: Path, config: ExperimentConfig) -> None:
         RowFile(tmp_path, config)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, config: ExperimentConfig) -> None:
+def test_a_folder_that_cannot_be_written(tmp_path: Path, config: VLLMExperiment) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="out: cannot write"):
         RowFile(tmp_path / "file", config)

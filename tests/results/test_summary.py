@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmc.cli.tables import fallbacks, tables
-from lmc.results.summary import bootstrap, paired_ratio, summarise
+from lmc.cli.tables import fallbacks, speed_and_quality
+from lmc.results.statistics import bootstrap, paired_ratio
+from lmc.results.summary import summarise
 
 MakeRow = Callable[..., dict[str, Any]]
 
@@ -84,7 +85,7 @@ def test_tables_fit_a_narrow_terminal(rows: list[dict[str, Any]], make_row: Make
     rows.append(make_row("epic16", 0, 2, ttft_s=1.0, reason="bad_request: spans"))
     summaries = summarise(rows)
     console = Console(width=80, record=True, file=None)
-    for table in tables(summaries):
+    for table in speed_and_quality(summaries):
         assert console.measure(table).maximum <= 80
         console.print(table)
     text = console.export_text()

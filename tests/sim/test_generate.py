@@ -284,8 +284,7 @@ def test_save_writes_all_or_nothing(tmp_path: Path) -> None:
 def test_trace_make_and_info(tmp_path: Path) -> None:
     run = CliRunner().invoke
     path = tmp_path / "t.jsonl.zst"
-    sets = ["--set", "count=30", "--set", "documents=9", "--set", "reorder=false"]
-    made = run(trace_app, ["make", "rag", "--out", str(path), *sets])
+    made = run(trace_app, ["make", "rag:count=30,documents=9,reorder=false", "--out", str(path)])
     assert made.exit_code == 0, made.output
     assert "30 requests of rag" in made.output
     rag = list(Rag(count=30, documents=9, reorder=False).requests())
@@ -322,8 +321,8 @@ def test_trace_info_of_blocks_and_lengths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["make", "rag", "--out", "t", "--set", "documents"], "want FIELD=VALUE"),
-        (["make", "rag", "--out", "t", "--set", "sed=1"], "unknown field sed"),
+        (["make", "rag:count=3,documents", "--out", "t"], "want field=value"),
+        (["make", "rag:sed=1", "--out", "t"], "unknown field sed"),
         (["make", "nope", "--out", "t"], "unknown generator"),
         (["info", "t"], "no such trace"),
         (["info", "bad.jsonl", "--format", "mooncake", "--strict"], "bad.jsonl:1: "),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.chunking import parse
+from lmc.chunking import CHUNKERS
 from lmc.chunking.fixed import Fixed
 from lmc.model.shape import shape
 from lmc.sim.replay import MISS, MetadataTier, prefix_run, replay
@@ -19,7 +19,6 @@ from lmc.sim.sweep import (
     block_costs,
     lru_rows,
     parse_capacity,
-    parse_policy,
     store_sweep,
     sweep,
 )
@@ -177,18 +176,13 @@ def test_a_tier_counts_what_it_holds() -> None:
     assert (tier.size, tier.written, "a" in tier, "b" in tier) == (5, 11, False, True)
 
 
-def test_policies_and_capacities_as_text() -> None:
-    assert parse_policy("lru") == {"name": "lru"}
-    assert parse_policy("ttl:seconds=1.5") == {"name": "ttl", "seconds": 1.5}
+def test_capacities_as_text() -> None:
     assert parse_capacity("1000") == (1000.0,)
     assert parse_capacity("1k+2.5M+inf") == (1000.0, 2_500_000.0, math.inf)
     assert parse_capacity("2 GiB") == (float(2 << 30),)
     for wrong in ("", "0", "-1", "1x", "k", "1+", "1e999999x"):
         with pytest.raises(ValueError, match="capacity"):
             parse_capacity(wrong)
-    for wrong in ("ttl:seconds", "ttl:seconds=x"):
-        with pytest.raises(ValueError, match="ttl:seconds=600"):
-            parse_policy(wrong)
 
 
 def test_units_agree() -> None:
@@ -282,14 +276,16 @@ def test_the_store_finds_exact_and_moved_text() -> None:
             strict=True,
         )
     ]
-    done = replay_store(spans, parse("cdc"), 1 << 30, SMALL, blend="full_reuse", spans=True)
+    done = replay_store(
+        spans, CHUNKERS.build("cdc"), 1 << 30, SMALL, blend="full_reuse", spans=True
+    )
     both = len(a) + len(b)
     assert done.tokens["exact"].tolist() == [0, both, 0, 0]
     assert done.tokens["moved"].tolist() == [0, 0, both, 0]
     assert done.loaded.tolist() == [0, both, both, 0]
     assert done.rows.tolist() == [both + 2, 2, 2, len(c) + 2]
     assert done.found == 2 * both
-    prefix = replay_store(spans, parse("cdc"), 1 << 30, SMALL, blend="prefix", spans=True)
+    prefix = replay_store(spans, CHUNKERS.build("cdc"), 1 << 30, SMALL, blend="prefix", spans=True)
     assert prefix.tokens["moved"].sum() == 0
 
 

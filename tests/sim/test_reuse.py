@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.chunking import Chunker, parse
+from lmc.chunking import CHUNKERS, Chunker
 from lmc.chunking.cdc import Cdc
 from lmc.chunking.fixed import Fixed
 from lmc.chunking.pieces import split
@@ -70,7 +70,7 @@ def brute_force(prompts: list[np.ndarray], chunker: Chunker, w: int) -> list[tup
     return out
 
 
-@given(PROMPTS, st.sampled_from([Fixed(3), Cdc(window=2, hash_tokens=1, max_tokens=6)]))
+@given(PROMPTS, st.sampled_from([Fixed(3), Cdc(5, hash_tokens=1, max_tokens=6)]))
 def test_every_token_is_of_the_kind_that_brute_force_finds(
     prompts: list[np.ndarray], chunker: Chunker
 ) -> None:
@@ -136,9 +136,9 @@ def test_spans_are_chunks() -> None:
         start = rng.integers(0, 50, n).astype(np.int32)
         segments = (("system", 0, n), ("document", n, n + 30))
         prompts.append(request(np.concatenate([start, document, [n]]), segments=segments))
-    cut = list(analyse(prompts, parse("cdc:64"), spans=True))
+    cut = list(analyse(prompts, CHUNKERS.build("cdc:64"), spans=True))
     assert (cut[1].kinds[12:42] == MOVED).all()
-    assert not (list(analyse(prompts, parse("cdc:64")))[1].kinds == MOVED).any()
+    assert not (list(analyse(prompts, CHUNKERS.build("cdc:64")))[1].kinds == MOVED).any()
 
 
 def test_sliding_finds_grid_chunks_at_any_offset() -> None:
@@ -185,7 +185,7 @@ def shares(done: list[RequestReuse]) -> dict[str, float]:
 
 def test_the_public_conversations(mtrag: list[Request]) -> None:
     assert sum(r.input_tokens for r in mtrag) == 6_158_155
-    cdc = shares(list(analyse(mtrag, parse("cdc:64"))))
+    cdc = shares(list(analyse(mtrag, CHUNKERS.build("cdc:64"))))
     assert round(cdc["prefix"], 4) == 0.4273
     assert round(cdc["upper_bound"], 4) == 0.3996
     assert 0.392 <= cdc["moved"] <= cdc["upper_bound"]

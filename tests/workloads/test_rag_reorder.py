@@ -3,88 +3,90 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lmc.experiment.vllm.config import WorkloadConfig
-from lmc.workloads.rag_reorder import Workload, build_workload
+from lmc.workloads import WORKLOADS
+from lmc.workloads.rag_reorder import RagReorder
+from lmc.workloads.sample import Sample, corpus
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2_dir: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2_dir)
+def samples(tokenizer: Any) -> list[Sample]:
+    return RagReorder(prompts=20).samples(tokenizer)
 
 
-@pytest.fixture(scope="module")
-def workload(tokenizer: Any) -> Workload:
-    return build_workload(WorkloadConfig(prompts=20), tokenizer)
+def _orders(samples: list[Sample]) -> list[list[int]]:
+    """The documents of each prompt, as places in the pool."""
+    pool = [tuple(d.token_ids[d.spans[0][1] :]) for d in corpus(samples)]
+    return [[pool.index(tuple(chunk)) for chunk in sample.chunks] for sample in samples]
 
 
-def _documents(workload: Workload, prompt_id: int) -> list[int]:
-    """The documents of a prompt, as places in the pool."""
-    pool = [tuple(d.token_ids[40:]) for d in workload.documents]
-    p = workload.prompts[prompt_id]
-    return [pool.index(tuple(p.token_ids[start:end])) for start, end in p.spans[1:-1]]
-
-
-def test_lengths_are_exact(workload: Workload) -> None:
-    assert len(workload.documents) == 8
-    for document in workload.documents:
+def test_lengths_are_exact(samples: list[Sample]) -> None:
+    documents = corpus(samples)
+    assert len(documents) == 8
+    for document in documents:
         assert document.spans == [(0, 40), (40, 296)]
         assert len(document.token_ids) == 296
-    for p in workload.prompts:
+    for sample in samples:
+        p = sample.prompt
         assert [end - start for start, end in p.spans] == [40, *[256] * 6, 32]
-        assert p.token_ids[:40] == workload.documents[0].token_ids[:40]
+        assert sample.reusable == p.spans[:-1]
+        assert p.token_ids[:40] == documents[0].token_ids[:40]
 
 
-def test_every_prompt_is_another_order_and_subset(workload: Workload) -> None:
-    orders = [_documents(workload, i) for i in range(20)]
+def test_every_prompt_is_another_order_and_subset(samples: list[Sample]) -> None:
+    orders = _orders(samples)
     assert len(set(map(tuple, orders))) == 20
     assert all(len(set(order)) == 6 for order in orders)
     for before, after in pairwise(orders):
         assert set(before) != set(after)
         assert [i for i in before if i in after] != [i for i in after if i in before]
-    questions = {tuple(p.token_ids[-32:]) for p in workload.prompts}
+    questions = {tuple(sample.question) for sample in samples}
     assert len(questions) == 20
 
 
-def test_a_question_quotes_a_document_of_its_prompt(workload: Workload, tokenizer: Any) -> None:
-    for p in workload.prompts:
-        start, end = p.spans[-1]
-        text = tokenizer.decode(p.token_ids[start:end])
+def test_a_question_quotes_a_document_and_the_answer_follows(
+    samples: list[Sample], tokenizer: Any
+) -> None:
+    for sample in samples:
+        text = tokenizer.decode(sample.question)
         quoted = text.split("<|im_start|>assistant\n", 1)[1]
         assert len(quoted) > 20
-        assert quoted in tokenizer.decode(p.token_ids[40:start])
+        ids = [" ".join(map(str, chunk)) for chunk in sample.chunks]
+        n = len(sample.answer)
+        assert n > 0
+        both = " ".join(map(str, sample.question[-n:] + sample.answer))
+        assert any(both in chunk for chunk in ids)
+        assert any(quoted in tokenizer.decode(chunk) for chunk in sample.chunks)
 
 
-def test_the_seed_decides_and_the_limit_only_cuts(tokenizer: Any, workload: Workload) -> None:
-    again = build_workload(WorkloadConfig(prompts=20, limit=3), tokenizer)
-    assert again.prompts == workload.prompts[:3]
-    other = build_workload(WorkloadConfig(prompts=20, seed=7), tokenizer)
-    assert all(a != b for a, b in zip(other.prompts, workload.prompts, strict=True))
+def test_the_seed_decides(tokenizer: Any, samples: list[Sample]) -> None:
+    assert RagReorder(prompts=20).samples(tokenizer) == samples
+    assert RagReorder(prompts=3).samples(tokenizer) == samples[:3]
+    other = RagReorder(prompts=20, seed=7).samples(tokenizer)
+    assert all(a != b for a, b in zip(other, samples, strict=True))
 
 
 def test_all_documents_in_every_prompt(tokenizer: Any) -> None:
-    config = WorkloadConfig(documents=3, documents_per_prompt=3, prompts=6, document_tokens=80)
-    workload = build_workload(config, tokenizer)
-    assert len({tuple(_documents(workload, i)) for i in range(6)}) == 6
+    workload = RagReorder(documents=3, documents_per_prompt=3, prompts=6, document_tokens=80)
+    assert len(set(map(tuple, _orders(workload.samples(tokenizer))))) == 6
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"system_tokens": 8}, "workload.system_tokens: got 8, allowed: 9 to"),
-        ({"question_tokens": 12}, "workload.question_tokens: got 12, need at least"),
+        ({"system_tokens": 8}, "system_tokens: got 8, allowed: 9 to"),
+        ({"question_tokens": 12}, "question_tokens: got 12, need at least"),
         ({"document_tokens": 5000, "documents": 8}, "there are 1 texts of 5000 tokens"),
-        ({"document_tokens": 24}, "workload.document_tokens: got 24, need more than"),
+        ({"document_tokens": 24}, "document_tokens: got 24, need more than"),
         ({"documents": 2, "documents_per_prompt": 2, "prompts": 3}, "more than there are"),
+        ({"documents_per_prompt": 9}, "got 9, allowed: 2 to 8"),
+        ({"prompts": 0}, "prompts: got 0, want at least 1"),
     ],
 )
 def test_lengths_that_leave_no_room(tokenizer: Any, fields: dict[str, int], words: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are the test
-        build_workload(WorkloadConfig(**fields), tokenizer)
+        WORKLOADS.build({"name": "rag_reorder", **fields}).samples(tokenizer)
     assert words in str(error.value)

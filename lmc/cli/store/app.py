@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,24 +25,9 @@ store_app = typer.Typer(
 )
 
 
-class By(StrEnum):
-    """What the rows of `ls` are."""
-
-    namespace = "namespace"
-    label = "label"
-    origin = "origin"
-    none = "none"
-
-
-class Kind(StrEnum):
-    """An origin, as `lmc.store.record.Origin` has them; that module is not imported for help."""
-
-    exact = "exact"
-    isolated = "isolated"
-    anchored = "anchored"
-    blended = "blended"
-
-
+By = Literal["namespace", "label", "origin", "none"]
+# As `lmc.store.record.Origin` has them; that module is not imported for help.
+Kind = Literal["exact", "isolated", "anchored", "blended"]
 Store = Annotated[Path, typer.Argument(metavar="PATH", help="The folder of a disk tier.")]
 Namespace = Annotated[
     str | None,
@@ -58,7 +42,7 @@ def ls(
     path: Store,
     namespace: Namespace = None,
     origin: OfOrigin = None,
-    by: Annotated[By, typer.Option(help="A row for each; none: for each record.")] = By.namespace,
+    by: Annotated[By, typer.Option(help="A row for each; none: for each record.")] = "namespace",
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many rows; of records, the latest.")
     ] = None,
@@ -69,17 +53,17 @@ def ls(
         from lmc.cli.store.inspect import entries, grouped
 
         found = entries(folder, namespace, origin)
-        if by is By.none:
+        if by == "none":
             rows = [entry.facts() for entry in sorted(found, key=lambda e: -e.header.seq)]
         else:
-            rows = grouped(found, by.value)
+            rows = grouped(found, by)
         shown = rows[:limit]
         if as_json:
             print_json(shown)
         elif not rows:
             typer.echo("no records" if namespace is None and origin is None else "no such records")
         else:
-            tables.show(tables.records(shown) if by is By.none else tables.groups(shown))
+            tables.show(tables.records(shown) if by == "none" else tables.groups(shown))
             if len(shown) < len(rows):
                 typer.echo(f"{len(shown):,} of {len(rows):,} rows")
         _warn(path, folder)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmc.blend import STRATEGIES
 from lmc.blend.encoding import Context, Position
 from lmc.chunking.prompt import prompt
 from lmc.connectors.hf.model import HFModel
 from lmc.connectors.hf.serve import Blended, run_blend
 from lmc.connectors.hf.store import HFStore
+from lmc.quality import BLENDS
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def blend(
             model does not have, an unknown strategy, context or position, a negative length, or
             a model that cannot be blended.
     """
-    chosen = STRATEGIES.build(strategy)
+    chosen = BLENDS.build(strategy)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, allowed: 0 or more")
     if isinstance(segments, str) or len(segments) < 2:

@@ -15,6 +15,7 @@ from lmc.blend.encoding import Context
 from lmc.blend.plan import Plan, Segment, make_plan
 from lmc.blend.strategy import Strategy
 from lmc.chunking.pieces import Piece, chunk_key
+from lmc.chunking.prompt import join
 from lmc.connectors.hf.model import HFModel
 from lmc.model.layout import KVLayout
 from lmc.store import Record, Store
@@ -95,11 +96,13 @@ class HFStore:
             self.add(system, [(0, len(system))])
         if context == "first_seen":
             parts = [system, *reversed(chunks)] if system else list(reversed(chunks))
-            self.add(*_joined(parts), system=len(system))
+            whole = join(parts)
+            self.add(whole.token_ids, whole.spans, system=len(system))
             return
         for chunk in chunks:
             if context == "anchored" and system:
-                self.add(*_joined([system, chunk]), system=len(system))
+                behind = join([system, chunk])
+                self.add(behind.token_ids, behind.spans, system=len(system))
             else:
                 self.add(chunk, [(0, len(chunk))])
 
@@ -221,12 +224,3 @@ def _alike(plan: Plan) -> Plan:
     segments = tuple(replace(s, kind="moved") if s in exact else s for s in plan.segments)
     moved = sorted([*plan.moved, *((s.start, s.end) for s in exact)])
     return replace(plan, segments=segments, moved=tuple(moved), first_moved=moved[0][0])
-
-
-def _joined(parts: Sequence[Sequence[int]]) -> tuple[list[int], list[tuple[int, int]]]:
-    tokens: list[int] = []
-    spans = []
-    for part in parts:
-        spans.append((len(tokens), len(tokens) + len(part)))
-        tokens += part
-    return tokens, spans

@@ -11,11 +11,11 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lmc.blend import STRATEGIES
 from lmc.blend.evidence import Outline
 from lmc.blend.strategy import Strategy
 from lmc.chunking import CHUNKERS, Chunker
 from lmc.chunking.pieces import split
+from lmc.quality import BLENDS
 from lmc.registry import one_line
 from lmc.store import Index
 from lmc.store.tier import TIERS, TierConfig
@@ -108,7 +108,7 @@ def build_strategy(blend: Mapping[str, Any] | str) -> Strategy:
     Raises:
         ValueError: a wrong one, or one that a paged engine cannot run.
     """
-    strategy: Strategy = STRATEGIES.build(blend)
+    strategy: Strategy = BLENDS.build(blend)
     check_runs(blend, strategy)
     return strategy
 
@@ -191,7 +191,7 @@ def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
     return RequestOptions(
         chunks=chunks,
         strategy=build_strategy(blend),
-        blend=blend if isinstance(blend, str) else blend["name"],
+        blend=BLENDS.parse(blend)["name"],
         config=blend,
         save=raw.get("save", True),
         enabled=raw.get("enabled", True),

@@ -1,23 +1,17 @@
-"""An experiment on a Hugging Face model: strategies on the quality-compute plane, no engine."""
+"""What an experiment on a Hugging Face model may say: no engine, no timing."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from lmc.blend import STRATEGIES
 from lmc.blend.encoding import Context, Position
-from lmc.experiment.vllm.config import Strict, read_settings, validated
+from lmc.experiment.settings import Blend, Strict, Workload, validated
 from lmc.results.summary import FULL_REUSE
-from lmc.workloads import WORKLOADS
 
 MOST_ARMS = 20
-# These say how much is measured, not what: changing them continues a results folder.
-NOT_HASHED = {"limit", "threads"}
 
 
 class HFArm(Strict):
@@ -29,7 +23,7 @@ class HFArm(Strict):
         split: full prefill computed in two parts, which shows how much rounding alone changes.
     """
 
-    blend: dict[str, Any] | None = None
+    blend: Blend | None = None
     context: Context | None = None
     position: Position | None = None
     split: bool = False
@@ -38,13 +32,11 @@ class HFArm(Strict):
     def _one_of_both(self) -> HFArm:
         if (self.blend is None) == (not self.split):
             raise ValueError("want either `blend: {name: ...}` or `split: true`")
-        if self.blend is not None:
-            STRATEGIES.build(self.blend)
         return self
 
 
 class HFExperiment(Strict):
-    """A whole experiment.
+    """A whole experiment on a Hugging Face model.
 
     Attributes:
         model: a name that lmc.model.exports knows, a folder, or a hub name.
@@ -54,11 +46,13 @@ class HFExperiment(Strict):
         position: `global`: chunks are rotated to where they stand; `local`: all begin where the
             first does.
         answer_tokens: of full prefill's greedy answer, along which every arm is forced.
-        workload: one of lmc.workloads.WORKLOADS, with its fields.
-        limit: how many of its prompts are measured.
+        workload: one of lmc.workloads.WORKLOADS, with its fields; limit: how many of its prompts
+            are measured.
         arms: name -> arm; recovery is that of `full_reuse`.
         compare: pairs of arms whose difference in recovery is printed, with its interval.
     """
+
+    not_hashed: ClassVar[dict[str, Any]] = {"threads": True, "workload": {"limit"}}
 
     connector: Literal["hf"]
     model: str
@@ -67,26 +61,9 @@ class HFExperiment(Strict):
     context: Context = "isolated"
     position: Position = "global"
     answer_tokens: int = Field(default=32, gt=0)
-    workload: dict[str, Any]
-    limit: int = Field(default=32, gt=0)
+    workload: Workload
     arms: dict[str, HFArm] = Field(max_length=MOST_ARMS)
     compare: list[tuple[str, str]] = Field(default_factory=list)
-
-    @field_validator("workload")
-    @classmethod
-    def _known_workload(cls, workload: dict[str, Any]) -> dict[str, Any]:
-        WORKLOADS.build(workload)
-        return workload
-
-    @model_validator(mode="before")
-    @classmethod
-    def _limit_in_workload(cls, data: Any) -> Any:
-        """`workload.limit` is where the other experiments have it."""
-        if isinstance(data, dict) and isinstance(data.get("workload"), dict):
-            workload = dict(data["workload"])
-            if "limit" in workload:
-                data = {**data, "limit": workload.pop("limit"), "workload": workload}
-        return data
 
     @model_validator(mode="after")
     def _known_arms(self) -> HFExperiment:
@@ -101,12 +78,7 @@ class HFExperiment(Strict):
                 raise ValueError(f"compare: got {name}; valid: {', '.join(self.arms)}")
         return self
 
-    def digest(self) -> str:
-        """16 hex digits that name what is measured; the same whatever `NOT_HASHED` says."""
-        settings = self.model_dump(mode="json", exclude=NOT_HASHED)
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
-
-def load_config(path: Path, overrides: list[str] | None = None) -> HFExperiment:
-    """Read an experiment; ValueError for a bad file, and for unknown or wrong keys."""
-    return validated(path, HFExperiment, read_settings(path, overrides))
+def load_config(path: Path, raw: dict[str, Any]) -> HFExperiment:
+    """An experiment out of settings; ValueError that names the file for unknown or wrong keys."""
+    return validated(path, HFExperiment, raw)

@@ -106,11 +106,10 @@ def blend_case(
 ) -> Blended:
     """A case's prompt blended, its answers forced behind it."""
     prompt = case.sample.prompt
-    spans = prompt.spans[:-1] if case.sample.question else prompt.spans
     return run_blend(
         case.store(context),
         prompt.token_ids,
-        spans,
+        case.sample.reusable,
         strategy,
         position=position,
         answers=_answers(case),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 import time
@@ -21,6 +20,7 @@ import numpy as np
 from lmc.experiment.vllm.config import EngineConfig
 from lmc.model.cost import PrefillCost
 from lmc.model.shape import shape_of
+from lmc.results.rows import cpu_name
 
 REQUIRED = {
     # Wall and CPU time are read, and logits recorded, in the process that computes.
@@ -208,7 +208,7 @@ def _start(arguments: dict[str, Any]) -> tuple[Any, str, PrefillCost]:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        device = f"{cpu_name()}, {torch.get_num_threads()} threads"
     return llm, device, shape_of(llm.llm_engine.model_config.hf_config).cost
 
 
@@ -250,12 +250,3 @@ def _drain(llm: Any) -> None:
     from lmc.connectors.vllm import drain
 
     drain(llm)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -1,78 +1,52 @@
-"""`lmc run`: arms alternate request by request; rows, two tables and a figure come out."""
+"""An experiment on vLLM: arms alternate request by request, and every measurement is a row."""
 
 from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
-from importlib.util import find_spec
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from lmc.blend.plan import KINDS
 from lmc.chunking.prompt import Prompt
-from lmc.cli.progress import progress
-from lmc.cli.tables import fallbacks, tables
-from lmc.experiment.vllm.config import (
-    BlendArm,
-    ExperimentConfig,
-    StockArm,
-    load_config,
-    read_settings,
-)
+from lmc.experiment.settings import samples_of, tokenizer_of
+from lmc.experiment.vllm.config import BlendArm, StockArm, VLLMExperiment
 from lmc.experiment.vllm.engines import Answer, Engine, Request
 from lmc.model import exports
 from lmc.model.layout import KVLayout
-from lmc.model.rope import from_config
+from lmc.model.rope import from_config as rope_of
 from lmc.model.shape import shape_of
-from lmc.results.quality import Quality, compare
+from lmc.quality.metrics import AnswerQuality, compare_answers
+from lmc.results.progress import Progress, Step, silent
 from lmc.results.rows import Key, Row, RowFile, key_of
-from lmc.results.summary import FULL_PREFILL, summarise
-from lmc.workloads.rag_reorder import Workload, build_workload
+from lmc.results.summary import FULL_PREFILL
+from lmc.workloads.sample import Sample, corpus
 
-FIGURE = "ttft_quality.png"
-NO_QUALITY = dict.fromkeys(f.name for f in fields(Quality))
+NO_QUALITY = dict.fromkeys(f.name for f in fields(AnswerQuality))
 
 
-def run(experiment: Path, out: Path, overrides: list[str]) -> None:
-    """Measure what `out` does not hold yet, then print and draw all it holds.
+def run(config: VLLMExperiment, out: Path, progress: Progress = silent) -> list[Row]:
+    """Measure what `out` does not hold yet; all rows it then holds.
 
     Raises ValueError for bad input, before an engine is started.
     """
-    if read_settings(experiment, overrides).get("connector") == "hf":
-        from lmc.experiment.hf.run import run as run_hf
-
-        run_hf(experiment, out, overrides)
-        return
-    console = Console()
-    config = load_config(experiment, overrides)
     model = exports.resolve(config.model)
     _check_model(config, model)
-    workload = build_workload(config.workload, _tokenizer(model))
+    samples = samples_of(config.workload, tokenizer_of(model))
+    _check_lengths(config, model, samples)
     with RowFile(out, config) as file:
         done = set(map(key_of, file.rows))
-        todo = [key for key in _schedule(config) if key not in done]
+        todo = [key for key in _schedule(config, len(samples)) if key not in done]
         if todo:
-            _measure_all(config, model, workload, file, todo, console)
-        rows = file.rows
-    summaries = summarise(rows)
-    for table in tables(summaries):
-        console.print(table)
-    for line in fallbacks(summaries):
-        console.print(line, soft_wrap=True)
-    console.print(f"rows: {file.path}", soft_wrap=True)
-    if find_spec("matplotlib") is None:
-        console.print("figure: not drawn, matplotlib is not installed (pip install lmc[notebooks])")
-        return
-    from lmc.plots import ttft_quality
-
-    ttft_quality(rows).savefig(out / FIGURE, dpi=150)
-    console.print(f"figure: {out / FIGURE}", soft_wrap=True)
+            with progress(len(todo)) as step:
+                _measure_all(config, model, samples, file, todo, step)
+        return file.rows
 
 
 @dataclass
@@ -82,45 +56,47 @@ class Session:
     references: full prefill's greedy answer, by prompt.
     """
 
-    config: ExperimentConfig
-    workload: Workload
+    config: VLLMExperiment
+    samples: list[Sample]
     engines: dict[str, Engine]
     file: RowFile
     references: dict[int, Answer] = field(default_factory=dict)
 
     def warm_up(self, arms: list[str]) -> None:
         """Store every document for each arm with a store; touch every code path once, untimed."""
-        first = self.workload.prompts[0]
-        self.engines["stock"].ask(Request(first.token_ids, "warm-up"))
+        first = self.samples[0]
+        tokens = first.prompt.token_ids
+        self.engines["stock"].ask(Request(tokens, "warm-up"))
         for name in arms:
             arm = self.config.arms[name]
             if isinstance(arm, StockArm):
                 continue
-            for document in self.workload.documents:
-                options = _options(arm, document, save=True)
+            for document in corpus(self.samples):
+                options = _options(arm, document.spans, save=True)
                 self.engines["lmc"].ask(Request(document.token_ids, name, lmc=options))
             self.engines["lmc"].drain()
-            options = _options(arm, first, save=False)
-            self.engines["lmc"].ask(Request(first.token_ids, name, lmc=options, reset=True))
+            options = _options(arm, first.reusable, save=False)
+            self.engines["lmc"].ask(Request(tokens, name, lmc=options, reset=True))
 
     def measure(self, key: Key) -> None:
         """One timed request, and at the first repetition the quality of what it served."""
         name, prompt_id, repetition = key
-        arm, prompt = self.config.arms[name], self.workload.prompts[prompt_id]
+        arm, sample = self.config.arms[name], self.samples[prompt_id]
+        prompt = sample.prompt
         if isinstance(arm, StockArm):
             engine, request = self.engines["stock"], self._prepare(key, arm, prompt)
         else:
             engine = self.engines["lmc"]
-            options = _options(arm, prompt, save=False)
+            options = _options(arm, sample.reusable, save=False)
             request = Request(prompt.token_ids, name, lmc=options, reset=True)
         answer = engine.ask(request)
         quality: dict[str, float | None] = NO_QUALITY
         if repetition == 0 and self.config.quality.tokens:
             quality = self._quality(key, engine, request)
         row: Row = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "device": engine.device,
-            "workload": self.config.workload.name,
+            "workload": self.config.workload["name"],
             "prompt_hash": hashlib.sha256(np.array(prompt.token_ids, "<i8").tobytes()).hexdigest(),
             "arm": name,
             "prompt_id": prompt_id,
@@ -140,7 +116,8 @@ class Session:
             salt = f"{name}/{repetition}"
             # Sent again before each request: what the other arms have pushed out since then
             # would have stayed, had this service been alone.
-            for earlier in [*self.workload.documents, *self.workload.prompts[:prompt_id]]:
+            prompts = [sample.prompt for sample in self.samples[:prompt_id]]
+            for earlier in [*corpus(self.samples), *prompts]:
                 engine.ask(Request(earlier.token_ids, salt))
             return Request(prompt.token_ids, salt)
         salt = f"{name}/{repetition}/{prompt_id}"
@@ -180,15 +157,15 @@ class Session:
         assert reference.log_probs is not None
         assert forced.log_probs is not None
         return asdict(
-            compare(reference.token_ids, reference.log_probs, forced.log_probs, free.token_ids)
+            compare_answers(
+                reference.token_ids, reference.log_probs, forced.log_probs, free.token_ids
+            )
         )
 
 
-def _options(arm: BlendArm, prompt: Prompt, save: bool) -> dict[str, Any]:
+def _options(arm: BlendArm, spans: Sequence[tuple[int, int]], save: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"blend": arm.blend, "save": save}
     if arm.spans:
-        # A question comes once; only what may come back is worth a chunk.
-        spans = prompt.spans if save else prompt.spans[:-1]
         options["chunks"] = [list(span) for span in spans]
     return options
 
@@ -209,12 +186,12 @@ def _what_was_computed(answer: Answer, T: int, engine: Engine) -> Row:
     }
 
 
-def _schedule(config: ExperimentConfig) -> list[Key]:
+def _schedule(config: VLLMExperiment, prompts: int) -> list[Key]:
     """Every measurement, in order; the order of the arms is drawn anew for every prompt."""
-    rng = random.Random(f"arms {config.workload.seed}")
+    rng = random.Random(f"arms {config.workload.get('seed', 0)}")
     schedule: list[Key] = []
     for repetition in range(config.repetitions):
-        for prompt_id in range(config.workload.measured):
+        for prompt_id in range(prompts):
             arms = list(config.arms)
             rng.shuffle(arms)
             for name, arm in config.arms.items():
@@ -226,51 +203,57 @@ def _schedule(config: ExperimentConfig) -> list[Key]:
     return schedule
 
 
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: got {model!r}, which has no tokenizer: {error}") from error
+def _check_model(config: VLLMExperiment, model: str) -> None:
+    """Raise ValueError for a model whose keys the lmc engine could not move."""
+    if any(isinstance(arm, BlendArm) for arm in config.arms.values()):
+        rope_of(_hf_config(model))
 
 
-def _check_model(config: ExperimentConfig, model: str) -> None:
-    """Raise ValueError for what the lmc engine would refuse, or not do, with this model."""
-    from transformers import AutoConfig
-
+def _check_lengths(config: VLLMExperiment, model: str, samples: Sequence[Sample]) -> None:
+    """Raise ValueError for prompts longer than the engine's, and chunks larger than its memory."""
+    longest = max(len(sample.prompt.token_ids) for sample in samples)
+    need = longest + max(1, config.quality.tokens)
+    if need > config.engine.max_model_len:
+        raise ValueError(
+            f"engine.max_model_len: got {config.engine.max_model_len}, less than the "
+            f"{need} tokens of a prompt and its answer"
+        )
+    blends = [arm for arm in config.arms.values() if isinstance(arm, BlendArm)]
+    if not blends:
+        return
     from lmc.connectors.vllm.config import LMCConfig, check_memory
 
-    if not any(isinstance(arm, BlendArm) for arm in config.arms.values()):
-        return
+    shape = shape_of(_hf_config(model))
+    dtype = shape.dtype if config.engine.dtype == "auto" else config.engine.dtype
+    layout = KVLayout(shape.L, shape.G, shape.D, dtype)
+    settings = LMCConfig(**config.lmc)
+    chunk = settings.build_chunker().longest_chunk or 1
+    if any(arm.spans for arm in blends):
+        chunk = max(chunk, *(end - start for s in samples for start, end in s.reusable))
+    check_memory(settings.memory_bytes, layout.bytes_per_token, chunk)
+
+
+def _hf_config(model: str) -> Any:
+    from transformers import AutoConfig
+
     try:
-        hf = AutoConfig.from_pretrained(model).get_text_config()
+        return AutoConfig.from_pretrained(model).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(f"model: got {model!r}, which has no config: {error}") from error
-    from_config(hf)
-    model_shape = shape_of(hf)
-    auto = config.engine.dtype == "auto"
-    dtype = model_shape.dtype if auto else config.engine.dtype
-    layout = KVLayout(model_shape.L, model_shape.G, model_shape.D, dtype)
-    settings = LMCConfig(**config.lmc)
-    longest = settings.build_chunker().longest_chunk or 1
-    if any(isinstance(arm, BlendArm) and arm.spans for arm in config.arms.values()):
-        longest = max(longest, config.workload.document_tokens)
-    check_memory(settings.memory_bytes, layout.bytes_per_token, longest)
 
 
 def _measure_all(
-    config: ExperimentConfig,
+    config: VLLMExperiment,
     model: str,
-    workload: Workload,
+    samples: list[Sample],
     file: RowFile,
     todo: list[Key],
-    console: Console,
+    step: Step,
 ) -> None:
     arms = list(dict.fromkeys(name for name, _, _ in todo))
     blends = any(isinstance(config.arms[name], BlendArm) for name in arms)
     folder = file.path.parent
-    with ExitStack() as stack, progress(console, len(todo)) as step:
+    with ExitStack() as stack:
         step("starting the engines")
         settings = {"stock": None, "lmc": config.lmc} if blends else {"stock": None}
         engines = {
@@ -279,13 +262,13 @@ def _measure_all(
         }
         for engine in engines.values():
             engine.wait()
-        session = Session(config, workload, engines, file)
+        session = Session(config, samples, engines, file)
         step("storing the documents")
         session.warm_up(arms)
         for key in todo:
             name, prompt_id, repetition = key
             phase = f"repetition {repetition + 1}/{config.repetitions}, "
-            phase += f"prompt {prompt_id + 1}/{config.workload.measured}"
+            phase += f"prompt {prompt_id + 1}/{len(samples)}"
             step(phase, name)
             session.measure(key)
             step(phase, name, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
@@ -26,6 +26,7 @@ FORMATS = Registry(
         "tokens": "lmc.sim.readers.tokens:Tokens",
         "weka": "lmc.sim.readers.weka:Weka",
     },
+    given=["tokenizer"],
 )
 MOST_SHOWN = 100
 
@@ -125,23 +126,22 @@ class Reading:
 
 def read(
     path: str | Path,
-    format: str = "auto",
+    format: Mapping[str, Any] | str = "auto",
     *,
     tokenizer: str | Path | None = None,
     strict: bool = False,
     progress: bool = False,
-    **fields: Any,
 ) -> Reading:
     """Open a trace: plain, .gz, .xz or .zst, or a folder of files of one format.
 
     Lines that cannot be read are counted in `Reading.bad` and left out.
 
     Args:
-        format: one of `FORMATS`, or `auto`, which looks at the first line.
+        format: one of `FORMATS`, with fields such as `chat:framing=plain`, or `auto`, which looks
+            at the first line.
         tokenizer: a tokenizer.json, or a folder that holds one, for formats with text.
         strict: raise for the first bad line.
         progress: show a bar on a terminal.
-        fields: further fields of the format, such as framing="plain" of chat.
 
     Raises:
         ValueError: an unknown format or field; a missing or empty file; text without a
@@ -154,18 +154,11 @@ def read(
         from lmc.sim.readers.detect import detect
 
         format = detect(path)
-    if tokenizer is not None:
-        fields["tokenizer"] = str(tokenizer)
-    reader = FORMATS.build({"name": format, **_wanted(format, fields)})
-    return Reading(path, format, reader, strict=strict, progress=progress)
-
-
-def _wanted(format: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields, without a tokenizer that a format of ids or lengths has no use for."""
-    if format in FORMATS.entries and not FORMATS.load(format).has_text:
-        return {name: value for name, value in fields.items() if name != "tokenizer"}
-    if format in FORMATS.entries and not fields.get("tokenizer"):
+    spec = FORMATS.parse(format)
+    name = spec.get("name")
+    if FORMATS.load(name).has_text and tokenizer is None:
         raise ValueError(
-            f"format {format} is text: a tokenizer is needed (a tokenizer.json, or its folder)"
+            f"format {name} is text: a tokenizer is needed (a tokenizer.json, or its folder)"
         )
-    return fields
+    reader = FORMATS.build(spec, tokenizer=str(tokenizer))
+    return Reading(path, str(name), reader, strict=strict, progress=progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import IO, Any, ClassVar
 
 from lmc.sim.readers.records import RecordError, csv_rows, fields_of, length
@@ -30,7 +30,7 @@ class Azure:
         except ValueError:
             raise RecordError(f"TIMESTAMP: got {text[:40]!r}, want an ISO date and time") from None
         yield Request(
-            timestamp=at.replace(tzinfo=at.tzinfo or UTC).timestamp(),
+            timestamp=at.replace(tzinfo=at.tzinfo or timezone.utc).timestamp(),
             session="",
             input_tokens=length(r, "ContextTokens"),
             output_tokens=length(r, "GeneratedTokens"),

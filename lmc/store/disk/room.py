@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lmc.policies import Item, Policy, build_policy
+from lmc.policies import POLICIES, Item, Policy
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located, SegmentUse, Use
 from lmc.store.disk.encode import Place
@@ -41,7 +41,7 @@ class Room:
         self.limit = int(OCCUPANCY * capacity)
         self._folder = folder
         self._counts = counts
-        self._policy: Policy = build_policy(policy, self.limit)
+        self._policy: Policy = POLICIES.build(policy, capacity=self.limit)
         self._items: dict[bytes, tuple[Item, float]] = {}  # what the policy holds, and last uses
         self._ends: dict[bytes, bytes] = {}  # context_after -> id
 

@@ -346,4 +346,4 @@ def test_wrong_arguments_change_nothing(store: Path, arguments: list[str], messa
 
 
 def test_origins_are_those_of_records() -> None:
-    assert [kind.value for kind in Kind] == list(get_args(Origin))
+    assert get_args(Kind) == get_args(Origin)

@@ -10,8 +10,9 @@ import yaml
 from typer.testing import CliRunner
 
 from lmc.cli.app import app
-from lmc.experiment.hf.config import HFExperiment, load_config
-from lmc.experiment.hf.run import comparisons, table
+from lmc.cli.tables import comparisons, hf_quality
+from lmc.experiment.hf.config import HFExperiment
+from lmc.experiment.run import load as load_config
 from lmc.results.rows import read_rows
 
 SETTINGS: dict[str, Any] = {
@@ -19,9 +20,9 @@ SETTINGS: dict[str, Any] = {
     "model": "smollm2",
     "threads": 1,
     "answer_tokens": 4,
-    "limit": 2,
     "workload": {
         "name": "pydoc",
+        "limit": 2,
         "chunks": 2,
         "chunk_tokens": 56,
         "answer_tokens": 4,
@@ -92,7 +93,7 @@ def test_table_and_comparisons_from_rows() -> None:
         for prompt in range(4)
         for arm, kl in (("full_reuse", 0.4), ("a", 0.1), ("b", 0.2))
     ]  # fmt: skip
-    shown = table(rows)
+    shown = hf_quality(rows)
     assert list(shown.columns[-1].cells) == [
         "0.00 [0.00, 0.00]",
         "0.75 [0.75, 0.75]",
@@ -128,5 +129,7 @@ def test_bad_input_is_named(tmp_path: Path, changes: dict[str, Any], message: st
 
 def test_digest_names_what_is_measured_and_not_how_much() -> None:
     config = HFExperiment.model_validate(SETTINGS)
-    assert config.model_copy(update={"limit": 9, "threads": 2}).digest() == config.digest()
+    assert config.model_copy(update={"threads": 2}).digest() == config.digest()
+    more = {**config.workload, "limit": 9}
+    assert config.model_copy(update={"workload": more}).digest() == config.digest()
     assert config.model_copy(update={"context": "anchored"}).digest() != config.digest()

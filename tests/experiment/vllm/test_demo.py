@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmc.experiment.vllm.run import run
+from lmc.experiment.run import run
 from lmc.results.rows import read_rows
 from lmc.results.summary import summarise
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from lmc.experiment.run import run
 from lmc.experiment.vllm.engines import Request
-from lmc.experiment.vllm.run import run
 from lmc.results.rows import key_of, read_rows
 
 Asked = list[tuple[str, Request | str]]
@@ -34,7 +34,6 @@ def test_every_arm_prompt_and_repetition_once(tmp_path: Path, demo: Path, preten
             start = 8 * (2 * repetition + prompt_id)
             assert {key[1:] for key in keys[start : start + 8]} == {(prompt_id, repetition)}
     assert keys[:8] != [(arm, 0, 0) for arm, _, _ in keys[8:16]]
-    assert (tmp_path / "ttft_quality.png").stat().st_size > 10_000
 
 
 def test_each_arm_finds_the_cache_it_should(tmp_path: Path, demo: Path, pretended: Asked) -> None:
@@ -79,6 +78,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, demo: Path, pretended: Asked) -> 
         "model=/nowhere",
         "engine.x=1",
         "lmc.memory_bytes=1000000",
+        "engine.max_model_len=1608",
     ],
 )
 def test_bad_input_changes_nothing(
@@ -123,4 +123,3 @@ def test_a_small_run_on_vllm(tmp_path: Path, demo: Path) -> None:
     assert mean("full_reuse", "compute_fraction") < mean("epic16", "compute_fraction") < 0.5
     equal = mean("prefix_equal_rows", "compute_fraction") - mean("epic16", "compute_fraction")
     assert abs(equal) * T <= 16  # half a block
-    assert (tmp_path / "ttft_quality.png").exists()

@@ -1,4 +1,4 @@
-"""Real text: continuations of the standard library's manual, and questions over passages."""
+"""Questions over passages, out of a file; and a data set made into such a file."""
 
 from __future__ import annotations
 
@@ -9,110 +9,13 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import IO, Any
 
-from lmc.experiment.vllm.config import WorkloadConfig
-from lmc.workloads.rag_reorder import (
-    ASK,
-    CHATML,
-    MIN_QUOTE,
-    PLAIN,
-    Frame,
-    encode,
-    prose,
-    system_prompt,
-)
-from lmc.workloads.sample import Sample
+from lmc.workloads.frame import PLAIN, encode, frame_of
+from lmc.workloads.sample import Sample, positive
 
 BRIEFLY = "Answer the question using only the passages below. Give only the answer, in a few words."
 PASSAGE_FIELDS = ("passages", "question", "answer")
-
-
-@dataclass(frozen=True)
-class Pydoc:
-    """Continuation of text from Python's reference manual (`pydoc_data.topics`).
-
-    A question quotes a place in one of the documents, and the answer is what follows it there.
-    A document is a run of the prose of one topic, under its title. The documents are dealt like
-    cards, so that prompts share none until all were dealt (129 of 256 tokens with SmolLM2's
-    tokenizer in Python 3.11, enough for 21 prompts of 6); after that they come again, in other
-    orders and beside others. No place is quoted twice.
-
-    Attributes:
-        prompts: samples in the workload.
-        chunks: documents in a prompt, all different.
-        system_tokens, chunk_tokens, question_tokens, answer_tokens: exact lengths.
-        seed: another one gives other documents, orders and places.
-    """
-
-    prompts: int = 64
-    chunks: int = 6
-    chunk_tokens: int = 256
-    system_tokens: int = 40
-    question_tokens: int = 32
-    answer_tokens: int = 32
-    seed: int = 0
-
-    def samples(self, tokenizer: Any) -> list[Sample]:
-        """Raises ValueError if a length leaves no room or there are too few documents."""
-        _positive(self, "prompts", "chunks", "chunk_tokens", "answer_tokens")
-        frame = _frame(tokenizer)
-        config = WorkloadConfig(system_tokens=self.system_tokens)
-        system = system_prompt(frame, config, tokenizer)
-        ask = encode(ASK + frame.before_answer, tokenizer)
-        quote_tokens = self.question_tokens - len(ask)
-        if quote_tokens < MIN_QUOTE:
-            raise ValueError(
-                f"question_tokens: got {self.question_tokens}, need at least {len(ask) + MIN_QUOTE}"
-            )
-        documents = self._documents(tokenizer)
-        rng = random.Random(f"pydoc {self.seed}")
-        samples: list[Sample] = []
-        deck: list[int] = []
-        quoted: set[tuple[int, int]] = set()
-        for _ in range(self.prompts):
-            deck, hand = _deal(deck, len(documents), self.chunks, rng)
-            places = [
-                (i, start)
-                for i in hand
-                for start in range(
-                    documents[i][1], self.chunk_tokens - quote_tokens - self.answer_tokens + 1
-                )
-                if (i, start) not in quoted
-            ]
-            if not places:
-                raise ValueError(
-                    f"chunk_tokens: got {self.chunk_tokens}, too few for a title, a quotation of "
-                    f"{quote_tokens} tokens and an answer of {self.answer_tokens}"
-                )
-            i, start = place = rng.choice(places)
-            quoted.add(place)
-            ids, end = documents[i][0], start + quote_tokens
-            answer = ids[end : end + self.answer_tokens]
-            chunks = [documents[j][0] for j in hand]
-            samples.append(Sample(system, chunks, ask + ids[start:end], answer))
-        return samples
-
-    def _documents(self, tokenizer: Any) -> list[tuple[list[int], int]]:
-        """All runs of prose of exactly `chunk_tokens`, and how many of these are the title."""
-        documents = []
-        for name in sorted(topics):
-            title, text = prose(topics[name])
-            head = encode(f"\n\nDocument: {title}\n", tokenizer)
-            body = encode(text, tokenizer)
-            room = self.chunk_tokens - len(head)
-            if room > 0:
-                documents += [
-                    (head + body[at : at + room], len(head))
-                    for at in range(0, len(body) - room + 1, room)
-                ]
-        if len(documents) < self.chunks:
-            raise ValueError(
-                f"chunks: got {self.chunks}; there are {len(documents)} documents of "
-                f"{self.chunk_tokens} tokens"
-            )
-        return documents
 
 
 @dataclass(frozen=True)
@@ -139,8 +42,8 @@ class Passages:
 
     def samples(self, tokenizer: Any) -> list[Sample]:
         """Raises ValueError for a file that cannot be read, naming the line and what is wrong."""
-        _positive(self, "tokens_per_passage", "chunks")
-        frame = _frame(tokenizer)
+        positive(self, "tokens_per_passage", "chunks")
+        frame = frame_of(tokenizer)
         system = encode(frame.before_system + BRIEFLY + frame.after_system, tokenizer)
         samples = []
         for number, line in _lines(self.path):
@@ -240,27 +143,3 @@ def _open(path: Path, mode: str) -> IO[Any]:
     opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(Path(path).suffix, open)
     file: IO[Any] = opener(path, mode, encoding="utf-8")
     return file
-
-
-def _deal(
-    deck: list[int], documents: int, count: int, rng: random.Random
-) -> tuple[list[int], list[int]]:
-    """What is left of the deck, and `count` different documents from its top."""
-    hand = deck[:count]
-    deck = deck[count:]
-    if len(hand) < count:
-        fresh = rng.sample(range(documents), documents)
-        more = [i for i in fresh if i not in hand][: count - len(hand)]
-        hand += more
-        deck = [i for i in fresh if i not in more]
-    return deck, hand
-
-
-def _frame(tokenizer: Any) -> Frame:
-    return CHATML if "<|im_start|>" in tokenizer.get_vocab() else PLAIN
-
-
-def _positive(workload: Any, *fields: str) -> None:
-    for field in fields:
-        if (value := getattr(workload, field)) < 1:
-            raise ValueError(f"{field}: got {value}, want at least 1")

@@ -1,0 +1,60 @@
+"""What stands around the texts of a prompt, and texts as token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lmc.chunking.prompt import prompt
+
+SYSTEM = (
+    "You are a careful assistant. Answer with the exact words of the documents below, which "
+    "come from the reference manual of Python. Do not add anything of your own. "
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around the texts: the chat format the model was trained on.
+
+    before_system, after_system; before_answer stands between the question and the quotation,
+    which begins the answer: so the first new token is a word of a document already, and its
+    distribution shows how well the documents are read.
+    """
+
+    before_system: str
+    after_system: str
+    before_answer: str
+
+
+# ChatML, the format of SmolLM2 and Qwen; any other model is asked in plain text.
+CHATML = Frame(
+    "<|im_start|>system\n",
+    "<|im_end|>\n<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
+PLAIN = Frame("", "\n\n", "\nAnswer: ")
+
+
+def frame_of(tokenizer: Any) -> Frame:
+    """The format that a model with this tokenizer was trained on."""
+    return CHATML if "<|im_start|>" in tokenizer.get_vocab() else PLAIN
+
+
+def system_prompt(frame: Frame, tokens: int, tokenizer: Any) -> list[int]:
+    """Exactly `tokens` ids: the text is repeated and cut so that its frame fits.
+
+    Raises ValueError for fewer or more than that allows.
+    """
+    parts = (frame.before_system, SYSTEM * 4, frame.after_system)
+    head, body, tail = (encode(part, tokenizer) for part in parts)
+    least = len(head) + len(tail) + 1
+    most = least - 1 + len(body)
+    if not least <= tokens <= most:
+        raise ValueError(f"system_tokens: got {tokens}, allowed: {least} to {most}")
+    return head + body[: tokens - least + 1] + tail
+
+
+def encode(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text, without special tokens; of an empty one, none."""
+    return prompt([text], tokenizer).token_ids if text else []
