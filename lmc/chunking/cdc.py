@@ -76,14 +76,14 @@ class Cdc:
             return np.empty(0, dtype=np.int64)
         hashes = np.zeros(n, dtype=np.uint64)
         for j in range(k):
-            hashes = _mix(hashes ^ tokens[j : j + n].astype(np.uint64))
+            hashes = splitmix64(hashes ^ tokens[j : j + n].astype(np.uint64))
         lowest = sliding_window_view(hashes, w).min(axis=1)  # of hashes[i : i + w], [n - w + 1]
         here = hashes[w : n - w]
         minimum = (here < lowest[: n - 2 * w]) & (here <= lowest[w + 1 :])
         return np.flatnonzero(minimum) + w + k
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def splitmix64(x: np.ndarray) -> np.ndarray:
     """A bijection of uint64 in which each bit depends on all: splitmix64 (Steele et al. 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -10,6 +14,23 @@ if TYPE_CHECKING:
     from lmc.sim.readers import Reading
 
 SHOWN = 5
+
+
+@contextmanager
+def bar_of_bytes(trace: Path, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """What a reading tells its bytes to, shown as a bar where standard error is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal or not trace.exists():
+        yield None
+        return
+    from lmc.sim.readers.files import files_of
+
+    with Progress(console=console, transient=True) as bar:
+        total = sum(file.stat().st_size for file in files_of(trace))
+        yield partial(bar.advance, bar.add_task(f"reading {trace.name}", total=total))
 
 
 def print_json(value: Any) -> None:

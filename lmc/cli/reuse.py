@@ -45,13 +45,14 @@ def reuse(
     Nothing is ever evicted here: `lmc sim` says what a store of some size keeps of it.
     """
     with errors_in_one_line():
-        from lmc.cli.output import print_bad_lines, print_json
+        from lmc.cli.output import bar_of_bytes, print_bad_lines, print_json
         from lmc.sim.readers import read
         from lmc.sim.reuse import CUTS, analyse
 
         cut, name = CUTS.build(chunker), CUTS.parse(chunker)["name"]
-        reading = read(trace, format, tokenizer=tokenizer, strict=strict, progress=not json)
-        requests = sorted(reading, key=lambda r: r.timestamp)
+        with bar_of_bytes(trace, json) as tell:
+            reading = read(trace, format, tokenizer=tokenizer, strict=strict, tell=tell)
+            requests = sorted(reading, key=lambda r: r.timestamp)
         if show is not None and not 1 <= show <= len(requests):
             raise ValueError(f"show: got {show}, want 1 to {len(requests)}")
         done = list(analyse(requests, cut, scope=scope, window=window, spans=name == "explicit"))

@@ -92,7 +92,7 @@ def sim(
     """Replay a trace through eviction policies, in tiers that hold no bytes."""
     with errors_in_one_line():
         from lmc.chunking import CHUNKERS
-        from lmc.cli.output import print_bad_lines, print_json
+        from lmc.cli.output import bar_of_bytes, print_bad_lines, print_json
         from lmc.model.shape import shape as model_shape
         from lmc.policies import POLICIES
         from lmc.sim.readers import read
@@ -111,8 +111,9 @@ def sim(
             raise ValueError(f"metric store counts bytes: got unit {unit}, want --unit bytes")
         policies = POLICIES.split(policy)
         capacities = [] if curve else [parse_capacity(c) for c in capacity.split(",")]
-        reading = read(trace, format, tokenizer=tokenizer, strict=strict, progress=not json)
-        requests = sorted(reading, key=lambda r: r.timestamp)
+        with bar_of_bytes(trace, json) as tell:
+            reading = read(trace, format, tokenizer=tokenizer, strict=strict, tell=tell)
+            requests = sorted(reading, key=lambda r: r.timestamp)
         by_block: Metric = "prefix" if metric == "prefix" else "object"
         if curve:
             lru, rows = lru_rows(

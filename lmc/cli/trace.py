@@ -51,10 +51,12 @@ def info(
 
         from rich.console import Console
 
+        from lmc.cli.output import bar_of_bytes
         from lmc.sim.readers import read
 
-        reading = read(trace, format, tokenizer=tokenizer, strict=strict, progress=not as_json)
-        facts = _facts(reading)
+        with bar_of_bytes(trace, as_json) as tell:
+            reading = read(trace, format, tokenizer=tokenizer, strict=strict, tell=tell)
+            facts = _facts(reading)
         if as_json:
             bad = [{"file": b.file, "line": b.line, "reason": b.reason} for b in reading.bad]
             typer.echo(json.dumps({**facts, "bad": bad}))

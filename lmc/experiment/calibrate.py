@@ -11,7 +11,6 @@ import numpy as np
 
 from lmc.blend.encoding import Context
 from lmc.blend.strategy import Strategy
-from lmc.cli.progress import Step
 from lmc.connectors.hf.model import HFModel
 from lmc.experiment.hf.measure import ANSWER_TOKENS, measure, prepare
 from lmc.quality import BLENDS
@@ -19,6 +18,7 @@ from lmc.quality.auto import Auto
 from lmc.quality.controlled import Controlled
 from lmc.quality.gate import described
 from lmc.quality.profile import Measured
+from lmc.results.progress import Step
 from lmc.results.statistics import recovery_estimate
 from lmc.results.summary import FULL_REUSE
 from lmc.workloads.sample import Sample

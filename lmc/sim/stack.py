@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from lmc.chunking.cdc import _mix
+from lmc.chunking.cdc import splitmix64
 
 # The distance of a first access: no capacity makes it a hit.
 NEVER = np.iinfo(np.int64).max
@@ -163,8 +163,8 @@ def shards(
     if not A:
         return ShardsCurve(keys, np.empty(0), np.empty(0))
     smallest = int(sizes.min())
-    start = _mix(np.array([seed], dtype=np.int64).astype(np.uint64))
-    hashes = _mix(np.arange(keys.max() + 1, dtype=np.uint64) ^ start)
+    start = splitmix64(np.array([seed], dtype=np.int64).astype(np.uint64))
+    hashes = splitmix64(np.arange(keys.max() + 1, dtype=np.uint64) ^ start)
     # The upper 53 bits decide, which a float holds exactly; the lowest 4 name the group.
     chosen = ((hashes >> np.uint64(11)) < rate * 2.0**53)[keys]
     keys, sizes = keys[chosen], sizes[chosen]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
 from lmc.registry import Registry
-from lmc.sim.readers.files import DAMAGED, Source
+from lmc.sim.readers.files import DAMAGED, files_of, opened
 from lmc.sim.readers.records import Broken, RecordError
 from lmc.sim.readers.text import TextFormat
 from lmc.sim.trace import Request
@@ -69,10 +69,16 @@ class Reading:
     """
 
     def __init__(
-        self, path: Path, format: str, reader: Format, *, strict: bool, progress: bool
+        self,
+        path: Path,
+        format: str,
+        reader: Format,
+        *,
+        strict: bool,
+        tell: Callable[[int], None] | None,
     ) -> None:
         self.path, self.format = path, format
-        self._reader, self._strict, self._progress = reader, strict, progress
+        self._reader, self._strict, self._tell = reader, strict, tell
         self._reset()
 
     @property
@@ -86,9 +92,8 @@ class Reading:
 
     def __iter__(self) -> Iterator[Request]:
         self._reset()
-        with Source(self.path, progress=self._progress) as source:
-            for file in source.files:
-                yield from self._requests_of(file, source)
+        for file in files_of(self.path):
+            yield from self._requests_of(file)
         if not self.count and not self.bad_count:
             raise ValueError(f"{self.path}: the trace is empty")
         if not self.count:
@@ -97,10 +102,10 @@ class Reading:
                 f"{self.format}; the first: {self.bad[0]}"
             )
 
-    def _requests_of(self, file: Path, source: Source) -> Iterator[Request]:
+    def _requests_of(self, file: Path) -> Iterator[Request]:
         line = 0
         try:
-            with source.open(file) as stream:
+            with opened(file, self._tell) as stream:
                 for line, record in self._reader.records(stream):
                     try:
                         if isinstance(record, Broken):
@@ -130,7 +135,7 @@ def read(
     *,
     tokenizer: str | Path | None = None,
     strict: bool = False,
-    progress: bool = False,
+    tell: Callable[[int], None] | None = None,
 ) -> Reading:
     """Open a trace: plain, .gz, .xz or .zst, or a folder of files of one format.
 
@@ -141,7 +146,7 @@ def read(
             at the first line.
         tokenizer: a tokenizer.json, or a folder that holds one, for formats with text.
         strict: raise for the first bad line.
-        progress: show a bar on a terminal.
+        tell: called with how many bytes were read, as they are, for a bar.
 
     Raises:
         ValueError: an unknown format or field; a missing or empty file; text without a
@@ -161,4 +166,4 @@ def read(
             f"format {name} is text: a tokenizer is needed (a tokenizer.json, or its folder)"
         )
     reader = FORMATS.build(spec, tokenizer=str(tokenizer))
-    return Reading(path, str(name), reader, strict=strict, progress=progress)
+    return Reading(path, str(name), reader, strict=strict, tell=tell)

@@ -1,22 +1,18 @@
-"""Files as they come: plain or compressed, one or a folder of them, with a bar if wished."""
+"""Files as they come: plain or compressed, one or a folder of them."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import lzma
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import ijson
 import zstandard
-from rich.console import Console
-from rich.progress import Progress
 
 # What a damaged file raises, by the library that unpacks or parses it.
 DAMAGED = (
@@ -55,43 +51,25 @@ def files_of(path: Path) -> list[Path]:
     return found
 
 
-class Source:
-    """The files of a trace, and one bar over the bytes of all of them."""
+@contextmanager
+def opened(file: Path, tell: Callable[[int], None] | None = None) -> Iterator[io.BufferedReader]:
+    """A file's bytes, unpacked, behind a byte order mark if it has one.
 
-    def __init__(self, path: Path, *, progress: bool = False) -> None:
-        self.files = files_of(path)
-        self._bar: Progress | None = None
-        if progress and sys.stderr.isatty():
-            self._bar = Progress(console=Console(stderr=True), transient=True)
-            total = sum(file.stat().st_size for file in self.files)
-            self._task = self._bar.add_task(f"reading {path.name}", total=total)
-
-    def __enter__(self) -> Source:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    @contextmanager
-    def open(self, file: Path) -> Iterator[io.BufferedReader]:
-        """A file's bytes, unpacked, behind a byte order mark if it has one."""
-        tell = partial(self._bar.advance, self._task) if self._bar else None
-        with io.BufferedReader(_Counted(file, tell)) as raw:
-            stream = unpacked(raw)
-            # Damage is told when it is read.
-            with suppress(*DAMAGED):
-                if stream.peek(3).startswith(b"\xef\xbb\xbf"):
-                    stream.read(3)
-            yield stream
+    tell: called with how many bytes of the file were read, as they are.
+    """
+    with io.BufferedReader(_Counted(file, tell)) as raw:
+        stream = unpacked(raw)
+        # Damage is told when it is read.
+        with suppress(*DAMAGED):
+            if stream.peek(3).startswith(b"\xef\xbb\xbf"):
+                stream.read(3)
+        yield stream
 
 
 class _Counted(io.FileIO):
     """A file that tells how many bytes were read, if anybody wants to know."""
 
-    def __init__(self, file: Path, tell: Callable[[float], None] | None) -> None:
+    def __init__(self, file: Path, tell: Callable[[int], None] | None) -> None:
         super().__init__(file)
         self._tell = tell
 

@@ -143,7 +143,10 @@ def test_wrong_arguments(tmp_path: Path, tokenizer: Path) -> None:
 
 
 def test_no_bar_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert times(opened(tmp_path, file_of("mooncake"), progress=True)) == [0, 1, 2, 3]
+    read_so_far: list[int] = []
+    reading = opened(tmp_path, file_of("mooncake"), tell=read_so_far.append)
+    assert times(reading) == [0, 1, 2, 3]
+    assert sum(read_so_far) == len(file_of("mooncake"))
     assert capfd.readouterr() == ("", "")
 
 
