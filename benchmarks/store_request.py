@@ -25,7 +25,7 @@ from lmc.chunking import CHUNKERS
 from lmc.chunking.pieces import Piece, split
 from lmc.model.layout import KVLayout
 from lmc.results.rows import git_commit
-from lmc.store.chunks import Behind, Chunks
+from lmc.store.chunks import Attached, Chunks
 from lmc.store.disk.tier import Disk
 from lmc.store.index import Index
 from lmc.store.keep import keep
@@ -78,16 +78,16 @@ def measured(
     tokens, pieces = pieces_of([system, *(documents[i] for i in order), question], name)
     strategy = STRATEGIES.build({"name": "epic", "link_tokens": 16})
     taken: dict[str, list[float]] = {"alone": [], "memory": [], "disk": [], "adopt": []}
-    chunks = Chunks(LAYOUT, 64 << 20, [Behind(disk, "through")])
+    chunks = Chunks(LAYOUT, 64 << 20, [Attached(disk, "through")])
     segments: Sequence[object] = ()
     for _ in range(rounds):
         index = Index(64 << 20)
         start = time.perf_counter()
         plan = make_plan(tokens, pieces, index, NAMESPACE, strategy, tiers=[disk])
         taken["disk"].append(time.perf_counter() - start)
-        segments = plan.segments
+        segments = plan.found
         start = time.perf_counter()
-        adopted = [index.adopt(s.record) for s in plan.segments]
+        adopted = [index.adopt(s.record) for s in plan.found]
         records = [record for record in adopted if record is not None]
         for record in records:
             index.lease(record.slot)

@@ -64,9 +64,8 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
             for alias in node.names:
                 inner = f"{module}.{alias.name}"
                 yield node.lineno, inner if module == "lmc" and _is_room(alias.name) else module
-        elif isinstance(node, ast.Constant):
-            if match := NAMED.fullmatch(str(node.value)):
-                yield node.lineno, match[1]
+        elif isinstance(node, ast.Constant) and (match := NAMED.fullmatch(str(node.value))):
+            yield node.lineno, match[1]
 
 
 def _is_room(name: str) -> bool:

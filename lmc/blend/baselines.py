@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from lmc.blend.evidence import Run, positions
-from lmc.blend.strategy import Strategy
+from lmc.blend.evidence import Outline, Seen, positions
+from lmc.blend.strategy import NOTHING, Strategy
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Prefix(Strategy):
 
     moves: ClassVar[bool] = False
 
-    def rows(self, moved: Sequence[Run]) -> np.ndarray:
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         return positions([])
 
 
@@ -28,8 +27,8 @@ class FullRecompute(Strategy):
 
     control: ClassVar[bool] = True
 
-    def rows(self, moved: Sequence[Run]) -> np.ndarray:
-        return positions(moved)
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
+        return positions(outline.moved)
 
 
 @dataclass(frozen=True)
@@ -43,5 +42,5 @@ class FullReuse(Strategy):
 
     rotate: bool = True
 
-    def rows(self, moved: Sequence[Run]) -> np.ndarray:
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         return positions([])

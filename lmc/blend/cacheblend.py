@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from lmc.blend.evidence import Deviation, Need, Outline, Seen, share, top
-from lmc.blend.strategy import Selective
+from lmc.blend.strategy import NOTHING, Strategy
 
 
 def checked_ratio(name: str, ratio: float) -> None:
@@ -18,7 +18,7 @@ def checked_ratio(name: str, ratio: float) -> None:
 
 
 @dataclass(frozen=True)
-class CacheBlend(Selective):
+class CacheBlend(Strategy):
     """All moved rows up to a check layer; from there on those that deviate most.
 
     Yao et al. 2024, arXiv 2405.16444. The released code has one check layer, layer 1, and takes
@@ -84,7 +84,7 @@ class CacheBlend(Selective):
         after = [kept[min(i, len(kept) - 1)] for i in range(outline.L - len(before))]
         return before + after
 
-    def rows_at(self, layer: int, outline: Outline, seen: Seen) -> np.ndarray:
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         rows = outline.candidates
         n = len(rows)
         for need, ratio in zip(self.needs(outline), self.ratios, strict=False):

@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from lmc.blend.evidence import Run, positions, share, top
-from lmc.blend.strategy import Strategy
+from lmc.blend.dense import Attended, Chunks, Dense, alone
+from lmc.blend.evidence import Outline, Seen, positions, share, top
+from lmc.blend.plan import Plan
+from lmc.blend.strategy import NOTHING
 
 
 @dataclass(frozen=True)
-class Attended:
-    """Where the tokens of a chunk looked when its KV was computed: mean over heads and layers.
-
-    Attributes:
-        tokens: `[T]`, what each token of the chunk paid all the chunks before it.
-        intra: what all of them paid each other and themselves.
-        before: ChunkKeys of the chunks in front, in order; none for a chunk computed alone or
-            behind the system prompt.
-        inter: what all tokens paid each of those.
-        lengths: tokens of each of those.
-    """
-
-    tokens: np.ndarray
-    intra: float
-    before: tuple[bytes, ...] = ()
-    inter: tuple[float, ...] = ()
-    lengths: tuple[int, ...] = ()
-
-
-def alone(T: int) -> Attended:
-    """A chunk of T tokens that had no other chunk in front of it."""
-    return Attended(np.zeros(T, np.float32), float(T))
-
-
-@dataclass(frozen=True)
-class CacheCraft(Strategy):
+class CacheCraft(Dense):
     """The rows of a chunk that looked most at other chunks, as many as those are missing now.
 
     Agarwal et al. 2025, arXiv 2502.15734. Of a stored chunk C, `a` is the attention a token pair
@@ -64,17 +41,32 @@ class CacheCraft(Strategy):
 
     alpha: float = 1.0
 
-    dense: ClassVar[bool] = True
     knob: ClassVar[str | None] = "alpha"
 
     def __post_init__(self) -> None:
         if not self.alpha >= 0:
             raise ValueError(f"alpha must be at least 0, got {self.alpha}")
 
-    def rows(self, moved: Sequence[Run]) -> np.ndarray:
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         """Rows of chunks that all had no other in front."""
-        runs = ((start, self.rows_of(alone(end - start), ())) for start, end in moved)
+        runs = ((start, self.rows_of(alone(end - start), ())) for start, end in outline.moved)
         return np.concatenate([positions([]), *(start + offsets for start, offsets in runs)])
+
+    def replan(self, plan: Plan, chunks: Chunks) -> Plan:
+        """With the variant of each moved chunk that needs the fewest rows, and those rows."""
+        found, again = [], [positions([])]
+        for part in plan.found:
+            if part.kind == "moved":
+                before = chunks.before(part.at)
+                known = [(r, chunks.attended(r)) for r in chunks.variants(part)]
+                record, attended = min(known, key=lambda x: self.overhead(x[1], before))
+                part = replace(part, record=record)
+                rows = part.at + self.rows_of(attended, before)
+                again.append(rows[(rows >= part.start) & (rows < part.end)])
+            found.append(part)
+        chosen = np.concatenate(again)
+        rows = np.union1d(np.setdiff1d(plan.rows, plan.chosen), chosen)
+        return replace(plan, found=tuple(found), rows=rows, chosen=chosen)
 
     def overhead(self, chunk: Attended, before: Sequence[bytes]) -> float:
         """Share of a stored chunk that must be computed again behind the chunks `before`."""

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from lmc.blend.evidence import Need, Outline, Seen
-from lmc.blend.strategy import Selective, Strategy
+from lmc.blend.strategy import NOTHING, Strategy
 
 
 @dataclass(frozen=True)
-class Union(Selective):
+class Union(Strategy):
     """The rows of either of two strategies, in every layer.
 
     Attributes:
@@ -45,7 +45,7 @@ class Union(Selective):
 
     @property
     def written(self) -> Literal["all", "selected"]:
-        careful = any(isinstance(p, Selective) and p.written == "selected" for p in self.parts)
+        careful = any(p.written == "selected" for p in self.parts)
         return "selected" if careful else "all"
 
     def needs(self, outline: Outline) -> tuple[Need, ...]:
@@ -58,13 +58,13 @@ class Union(Selective):
         n = outline.n
         return [min(n, a + b) for a, b in zip(first, second, strict=True)]
 
-    def rows_at(self, layer: int, outline: Outline, seen: Seen) -> np.ndarray:
-        first, second = (part.rows_at(layer, outline, seen) for part in self.parts)
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
+        first, second = (part.rows(outline, layer, seen) for part in self.parts)
         return np.union1d(first, second)
 
 
 @dataclass(frozen=True)
-class Replay(Selective):
+class Replay(Strategy):
     """Rows that were chosen before: engines are compared on one selection, since near-ties flip.
 
     Attributes:
@@ -78,6 +78,10 @@ class Replay(Selective):
 
     control: ClassVar[bool] = True
 
+    @property
+    def selective(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         if not self.by_layer:
             raise ValueError("by_layer: got no layer, want at least one list of positions")
@@ -86,8 +90,8 @@ class Replay(Selective):
                 raise ValueError(f"by_layer: layer {i + 1} has rows that layer {i} left out")
 
     def counts(self, outline: Outline) -> list[int]:
-        return [len(self.rows_at(layer, outline, {})) for layer in range(outline.L)]
+        return [len(self.rows(outline, layer)) for layer in range(outline.L)]
 
-    def rows_at(self, layer: int, outline: Outline, seen: Seen) -> np.ndarray:
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         rows = np.array(self.by_layer[min(layer, len(self.by_layer) - 1)], np.int64)
         return np.intersect1d(rows, outline.candidates)

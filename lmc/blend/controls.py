@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from lmc.blend.cacheblend import checked_ratio
-from lmc.blend.evidence import Run, positions, share
-from lmc.blend.strategy import Strategy
+from lmc.blend.evidence import Outline, Seen, positions, share
+from lmc.blend.strategy import NOTHING, Strategy
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,9 @@ class Random(Strategy):
     def __post_init__(self) -> None:
         checked_ratio("ratio", self.ratio)
 
-    def rows(self, moved: Sequence[Run]) -> np.ndarray:
-        rows = positions(list(moved))
-        rng = np.random.default_rng([self.seed, *(x for run in moved for x in run)])
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
+        rows = outline.candidates
+        rng = np.random.default_rng([self.seed, *(x for run in outline.moved for x in run)])
         return np.sort(rng.choice(rows, share(self.ratio, len(rows)), replace=False))
 
 
@@ -42,8 +41,8 @@ class Uniform(Strategy):
     def __post_init__(self) -> None:
         checked_ratio("ratio", self.ratio)
 
-    def rows(self, moved: Sequence[Run]) -> np.ndarray:
-        rows = positions(list(moved))
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
+        rows = outline.candidates
         k = share(self.ratio, len(rows))
         return rows[np.arange(k) * len(rows) // max(k, 1)]
 
@@ -60,5 +59,7 @@ class Tail(Strategy):
         if self.rows_per_run < 0:
             raise ValueError(f"rows_per_run must be at least 0, got {self.rows_per_run}")
 
-    def rows(self, moved: Sequence[Run]) -> np.ndarray:
-        return positions([(max(start, end - self.rows_per_run), end) for start, end in moved])
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
+        return positions(
+            [(max(start, end - self.rows_per_run), end) for start, end in outline.moved]
+        )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from lmc.blend.evidence import Run, positions
-from lmc.blend.strategy import Strategy
+from lmc.blend.evidence import Outline, Seen, positions
+from lmc.blend.strategy import NOTHING, Strategy
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,10 @@ class Epic(Strategy):
         if self.link_tokens < 0:
             raise ValueError(f"link_tokens must be at least 0, got {self.link_tokens}")
 
-    def rows(self, moved: Sequence[Run]) -> np.ndarray:
-        return positions([(start, min(start + self.link_tokens, end)) for start, end in moved])
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
+        return positions(
+            [(start, min(start + self.link_tokens, end)) for start, end in outline.moved]
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ class Block(Strategy):
         if self.page < 1:
             raise ValueError(f"page must be at least 1, got {self.page}")
 
-    def rows(self, moved: Sequence[Run]) -> np.ndarray:
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         return positions(
-            [(start, min((start // self.page + 1) * self.page, end)) for start, end in moved]
+            [
+                (start, min((start // self.page + 1) * self.page, end))
+                for start, end in outline.moved
+            ]
         )

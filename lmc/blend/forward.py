@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lmc.blend.evidence import Deviation, Importance, Need, Outline
-from lmc.blend.strategy import Selective, Strategy
+from lmc.blend.strategy import Strategy
 
 State = tuple[torch.Tensor, ...]  # per-row tensors [M, ...] that one layer hands to the next
 
@@ -115,7 +115,7 @@ def selective_forward(
         rows = forced[forced < outline.T] if probe_rows is None else probe_rows
         found, probe = _probe(adapter, rows, asked)
         seen.update(found)
-    chosen = strategy.rows_at(0, outline, seen)
+    chosen = strategy.rows(outline, 0, seen)
     rows = np.union1d(forced, chosen)
     state = _embed(adapter, rows) if len(rows) else ()
     by_layer, selected = [], []
@@ -125,7 +125,7 @@ def selective_forward(
         if len(rows) == 0:
             continue
         here = [n for n in needs if isinstance(n, Deviation) and n.layer == index]
-        undo = bool(here) and isinstance(strategy, Selective) and strategy.written == "selected"
+        undo = bool(here) and strategy.written == "selected"
         before = adapter.read(index, rows) if undo else None
         state, scores = _layer(adapter, index, rows, state, here)
         for need, score in zip(here, scores, strict=True):
@@ -135,7 +135,7 @@ def selective_forward(
             seen[need] = spread
         if index + 1 == adapter.num_layers:
             break
-        kept = strategy.rows_at(index + 1, outline, seen)
+        kept = strategy.rows(outline, index + 1, seen)
         if len(again := np.setdiff1d(kept, chosen)):
             raise ValueError(
                 f"{type(strategy).__name__} takes up {len(again)} rows in layer {index + 1} that "

@@ -4,39 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 from blake3 import blake3
 
 from lmc.blend.evidence import Outline, Run, positions, probe_row_layers, runs_of, without
-from lmc.blend.strategy import Selective, Strategy
-from lmc.chunking.pieces import Piece, chunk_key, context_digests
-from lmc.store import Index, Record
-from lmc.store.lookup import Behind, Known, exact_in
+from lmc.blend.strategy import Strategy
+from lmc.chunking.pieces import Piece
+from lmc.store import Index
+from lmc.store.lookup import Directory, Found, Known, continues, find
 
 KINDS = ("local", "local_blended", "exact", "moved", "recomputed", "new")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Tokens `[start, end)` of a request that a stored chunk serves.
-
-    Attributes:
-        origin: the request's position of the chunk's first token; at most `start`, since a
-            chunk that straddles vLLM's own hit gives its last tokens only.
-    """
-
-    start: int
-    end: int
-    kind: Literal["exact", "moved"]
-    record: Record
-    origin: int
-
-    @property
-    def delta(self) -> int:
-        """Positions the chunk's keys move by."""
-        return self.origin - self.record.start
 
 
 @dataclass(frozen=True)
@@ -47,7 +25,7 @@ class Plan:
         T: tokens of the request.
         local: tokens the engine has already; never written.
         end: end of the claim.
-        segments: what is loaded, ascending, inside `[local, end)`.
+        found: what is loaded, ascending, inside `[local, end)`.
         rows: ascending positions in `[local, end)` that all layers compute: gaps, and what a
             strategy that is not selective chose.
         chosen: those of them that had been found.
@@ -62,7 +40,7 @@ class Plan:
     T: int
     local: int
     end: int
-    segments: tuple[Segment, ...]
+    found: tuple[Found, ...]
     rows: np.ndarray
     chosen: np.ndarray
     moved: tuple[Run, ...]
@@ -86,7 +64,7 @@ class Plan:
             self,
             local=local,
             end=end,
-            segments=tuple(s for s in (_clip(s, local, end) for s in self.segments) if s),
+            found=tuple(s for s in (_clip(s, local, end) for s in self.found) if s),
             rows=self.rows[self.rows >= local],
             chosen=self.chosen[self.chosen >= local],
             moved=tuple((max(a, local), b) for a, b in self.moved if b > local),
@@ -109,7 +87,7 @@ class Plan:
     @property
     def selective(self) -> bool:
         """Whether the strategy chooses rows while the request runs."""
-        return isinstance(self.strategy, Selective) and bool(self.moved)
+        return self.strategy.selective and bool(self.moved)
 
     def kinds(self, local_blended: int = 0) -> dict[str, int]:
         """Tokens of each kind; they add up to T. `local_blended` of the local ones are blended.
@@ -117,7 +95,7 @@ class Plan:
         Of a selective strategy, whose rows differ by layer, the mean over layers is recomputed.
         """
         reused = {"exact": 0, "moved": 0}
-        for s in self.segments:
+        for s in self.found:
             chosen = (self.chosen >= s.start) & (self.chosen < s.end)
             reused[s.kind] += s.end - s.start - int(chosen.sum())
         selected = round(sum(self.strategy.counts(self.outline)) / self.L) if self.selective else 0
@@ -160,19 +138,19 @@ class Plan:
             # Which rows of a block are computed depends on all of the request.
             chosen = blake3(self.digest + repr(self.strategy).encode())
             # Of what is exact the engine holds now more, now less, and it is the same KV.
-            for s in (s for s in self.segments if s.start >= self.first_moved):
+            for s in (s for s in self.found if s.start >= self.first_moved):
                 chosen.update(s.record.key + s.record.context + s.record.origin.encode())
-                chosen.update(np.array([s.origin, s.start, s.end], "<i8").tobytes())
+                chosen.update(np.array([s.at, s.start, s.end], "<i8").tobytes())
             whole = chosen.digest()
         first, last = self.first_moved // block_size, (self.end - 1) // block_size
         recipes = {}
         for block in range(first, last + 1):
             start, end = block * block_size, (block + 1) * block_size
             digest = blake3(nonce + bytes([self.strategy.rotate]) + whole)
-            for s in self.segments:
+            for s in self.found:
                 if s.start < end and s.end > start:
                     digest.update(s.record.key + s.record.context + s.record.origin.encode())
-                    part = [s.origin, max(s.start, start), min(s.end, end)]
+                    part = [s.at, max(s.start, start), min(s.end, end)]
                     digest.update(np.array(part, "<i8").tobytes())
             inside = self.rows[(self.rows >= start) & (self.rows < end)]
             digest.update(inside.astype("<i8").tobytes())
@@ -192,7 +170,7 @@ def make_plan(
     contiguous: bool = False,
     L: int | None = None,
     decline: bool = True,
-    tiers: Sequence[Behind] = (),
+    tiers: Sequence[Directory] = (),
 ) -> Plan:
     """The best claim for one request; an empty one when plain prefill is as good.
 
@@ -207,7 +185,7 @@ def make_plan(
         contiguous: claim only exact chunks without gaps, so that no row need be computed.
         L: layers of the model; a selective strategy is not weighed without.
         decline: whether to leave a request alone that blending saves too little of.
-        tiers: what to ask behind the index; segments of theirs have records without a slot.
+        tiers: what to ask behind the index; what they have has records without a slot.
 
     Raises:
         ValueError: a selective strategy and no `L`.
@@ -215,23 +193,22 @@ def make_plan(
     T = len(tokens)
     control = strategy.control or not decline
     moves = strategy.moves and not contiguous
-    known = Known(index, namespace, tiers)
-    segments = _find(tokens, pieces, known, namespace, local, moves)
-    runs = _moved_runs(segments)
+    everything = find(tokens, pieces, Known(index, namespace, tiers), local, moves)
+    runs = _moved_runs(everything)
     moved = [(max(a, local), b) for a, b in runs if b > local]
-    found = [s for s in (_clip(s, local, T) for s in segments) if s]
+    found = [s for s in (_clip(s, local, T) for s in everything) if s]
     share = 0.0  # of the moved rows, what a selective strategy recomputes
-    if isinstance(strategy, Selective):
+    if strategy.selective:
         if L is None:
             raise ValueError(
                 f"{type(strategy).__name__} chooses rows by layer: give the number of layers"
             )
         chosen = positions([])
-        share = _selected_share(strategy, moved, found, local, T, L)
+        share = _selected_share(strategy, _outline(moved, found, local, T, L))
     else:
         # Whole runs are shown to the strategy: one that began inside `local` has its first rows
         # behind it already.
-        chosen = strategy.rows(runs)
+        chosen = strategy.rows(_outline(runs, found, local, T, L or 1))
         chosen = chosen[chosen >= local]
     claimable = _leading(found, local) if contiguous else found
     end, gain = _best_end(claimable, chosen, share, local, T, control)
@@ -244,7 +221,7 @@ def make_plan(
         T=T,
         local=local,
         end=end,
-        segments=inside,
+        found=inside,
         rows=np.union1d(_gaps(inside, local, end), chosen),
         chosen=chosen,
         moved=tuple((a, min(b, end)) for a, b in moved if a < end),
@@ -256,90 +233,30 @@ def make_plan(
     )
 
 
-def _selected_share(
-    strategy: Strategy, moved: list[Run], found: list[Segment], local: int, T: int, L: int
-) -> float:
-    """Of the moved rows, what a selective strategy and its probe compute, as whole rows."""
-    total = sum(end - start for start, end in moved)
-    if not total:
-        return 0.0
-    end = min(found[-1].end, T - 1)
+def _outline(moved: Sequence[Run], found: Sequence[Found], local: int, T: int, L: int) -> Outline:
+    """The request as a strategy sees it before the claim is cut to what is worth it."""
+    end = min(found[-1].end, T - 1) if found else local
     new = T - local - sum(min(s.end, end) - s.start for s in found)
-    outline = Outline(L=L, T=T, end=end, moved=tuple(moved), new=new)
+    return Outline(L=L, T=T, end=end, moved=tuple(moved), new=new)
+
+
+def _selected_share(strategy: Strategy, outline: Outline) -> float:
+    """Of the moved rows, what a selective strategy and its probe compute, as whole rows."""
+    if not outline.n:
+        return 0.0
     computed = sum(strategy.counts(outline)) + probe_row_layers(strategy.needs(outline), outline)
-    return computed / L / total
+    return computed / outline.L / outline.n
 
 
-def _find(
-    tokens: np.ndarray,
-    pieces: Sequence[Piece],
-    stored: Known,
-    namespace: bytes,
-    local: int,
-    moves: bool,
-) -> list[Segment]:
-    """Every stored chunk that reaches past `local`, whole."""
-    contexts = context_digests(tokens, [p.start for p in pieces])
-    ids = np.ascontiguousarray(tokens, "<i8")
-    segments: list[Segment] = []
-    before: Segment | None = None  # the moved segment that ends where this piece starts
-    reached = local  # exact, or the engine's own, as far as this
-    for piece, context in zip(pieces, contexts, strict=True):
-        if piece.end <= local:
-            continue
-        content = ids[piece.start : piece.end].tobytes()
-        key = chunk_key(namespace, tokens[piece.start : piece.end])
-        chained = reached >= piece.start
-        known = stored.variants(key, content, context, chained)
-        exact = [r for r in known if exact_in(r, context)]
-        if exact:
-            found = Segment(piece.start, piece.end, "exact", exact[0], piece.start)
-        elif tail := stored.tail(context, content, chained):
-            found = Segment(piece.start, piece.start + tail.T, "exact", tail, piece.start)
-        elif known and moves:
-            record = _best_variant(known, before, piece.start)
-            found = Segment(piece.start, piece.end, "moved", record, piece.start)
-        else:
-            before = None
-            continue
-        segments.append(found)
-        reached = found.end if found.kind == "exact" else reached
-        before = found if found.kind == "moved" else None
-    return segments
-
-
-def _best_variant(known: list[Record], before: Segment | None, start: int) -> Record:
-    """The variant with the least foreign context.
-
-    One that was stored right behind what now stands before it; else one encoded alone or
-    behind the shared prefix, else the latest exact one, else a blended one.
-    """
-    if before is not None:
-        for record in known:
-            if _continues(before, record, start):
-                return record
-    rank = {"isolated": 0, "anchored": 0, "exact": 1, "blended": 2}
-    return min(known, key=lambda record: rank[record.origin])
-
-
-def _continues(before: Segment, record: Record, start: int) -> bool:
-    """Whether `record`, placed at `start`, was stored right behind what `before` places."""
-    return (
-        record.context == before.record.context_after
-        and start == before.end
-        and start - record.start == before.delta
-    )
-
-
-def _moved_runs(segments: Sequence[Segment]) -> list[Run]:
+def _moved_runs(found: Sequence[Found]) -> list[Run]:
     """Moved tokens as runs; chunks that kept their neighbour in front stay in one run."""
     runs: list[Run] = []
-    before: Segment | None = None
-    for s in segments:
+    before: Found | None = None
+    for s in found:
         if s.kind != "moved":
             before = None
             continue
-        if before is not None and _continues(before, s.record, s.origin):
+        if before is not None and continues(before, s.record, s.at):
             runs[-1] = (runs[-1][0], s.end)
         else:
             runs.append((s.start, s.end))
@@ -347,10 +264,10 @@ def _moved_runs(segments: Sequence[Segment]) -> list[Run]:
     return runs
 
 
-def _leading(segments: Sequence[Segment], local: int) -> list[Segment]:
-    """The exact segments that follow `local` without a gap."""
-    leading: list[Segment] = []
-    for s in segments:
+def _leading(found: Sequence[Found], local: int) -> list[Found]:
+    """The exact chunks that follow `local` without a gap."""
+    leading: list[Found] = []
+    for s in found:
         if s.start != (leading[-1].end if leading else local):
             break
         leading.append(s)
@@ -358,7 +275,7 @@ def _leading(segments: Sequence[Segment], local: int) -> list[Segment]:
 
 
 def _best_end(
-    segments: Sequence[Segment],
+    found: Sequence[Found],
     chosen: np.ndarray,
     share: float,
     local: int,
@@ -371,7 +288,7 @@ def _best_end(
     token is always the engine's, since its hidden state gives the first new token.
     """
     best_end, best_gain, gain, position = local, 0.0, 0.0, local
-    for s in segments:
+    for s in found:
         end = min(s.end, T - 1)
         if end <= s.start:
             break
@@ -386,13 +303,13 @@ def _best_end(
     return best_end, best_gain
 
 
-def _gaps(segments: Sequence[Segment], local: int, end: int) -> np.ndarray:
-    """Positions in `[local, end)` that no segment serves."""
-    borders = [local, *(x for s in segments for x in (s.start, s.end)), end]
+def _gaps(found: Sequence[Found], local: int, end: int) -> np.ndarray:
+    """Positions in `[local, end)` that no chunk serves."""
+    borders = [local, *(x for s in found for x in (s.start, s.end)), end]
     return positions(list(zip(borders[::2], borders[1::2], strict=True)))
 
 
-def _clip(segment: Segment, start: int, end: int) -> Segment | None:
-    """The part of `segment` inside `[start, end)`, if there is any."""
-    start, end = max(segment.start, start), min(segment.end, end)
-    return replace(segment, start=start, end=end) if start < end else None
+def _clip(chunk: Found, start: int, end: int) -> Found | None:
+    """The part of `chunk` inside `[start, end)`, if there is any."""
+    start, end = max(chunk.start, start), min(chunk.end, end)
+    return replace(chunk, start=start, end=end) if start < end else None

@@ -9,7 +9,7 @@ import numpy as np
 
 from lmc.blend.cacheblend import checked_ratio
 from lmc.blend.evidence import Importance, Need, Outline, Seen, share, top
-from lmc.blend.strategy import Selective
+from lmc.blend.strategy import NOTHING, Strategy
 
 Layers = Literal["all", "middle"] | int | list[int]
 
@@ -35,7 +35,7 @@ def layers_of(layers: Layers, L: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Query(Selective):
+class Query(Strategy):
     """The share of the moved rows that the question's attention over reused KV is greatest on.
 
     A probe, the suffix alone, runs over the reused KV first; its cost is part of the compute
@@ -73,7 +73,7 @@ class Query(Selective):
     def counts(self, outline: Outline) -> list[int]:
         return [share(self.ratio, outline.n)] * outline.L
 
-    def rows_at(self, layer: int, outline: Outline, seen: Seen) -> np.ndarray:
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         rows = outline.candidates
         return top(seen[self._importance(outline)], rows, share(self.ratio, len(rows)))
 

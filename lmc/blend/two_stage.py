@@ -18,14 +18,14 @@ from lmc.blend.evidence import (
     top,
 )
 from lmc.blend.query import Layers, layers_of
-from lmc.blend.strategy import Selective
+from lmc.blend.strategy import NOTHING, Strategy
 
 # What was tried, and what it gave, is in docs/strategies.md.
 CHECK = 2  # the layer behind which the second stage chooses
 
 
 @dataclass(frozen=True)
-class TwoStage(Selective):
+class TwoStage(Strategy):
     """Rows chosen in two stages within a budget that everything counts towards.
 
     1. The first rows of every moved run, in all layers: encoded alone they are attention sinks,
@@ -73,7 +73,7 @@ class TwoStage(Selective):
         check = self._deviation(outline).layer
         return [boundary + (first if layer <= check else second) for layer in range(outline.L)]
 
-    def rows_at(self, layer: int, outline: Outline, seen: Seen) -> np.ndarray:
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         boundary = self._boundary(outline)
         first, second = self._taken(outline)
         if second == 0:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lmc.blend import STRATEGIES
-from lmc.blend.evidence import Run
-from lmc.blend.strategy import Strategy
+from lmc.blend.evidence import Outline, Seen
+from lmc.blend.strategy import NOTHING, Strategy
 
 if TYPE_CHECKING:
     from lmc.quality.profile import QualityProfile
@@ -50,7 +49,7 @@ class Auto(Strategy):
     def __post_init__(self) -> None:
         tunable(self.strategy)
 
-    def rows(self, moved: Sequence[Run]) -> np.ndarray:
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         raise TypeError("an auto strategy is resolved with a quality profile before it runs")
 
     def resolve(self, profile: QualityProfile | None) -> Strategy:

@@ -12,13 +12,13 @@ import numpy as np
 
 from lmc.blend import STRATEGIES
 from lmc.blend.evidence import Need, Outline, Seen
-from lmc.blend.strategy import Selective, Strategy
+from lmc.blend.strategy import NOTHING, Strategy
 from lmc.model.times import TTFTModel, load, prefill_work
 from lmc.quality.auto import tunable
 
 
 @dataclass(frozen=True)
-class Controlled(Selective):
+class Controlled(Strategy):
     """A strategy at the ratio whose recompute takes as long as loading the moved tokens does.
 
     The largest r with r * T_prefill <= T_load, but at least the floor: Yao et al. 2024, arXiv
@@ -73,8 +73,7 @@ class Controlled(Selective):
 
     @property
     def written(self) -> Literal["all", "selected"]:
-        inner = self._at(self.floor)
-        return inner.written if isinstance(inner, Selective) else "all"
+        return self._at(self.floor).written
 
     def ratio(self, outline: Outline) -> float:
         """Share of the moved rows; in steps of a hundredth, but for the floor."""
@@ -92,8 +91,8 @@ class Controlled(Selective):
     def counts(self, outline: Outline) -> list[int]:
         return self._for(outline).counts(outline)
 
-    def rows_at(self, layer: int, outline: Outline, seen: Seen) -> np.ndarray:
-        return self._for(outline).rows_at(layer, outline, seen)
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
+        return self._for(outline).rows(outline, layer, seen)
 
     def _for(self, outline: Outline) -> Strategy:
         return self._at(self.ratio(outline))

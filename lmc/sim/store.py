@@ -102,7 +102,7 @@ def replay_store(
         marked = [(start, end) for _, start, end in r.segments] if spans else None
         pieces = split(r.tokens, chunker, marked)
         plan = make_plan(r.tokens, pieces, index, b"", strategy, L=model.L)
-        for slot in {s.record.slot for s in plan.segments}:
+        for slot in {s.record.slot for s in plan.found}:
             index.touch(slot)
         for _, record in keep(index, b"", r.tokens, pieces, plan.first_moved, bytes_per_token):
             index.acknowledge(record.slot, 0)
@@ -113,7 +113,7 @@ def replay_store(
         pairs.append(
             round(sum(share * (end - start) * (end + start + 1) / 2 for start, end, share in runs))
         )
-        loaded.append(sum(s.end - s.start for s in plan.segments))
+        loaded.append(sum(s.end - s.start for s in plan.found))
         blends.append(len(plan.rows) > 0 or plan.selective)
     return StoreReplay(
         tokens={kind: np.array([k[kind] for k in found], dtype=np.int64) for kind in KINDS},

@@ -26,7 +26,7 @@ FETCHERS = 16  # threads: chunks of one request come side by side, their first l
 
 
 @dataclass(frozen=True)
-class Behind:
+class Attached:
     """A tier behind host memory.
 
     write: `through` when a chunk is stored, `back` when host memory lets it go.
@@ -100,7 +100,7 @@ class Chunks:
         self,
         layout: KVLayout,
         memory_bytes: int,
-        tiers: Sequence[Behind] = (),
+        tiers: Sequence[Attached] = (),
         queue_bytes: int = 256 << 20,
         patience_s: float = 5.0,
         fetched: Callable[[int, bool], None] = lambda slot, whole: None,

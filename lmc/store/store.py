@@ -4,47 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from lmc.chunking import CHUNKERS
-from lmc.chunking.pieces import Piece, chunk_key, context_digests, split
+from lmc.chunking.pieces import Piece, split
 from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
-from lmc.store.chunks import Behind, Chunks
+from lmc.store.chunks import Attached, Chunks
 from lmc.store.index import Index
 from lmc.store.keep import keep
-from lmc.store.lookup import Known, exact_in
+from lmc.store.lookup import Found, Known, find
 from lmc.store.record import Record
 from lmc.store.tier import TIERS
 
 Tokens = Sequence[int] | np.ndarray
-
-
-@dataclass(frozen=True)
-class Found:
-    """Tokens `[start, end)` of a prompt that are stored.
-
-    Attributes:
-        kind: `exact` behind what stands before them here, or `moved`: to be rotated and blended.
-        delta: positions that its keys must move by.
-        tier: where they are.
-        record: what is known of them.
-    """
-
-    start: int
-    end: int
-    kind: Literal["exact", "moved"]
-    tier: str
-    record: Record
-
-    @property
-    def delta(self) -> int:
-        return self.start - self.record.start
 
 
 class Store:
@@ -92,7 +69,7 @@ class Store:
         self.index = Index(memory_bytes, 1, policy, cost, exact_variants=exact_variants)
         opened = [s.open(layout, exact_variants=exact_variants, label=label) for s in said]
         self.tiers = opened
-        behind = [Behind(tier, s.write) for s, tier in zip(said, opened, strict=True)]
+        behind = [Attached(tier, s.write) for s, tier in zip(said, opened, strict=True)]
         self.chunks = Chunks(layout, memory_bytes, behind, patience_s=patience_s)
 
     def __enter__(self) -> Store:
@@ -120,30 +97,15 @@ class Store:
         Raises:
             ValueError: as `pieces`.
         """
-        ids = np.asarray(tokens, np.int64)
-        pieces = self.pieces(tokens, spans)
         known = Known(self.index, self.namespace, self.tiers)
-        contexts = context_digests(ids, [piece.start for piece in pieces])
-        found = []
-        for piece, context in zip(pieces, contexts, strict=True):
-            content = ids[piece.start : piece.end]
-            key, data = chunk_key(self.namespace, content), content.astype("<i8").tobytes()
-            variants = known.variants(key, data, context)
-            exact = [r for r in variants if exact_in(r, context)]
-            kind: Literal["exact", "moved"] = "exact"
-            if exact:
-                record = exact[0]
-            elif tail := known.tail(context, data):
-                record = tail
-            elif variants:
-                # As the planner ranks them: the least foreign context first.
-                rank = {"isolated": 0, "anchored": 0, "exact": 1, "blended": 2}
-                record, kind = min(variants, key=lambda r: rank[r.origin]), "moved"
-            else:
-                continue
-            end = piece.start + record.T
-            found.append(Found(piece.start, end, kind, self._tier(record), record))
-        return found
+        return find(np.asarray(tokens, np.int64), self.pieces(tokens, spans), known)
+
+    def where(self, found: Found | Record) -> str:
+        """The tier that would give a chunk: `memory`, or the name of one behind it."""
+        record = found.record if isinstance(found, Found) else found
+        if record.slot >= 0:
+            return self.chunks.memory.name
+        return next((t.name for t in self.tiers if t.contains([record])[0]), "")
 
     def retrieve(self, found: Found | Record) -> torch.Tensor | None:
         """The KV `[L, 2, T, G, D]` of a chunk that is stored, a copy; None where it is gone.
@@ -264,11 +226,6 @@ class Store:
         self.chunks.expect(taken)
         self.chunks.fetch(taken.slot)
         return taken
-
-    def _tier(self, record: Record) -> str:
-        if record.slot >= 0:
-            return self.chunks.memory.name
-        return next((t.name for t in self.tiers if t.contains([record])[0]), "")
 
     def _free(self) -> None:
         for slot in self.index.take_freed():

@@ -95,7 +95,7 @@ class TierConfig(Protocol):
         exact_variants: int = 2,
         label: str = "",
     ) -> Any:
-        """The tier, for one of `shards` ranks. It also tells what it has, as `lookup.Behind`.
+        """The tier, for one of `shards` ranks. It also tells what it has, as `lookup.Directory`.
 
         Raises:
             ValueError: a wrong setting, or a place that is not a store's.

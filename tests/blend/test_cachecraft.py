@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmc.blend.cachecraft import Attended, CacheCraft, alone, overlap
-from lmc.blend.evidence import runs_of
+from lmc.blend.cachecraft import CacheCraft, overlap
+from lmc.blend.dense import Attended, alone
+from lmc.blend.evidence import Outline, runs_of
 
 A, B, C, D = (bytes([x]) * 32 for x in range(4))
 # Four tokens that paid 0.5, 0.1, 0.9 and 0.3 to A (2 tokens), B (5) and C (10).
@@ -23,6 +24,10 @@ CHUNK = Attended(
 )
 # a = 0.8 / (4 * 2) + 0.6 / (4 * 5) + 0.4 / (4 * 10) = 0.14, b = 0.8 / 16 = 0.05
 IMPACT = 1 / (1 + math.exp(-0.14 / 0.05))
+
+
+def outline(*moved: tuple[int, int]) -> Outline:
+    return Outline(L=2, T=100, end=90, moved=moved, new=10)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +76,8 @@ def test_a_chunk_that_had_no_other_in_front_is_computed_again_from_its_beginning
     strategy = CacheCraft(0.5)
     assert strategy.overhead(alone(40), (A,)) == 0.25
     assert strategy.rows_of(alone(40), (A,)).tolist() == list(range(10))
-    assert runs_of(strategy.rows(((20, 60), (60, 64)))) == [(20, 30), (60, 61)]
-    assert strategy.rows(()).dtype == np.int64
+    assert runs_of(strategy.rows(outline((20, 60), (60, 64)))) == [(20, 30), (60, 61)]
+    assert strategy.rows(outline()).dtype == np.int64
 
 
 def test_a_chunk_that_looked_at_others_alone_depends_on_them_wholly() -> None:

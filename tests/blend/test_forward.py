@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -16,10 +15,10 @@ from hypothesis import strategies as st
 from lmc.blend import STRATEGIES
 from lmc.blend.cacheblend import CacheBlend
 from lmc.blend.combine import Replay
-from lmc.blend.evidence import Deviation, Importance, Need, Outline
+from lmc.blend.evidence import Deviation, Importance, Need, Outline, Seen
 from lmc.blend.forward import Outcome
 from lmc.blend.query import Query
-from lmc.blend.strategy import Strategy
+from lmc.blend.strategy import NOTHING, Strategy
 from lmc.connectors.hf.adapter import HFAdapter, Pages
 from lmc.kernels.gather import gather
 from tests.connectors.hf.tiny import END, TOKENS, T, decoder, far, tiny
@@ -65,9 +64,9 @@ class SeeingCacheBlend(CacheBlend):
 
     shown: dict[Need, np.ndarray] = field(default_factory=dict)
 
-    def rows_at(self, layer: int, outline: Outline, seen: Mapping[Need, np.ndarray]) -> np.ndarray:
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         self.shown.update(seen)
-        return super().rows_at(layer, outline, seen)
+        return super().rows(outline, layer, seen)
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,9 @@ class SeeingQuery(Query):
 
     shown: dict[Need, np.ndarray] = field(default_factory=dict)
 
-    def rows_at(self, layer: int, outline: Outline, seen: Mapping[Need, np.ndarray]) -> np.ndarray:
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         self.shown.update(seen)
-        return super().rows_at(layer, outline, seen)
+        return super().rows(outline, layer, seen)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +255,7 @@ def test_shifting_every_position_equally_changes_nothing(shift: int, name: str) 
     from lmc.kernels.rerotate import rerotate
 
     strategy = STRATEGIES.build(name)
-    forced = NEW if name != "epic" else np.union1d(NEW, strategy.rows(OUTLINE.moved))
+    forced = NEW if name != "epic" else np.union1d(NEW, strategy.rows(OUTLINE))
     one, other = stale(), stale()
     cos, sin = (torch.from_numpy(x) for x in tiny().rope.angles(shift))
     for layer in other.rows(0, T):
@@ -279,7 +278,7 @@ def test_without_a_strategy_only_the_forced_rows_are_computed() -> None:
 def test_a_strategy_that_takes_rows_up_again_is_refused() -> None:
     @dataclass(frozen=True)
     class Again(CacheBlend):
-        def rows_at(self, layer: int, outline: Outline, seen: Any) -> np.ndarray:
+        def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
             return outline.candidates[: 3 + layer]
 
     with pytest.raises(ValueError, match="Again takes up 1 rows in layer 1 that layer 0 left out"):
@@ -295,7 +294,7 @@ def test_a_probe_measures_before_the_rows_and_deviation_behind_its_layer() -> No
         def needs(self, outline: Outline) -> tuple[Need, ...]:
             return (Importance((1,)), Deviation(1))
 
-        def rows_at(self, layer: int, outline: Outline, seen: Any) -> np.ndarray:
+        def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
             seen_at.append({type(need) for need in seen})
             return outline.candidates
 

@@ -70,13 +70,13 @@ def corpus() -> Index:
 
 def test_reordered_documents_are_found(corpus: Index) -> None:
     plan = plan_of(corpus, SYSTEM, B, A, C, QUESTION)
-    assert [(s.start, s.end, s.kind) for s in plan.segments] == [
+    assert [(s.start, s.end, s.kind) for s in plan.found] == [
         (0, 10, "exact"),
         (10, 70, "exact"),  # behind the very prefix it was stored behind
         (70, 120, "moved"),
         (120, 190, "moved"),
     ]
-    assert [s.delta for s in plan.segments] == [0, 0, 60, 110]
+    assert [s.delta for s in plan.found] == [0, 0, 60, 110]
     assert (plan.end, plan.first_moved, list(plan.rows)) == (190, 70, [])
     assert plan.kinds() == {
         "local": 0, "local_blended": 0, "exact": 70, "moved": 120, "recomputed": 0, "new": 8,
@@ -133,7 +133,7 @@ def test_exact_behind_moved_needs_no_recompute(corpus: Index) -> None:
     evicted = next(r for r in corpus.variants(chunk_key(NS, A)) if r.start == 70)
     corpus.drop(evicted.slot)
     plan = plan_of(corpus, SYSTEM, B, A, C, QUESTION, blend={"name": "epic", "link_tokens": 4})
-    assert [s.kind for s in plan.segments] == ["exact", "exact", "moved", "exact"]
+    assert [s.kind for s in plan.found] == ["exact", "exact", "moved", "exact"]
     assert runs_of(plan.rows) == [(70, 74)]
 
 
@@ -141,7 +141,7 @@ def test_blended_kv_is_never_exact() -> None:
     index = Index(1 << 20)
     store(index, SYSTEM, A, blended_from=10)
     plan = plan_of(index, SYSTEM, A, QUESTION)
-    assert [s.kind for s in plan.segments] == ["exact", "moved"]
+    assert [s.kind for s in plan.found] == ["exact", "moved"]
 
 
 def test_other_tokens_under_the_same_key_are_a_miss(corpus: Index) -> None:
@@ -154,7 +154,7 @@ def test_other_tokens_under_the_same_key_are_a_miss(corpus: Index) -> None:
 
 def test_straddling_chunk_gives_its_last_tokens_only(corpus: Index) -> None:
     plan = plan_of(corpus, SYSTEM, B, A, C, QUESTION, local=96)
-    assert (plan.segments[0].start, plan.segments[0].origin, plan.segments[0].delta) == (96, 70, 60)
+    assert (plan.found[0].start, plan.found[0].at, plan.found[0].delta) == (96, 70, 60)
     epic = {"name": "epic", "link_tokens": 40}
     rows = plan_of(corpus, SYSTEM, B, A, C, QUESTION, local=96, blend=epic).rows
     assert runs_of(rows) == [(96, 110), (120, 160)]  # of A's 40 boundary rows, 14 are not local
@@ -211,13 +211,13 @@ def test_any_plan_accounts_for_every_token(
     assert min(kinds.values()) >= 0
     assert local <= plan.end <= T - 1
     # Each claimed row is loaded or computed, and a row that is both was chosen.
-    loaded = positions([(s.start, s.end) for s in plan.segments])
+    loaded = positions([(s.start, s.end) for s in plan.found])
     assert np.array_equal(np.union1d(loaded, plan.rows), np.arange(local, plan.end))
     assert np.array_equal(np.intersect1d(loaded, plan.rows), plan.chosen)
-    for s in plan.segments:
-        content = tokens[s.origin : s.origin + s.record.T].astype("<i8").tobytes()
+    for s in plan.found:
+        content = tokens[s.at : s.at + s.record.T].astype("<i8").tobytes()
         assert content == s.record.tokens
-        assert s.origin <= s.start < s.end <= s.origin + s.record.T
+        assert s.at <= s.start < s.end <= s.at + s.record.T
     if contiguous or name == "prefix":
         assert plan.first_moved is None
     if contiguous:
@@ -253,7 +253,7 @@ def test_a_tier_behind_memory_gives_the_same_plan() -> None:
     plan = plan_of(here, *prompt, tiers=[shelf])
     alone = plan_of(behind, *prompt)
     assert plan.kinds() == alone.kinds() and plan.recipes(16) == alone.recipes(16)
-    assert {s.record.slot for s in plan.segments} == {-1}
+    assert {s.record.slot for s in plan.found} == {-1}
     assert plan_of(here, *prompt).claimed == 0
 
 
@@ -263,10 +263,10 @@ def test_a_tier_is_asked_for_what_is_not_exact_in_memory() -> None:
     store(behind, SYSTEM, A, B)
     shelf = Shelf(behind)
     plan = plan_of(here, SYSTEM, A, B, QUESTION, tiers=[shelf])
-    assert [s.kind for s in plan.segments] == ["exact"] * 3
-    assert [s.record.slot >= 0 for s in plan.segments] == [True, True, False]
+    assert [s.kind for s in plan.found] == ["exact"] * 3
+    assert [s.record.slot >= 0 for s in plan.found] == [True, True, False]
     assert shelf.asked == 2  # B and the question
     # An exact variant behind is better than a moved one here.
     store(here, B, A)
     plan = plan_of(here, SYSTEM, A, B, QUESTION, tiers=[shelf])
-    assert [s.kind for s in plan.segments] == ["exact"] * 3
+    assert [s.kind for s in plan.found] == ["exact"] * 3

@@ -1,5 +1,8 @@
+"""Strategies: rows by hand, invariants of all of them, and what is refused."""
+
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +22,29 @@ from lmc.blend.evidence import (
     top,
     without,
 )
-from lmc.blend.strategy import Selective, Strategy
+from lmc.blend.strategy import Strategy
+from lmc.quality import BLENDS
 
 RUNS = ((10, 40), (40, 50), (90, 200))
 OUTLINE = Outline(L=6, T=220, end=200, moved=RUNS, new=70)
 SELECTION = [[10, 11, 95], [10, 95], [95]]
-PROFILE = Path(__file__).parents[2] / "benchmarks" / "profiles" / "smollm2-135m-cpu.yaml"
+TIMES = Path(__file__).parents[2] / "benchmarks" / "times" / "smollm2-135m-cpu.yaml"
 FIELDS: dict[str, dict[str, Any]] = {
     "replay": {"by_layer": SELECTION},
-    "controlled": {"profile": str(PROFILE)},
+    "controlled": {"times": str(TIMES)},
 }
 # What `auto` becomes is one of the others.
-NAMES = [name for name in STRATEGIES.names() if name != "auto"]
+NAMES = [name for name in BLENDS.names() if name != "auto"]
 
 
 def build(name: str, **fields: Any) -> Strategy:
-    strategy: Strategy = STRATEGIES.build({"name": name, **FIELDS.get(name, {}), **fields})
+    strategy: Strategy = BLENDS.build({"name": name, **FIELDS.get(name, {}), **fields})
     return strategy
+
+
+def over(runs: tuple[tuple[int, int], ...]) -> Outline:
+    """A request of which these runs are moved."""
+    return dataclasses.replace(OUTLINE, moved=runs)
 
 
 def evidence(strategy: Strategy, outline: Outline, seed: int = 0) -> dict[Need, np.ndarray]:
@@ -56,7 +65,7 @@ def evidence(strategy: Strategy, outline: Outline, seed: int = 0) -> dict[Need, 
     ],
 )
 def test_rows(config: object, runs: list[tuple[int, int]]) -> None:
-    assert runs_of(STRATEGIES.build(config).rows(RUNS)) == runs  # type: ignore[arg-type]
+    assert runs_of(STRATEGIES.build(config).rows(over(RUNS))) == runs  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,10 +77,10 @@ def test_every_strategy_keeps_its_word(name: str, moved: tuple[tuple[int, int], 
     seen = evidence(strategy, outline)
     before = outline.candidates
     for layer, count in enumerate(strategy.counts(outline)):
-        rows = strategy.rows_at(layer, outline, seen)
+        rows = strategy.rows(outline, layer, seen)
         assert np.all(np.diff(rows) > 0)
         assert np.isin(rows, before).all()
-        assert np.array_equal(rows, strategy.rows_at(layer, outline, seen))
+        assert np.array_equal(rows, strategy.rows(outline, layer, seen))
         # A union cannot know how far its two parts will overlap.
         assert len(rows) == count or (name == "union" and len(rows) <= count)
         before = rows
@@ -81,7 +90,7 @@ def test_every_strategy_keeps_its_word(name: str, moved: tuple[tuple[int, int], 
 @pytest.mark.parametrize("ratio", [0, 0.1, 0.5, 1])
 def test_ratio_is_of_the_moved_rows(name: str, ratio: float) -> None:
     strategy = build(name, ratio=ratio)
-    rows = strategy.rows_at(5, OUTLINE, evidence(strategy, OUTLINE))
+    rows = strategy.rows(OUTLINE, 5, evidence(strategy, OUTLINE))
     assert len(rows) == round(150 * ratio)
     with pytest.raises(ValueError, match=r"ratio must be from 0 to 1, got 1\.5"):
         build(name, ratio=1.5)
@@ -92,8 +101,8 @@ def test_cacheblend_takes_the_greatest_deviation_behind_the_check_layer() -> Non
     (need,) = strategy.needs(OUTLINE)
     scores = np.zeros(220, np.float32)
     scores[[12, 45, 100, 5]] = [3, 2, 1, 9]  # row 5 is not a moved one
-    assert np.array_equal(strategy.rows_at(2, OUTLINE, {}), OUTLINE.candidates)
-    assert strategy.rows_at(3, OUTLINE, {need: scores}).tolist() == [12, 45, 100]
+    assert np.array_equal(strategy.rows(OUTLINE, 2, {}), OUTLINE.candidates)
+    assert strategy.rows(OUTLINE, 3, {need: scores}).tolist() == [12, 45, 100]
     assert strategy.counts(OUTLINE) == [150, 150, 150, 3, 3, 3]
 
 
@@ -102,7 +111,7 @@ def test_cacheblend_gradual_filters_what_is_left() -> None:
     assert strategy.counts(OUTLINE) == [150, 75, 30, 15, 15, 15]
     seen = evidence(strategy, OUTLINE)
     assert len(seen) == 3
-    kept = [strategy.rows_at(layer, OUTLINE, seen) for layer in range(6)]
+    kept = [strategy.rows(OUTLINE, layer, seen) for layer in range(6)]
     assert [len(rows) for rows in kept] == [150, 75, 30, 15, 15, 15]
     with pytest.raises(ValueError, match=r"a list that falls, got \[0.1, 0.2\]"):
         build("cacheblend", ratio=[0.1, 0.2])
@@ -113,7 +122,7 @@ def test_query_takes_what_the_question_looks_at_and_counts_its_probe() -> None:
     (need,) = strategy.needs(OUTLINE)
     scores = np.zeros(220, np.float32)
     scores[[12, 45, 100, 5]] = [3, 2, 1, 9]
-    assert strategy.rows_at(0, OUTLINE, {need: scores}).tolist() == [12, 45, 100]
+    assert strategy.rows(OUTLINE, 0, {need: scores}).tolist() == [12, 45, 100]
     assert probe_row_layers(strategy.needs(OUTLINE), OUTLINE) == 70 * 4
 
 
@@ -133,8 +142,8 @@ def test_union_is_the_union() -> None:
                   second={"name": "cacheblend", "ratio": 0.1})  # fmt: skip
     seen = evidence(union, OUTLINE)
     for layer in range(6):
-        rows = [part.rows_at(layer, OUTLINE, seen) for part in parts]
-        assert np.array_equal(union.rows_at(layer, OUTLINE, seen), np.union1d(*rows))
+        rows = [part.rows(OUTLINE, layer, seen) for part in parts]
+        assert np.array_equal(union.rows(OUTLINE, layer, seen), np.union1d(*rows))
     with pytest.raises(ValueError, match="'full_recompute' cannot be joined"):
         build("union", first="full_recompute")
 
@@ -176,24 +185,26 @@ def test_lmc_takes_what_is_looked_at_and_wrong() -> None:
     looked_at[100:160] = np.linspace(2, 1, 60)
     wrong[100:103] = 0  # looked at most, and right
     seen = {importance: looked_at, deviation: wrong}
-    first = strategy.rows_at(0, OUTLINE, seen).tolist()
+    first = strategy.rows(OUTLINE, 0, seen).tolist()
     assert first == boundary + list(range(100, 100 + len(first) - 6))
-    kept = strategy.rows_at(5, OUTLINE, seen).tolist()
+    kept = strategy.rows(OUTLINE, 5, seen).tolist()
     assert kept == boundary + list(range(103, 103 + second - 6))
 
 
 def test_replay_repeats_and_refuses_what_no_forward_can_do() -> None:
     strategy = build("replay")
-    rows = [strategy.rows_at(layer, OUTLINE, {}).tolist() for layer in range(6)]
+    rows = [strategy.rows(OUTLINE, layer, {}).tolist() for layer in range(6)]
     assert rows == [*SELECTION, [95], [95], [95]]
     with pytest.raises(ValueError, match="layer 1 has rows that layer 0 left out"):
         build("replay", by_layer=[[1], [2]])
 
 
-def test_selective_strategies_have_no_rows_beforehand() -> None:
-    with pytest.raises(TypeError, match="chooses rows layer by layer"):
-        build("cacheblend").rows(RUNS)
-    names = [name for name in NAMES if isinstance(build(name), Selective)]
+def test_what_must_be_measured_makes_a_strategy_selective() -> None:
+    for name in NAMES:
+        strategy = build(name)
+        assert strategy.selective or not strategy.needs(OUTLINE), name
+    assert not any(build(name).selective for name in ("epic", "full_reuse", "random", "ape"))
+    names = [name for name in NAMES if build(name).selective]
     assert {"cacheblend", "query", "replay", "union"} <= set(names)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lmc.blend.evidence import Outline
 from lmc.quality import BLENDS
 from lmc.quality.auto import Auto
 from lmc.quality.gate import verdict
@@ -66,4 +67,4 @@ def test_only_a_strategy_with_a_free_knob(strategy: Any, words: str) -> None:
 
 def test_it_never_runs_itself() -> None:
     with pytest.raises(TypeError, match="resolved with a quality profile before"):
-        auto().rows([(0, 10)])
+        auto().rows(Outline(L=2, T=20, end=10, moved=((0, 10),), new=10))

@@ -76,8 +76,8 @@ def test_it_becomes_its_inner_strategy_at_that_ratio(times: str) -> None:
     rng = np.random.default_rng(0)
     seen = {need: rng.random(request.T, dtype=np.float32) for need in inner.needs(request)}
     for layer in range(6):
-        rows = controlled.rows_at(layer, request, seen)
-        assert np.array_equal(rows, inner.rows_at(layer, request, seen))
+        rows = controlled.rows(request, layer, seen)
+        assert np.array_equal(rows, inner.rows(request, layer, seen))
 
 
 @pytest.mark.parametrize("inner", INNERS)
@@ -89,7 +89,7 @@ def test_counts_equal_rows(times: str, inner: Any, n: int, suffix: int, seed: in
     seen = {need: rng.random(request.T, dtype=np.float32) for need in strategy.needs(request)}
     before = request.candidates
     for layer, count in enumerate(strategy.counts(request)):
-        rows = strategy.rows_at(layer, request, seen)
+        rows = strategy.rows(request, layer, seen)
         assert len(rows) == count
         assert np.isin(rows, before).all()
         before = rows

@@ -13,7 +13,7 @@ import torch
 
 from lmc.model.layout import KVLayout
 from lmc.store import Record
-from lmc.store.chunks import Behind, Chunks
+from lmc.store.chunks import Attached, Chunks
 from lmc.store.rows import copy_rows
 from lmc.store.tier import Rows
 from lmc.store.writer import Writer
@@ -92,7 +92,7 @@ def behind(tier: Slow, r: Record, value: float) -> None:
 
 def test_first_layers_can_be_used_while_the_last_ones_come() -> None:
     tier, told = Slow(), []
-    chunks = Chunks(LAYOUT, 1 << 16, [Behind(tier, "through")], fetched=lambda *x: told.append(x))
+    chunks = Chunks(LAYOUT, 1 << 16, [Attached(tier, "through")], fetched=lambda *x: told.append(x))
     behind(tier, record(3), 2.0)
     chunks.expect(record(3))
     chunks.fetch(3)
@@ -113,7 +113,7 @@ def test_first_layers_can_be_used_while_the_last_ones_come() -> None:
 
 def test_what_a_tier_lacks_is_told_and_its_room_free_again() -> None:
     tier, told = Slow(), []
-    chunks = Chunks(LAYOUT, 256 * T, [Behind(tier, "back")], fetched=lambda *x: told.append(x))
+    chunks = Chunks(LAYOUT, 256 * T, [Attached(tier, "back")], fetched=lambda *x: told.append(x))
     tier.layers.release(10)
     chunks.expect(record(1))
     arrival = chunks.arrival(1)
@@ -126,7 +126,7 @@ def test_what_a_tier_lacks_is_told_and_its_room_free_again() -> None:
 def test_a_slot_let_go_while_its_bytes_come_is_not_used_for_others() -> None:
     """Its memory is written until the fetch ends; only then is it free."""
     tier = Slow()
-    chunks = Chunks(LAYOUT, 256 * T, [Behind(tier, "through")])
+    chunks = Chunks(LAYOUT, 256 * T, [Attached(tier, "through")])
     behind(tier, record(1), 1.0)
     chunks.expect(record(1))
     chunks.fetch(1)
@@ -144,7 +144,7 @@ def test_a_slot_let_go_while_its_bytes_come_is_not_used_for_others() -> None:
 
 def test_through_is_written_when_stored_and_back_when_let_go() -> None:
     through, back = Slow(), Slow()
-    chunks = Chunks(LAYOUT, 1 << 16, [Behind(through, "through"), Behind(back, "back")])
+    chunks = Chunks(LAYOUT, 1 << 16, [Attached(through, "through"), Attached(back, "back")])
     filled(chunks, record(1), 1.0)
     assert chunks.drain(10)
     assert chunks.tiers[0].tier.contains([record(1)]) == [True] and not back.held

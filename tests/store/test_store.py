@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lmc.model.layout import KVLayout
-from lmc.store.store import Found, Store
+from lmc.store.lookup import Found
+from lmc.store.store import Store
 
 LAYOUT = KVLayout(L=3, G=2, D=16, dtype="float32")
 TOKENS = np.random.default_rng(0).integers(0, 9999, 400)
@@ -34,7 +35,7 @@ def test_what_is_saved_is_known_and_given_back() -> None:
         assert s.save(TOKENS, whole, SPANS) == 3
         assert s.save(TOKENS, whole, SPANS) == 0
         found = s.lookup(TOKENS, SPANS)
-        assert [(f.start, f.end, f.kind, f.tier) for f in found] == [
+        assert [(f.start, f.end, f.kind, s.where(f)) for f in found] == [
             (start, end, "exact", "memory") for start, end in SPANS
         ]
         for f in found:
@@ -69,10 +70,10 @@ def test_it_outlives_the_process_that_saved_it(tmp_path: Path, write: str) -> No
         s.save(TOKENS, whole, SPANS)
     with store(tmp_path / "kv") as s:
         found = s.lookup(TOKENS, SPANS)
-        assert [(f.kind, f.tier) for f in found] == [("exact", "disk")] * 3
+        assert [(f.kind, s.where(f)) for f in found] == [("exact", "disk")] * 3
         got = s.retrieve(found[1])
         assert got is not None and torch.equal(got, whole[:, :, 100:250])
-        assert [f.tier for f in s.lookup(TOKENS, SPANS)] == ["disk", "memory", "disk"]
+        assert [s.where(f) for f in s.lookup(TOKENS, SPANS)] == ["disk", "memory", "disk"]
         s.prefetch(TOKENS, SPANS)
         for f in found:
             got = s.retrieve(f)
@@ -125,7 +126,7 @@ def test_a_chunk_that_is_damaged_on_disk_is_a_miss(tmp_path: Path) -> None:
         assert s.save(TOKENS, kv(1, 400), SPANS) == 2  # the lost one, and the last from disk
         s.drain()
     with store(tmp_path / "kv") as s:
-        assert [f.tier for f in s.lookup(TOKENS, SPANS)] == ["disk"] * 3
+        assert [s.where(f) for f in s.lookup(TOKENS, SPANS)] == ["disk"] * 3
 
 
 def test_wrong_input_is_refused_before_anything_is_stored() -> None:
@@ -154,4 +155,4 @@ def test_found_says_how_far_keys_must_move() -> None:
     with store() as s:
         s.save(TOKENS, kv(1, 400), SPANS)
         (first, *_) = s.lookup(TOKENS, SPANS)
-        assert Found(50, 150, "moved", "memory", first.record).delta == 50
+        assert Found(50, 150, "moved", first.record, 50).delta == 50

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from lmc.blend.ape import Ape
+from lmc.blend.dense import Attention
 from lmc.blend.evidence import Deviation, Importance, Need, Outline
 from lmc.blend.forward import State
 from lmc.kernels.deviation import deviation
@@ -68,7 +68,7 @@ class HFAdapter:
         positions: `[T']` RoPE positions, where they are not 0..T'-1. The mask goes by rows.
         outline: of the request, for rows that ask and for the ablation of the mask.
         mask: see `Strategy.mask`.
-        ape: merges attention to moved tokens as APE does, or None.
+        attention: what rows attend by, where a dense strategy says; see `lmc.blend.dense`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class HFAdapter:
         *,
         outline: Outline | None = None,
         mask: Literal["position", "bottom_right"] = "position",
-        ape: Ape | None = None,
+        attention: Attention | None = None,
     ) -> None:
         self.layers = list(inner.layers)
         self.num_layers = len(self.layers)
@@ -95,7 +95,7 @@ class HFAdapter:
         self._tokens = torch.from_numpy(np.asarray(tokens, np.int64)).to(self.device)
         at = np.arange(len(tokens)) if positions is None else positions
         self._positions = torch.from_numpy(np.asarray(at, np.int64)).to(self.device)
-        self._outline, self._mask, self._ape = outline, mask, ape
+        self._outline, self._mask, self._attention = outline, mask, attention
         self._rows = np.empty(0, np.int64)
         self._needs: Sequence[Need] = ()
         self._scores: dict[Need, torch.Tensor] = {}
@@ -161,8 +161,8 @@ class HFAdapter:
         if self.watch is not None:
             self.watch(self._rows, query, key, scale)
         mask = self._prepared[1][2]
-        if self._ape is not None and self._outline is not None:
-            out = self._ape.attend(query, key, value, mask, self._outline, scale)
+        if self._attention is not None:
+            out = self._attention(query, key, value, mask, scale)
         elif softcap:
             out = _softcapped(query, key, value, mask, scale, softcap)
         elif mask is None:
@@ -222,7 +222,7 @@ class HFAdapter:
             # implementations compute it; there the suffix is part of the M.
             M = len(rows) + self._outline.T - self._outline.end
             last = self._outline.T - M + torch.arange(len(rows), device=self.device)
-        elif self._ape is None and len(rows) == rows[-1] + 1:
+        elif self._attention is None and len(rows) == rows[-1] + 1:
             return None
         return torch.arange(self._used(), device=self.device)[None] <= last[:, None]
 

@@ -9,17 +9,14 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from lmc.blend.ape import Ape
+from lmc.blend.dense import Dense
 from lmc.blend.encoding import Position
-from lmc.blend.evidence import share, top
 from lmc.blend.forward import Outcome
-from lmc.blend.oracle import OracleDeviation
 from lmc.blend.plan import Plan
 from lmc.blend.strategy import Strategy
 from lmc.connectors.hf.adapter import HFAdapter, Pages
 from lmc.connectors.hf.model import HFModel
 from lmc.connectors.hf.store import HFStore
-from lmc.kernels.deviation import deviation
 from lmc.kernels.scatter import scatter
 
 
@@ -92,17 +89,16 @@ def run_blend(
     at = positions_of(plan, spans, n) if position == "local" else None
     pages = model.pages(n)
     _load(store, plan, pages, at)
-    extra = 0.0
-    if isinstance(strategy, OracleDeviation):
-        if truth is None or at is not None:
-            truth = model.prefill(np.asarray(tokens, np.int64), at).pages
-        _patch(strategy, plan, pages, truth)
-        extra = 1.0
+    dense = strategy if isinstance(strategy, Dense) else Dense()
+    if dense.needs_truth and (truth is None or at is not None):
+        truth = model.prefill(np.asarray(tokens, np.int64), at).pages
+    dense.loaded(plan, pages, truth)
+    extra = 1.0 if dense.needs_truth else 0.0  # a full prefill
     options: dict[str, Any] = {
         "positions": at,
         "outline": plan.outline,
         "mask": strategy.mask,
-        "ape": strategy if isinstance(strategy, Ape) else None,
+        "attention": dense.attention(plan),
     }
 
     def adapter_for(answer: Sequence[int]) -> HFAdapter:
@@ -153,30 +149,15 @@ def positions_of(plan: Plan, spans: Sequence[tuple[int, int]], n: int) -> np.nda
 def _load(store: HFStore, plan: Plan, pages: Pages, at: np.ndarray | None) -> None:
     device = pages.buffer.device
     rope = store.model.rope
-    for s in plan.segments:
-        chunk = store.chunk(s.record.slot)[:, :, s.start - s.origin : s.end - s.origin]
-        delta = s.delta if at is None else int(at[s.origin]) - s.record.start
+    for s in plan.found:
+        chunk = store.chunk(s.record.slot)[:, :, s.start - s.at : s.end - s.at]
+        delta = s.delta if at is None else int(at[s.at]) - s.record.start
         cos = sin = None
         if delta and plan.strategy.rotate:
             cos, sin = (torch.from_numpy(x).to(device) for x in rope.angles(delta))
         slots = torch.arange(s.start, s.end, device=device)
         scatter(chunk.to(device).contiguous(), pages.all, slots, cos, sin,
                 interleaved=rope.interleaved)  # fmt: skip
-
-
-def _patch(strategy: OracleDeviation, plan: Plan, pages: Pages, truth: Pages) -> None:
-    rows = plan.outline.candidates
-    slots = torch.from_numpy(rows).to(pages.buffer.device)
-    right = truth.rows(0, plan.T)
-    for layer in range(len(pages.layers)):
-        k, v = right[layer, 0, slots], right[layer, 1, slots]
-        scores = np.zeros(plan.T, np.float32)
-        found = deviation(k, v, pages.layers[layer], slots, tensor=strategy.tensor)
-        scores[rows] = found.cpu().numpy()
-        worst = torch.from_numpy(top(scores, rows, share(strategy.ratio, len(rows))))
-        worst = worst.to(slots.device)
-        kv = torch.stack((right[layer, 0, worst], right[layer, 1, worst]))[None]
-        scatter(kv, pages.layers[layer], worst)
 
 
 def _fractions(

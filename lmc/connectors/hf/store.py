@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from lmc.blend.ape import Ape
-from lmc.blend.cachecraft import Attended, CacheCraft, alone
+from lmc.blend.dense import Attended, Dense, alone
 from lmc.blend.encoding import Context
-from lmc.blend.plan import Plan, Segment, make_plan
+from lmc.blend.plan import Plan, make_plan
 from lmc.blend.strategy import Strategy
 from lmc.chunking.pieces import Piece, chunk_key
 from lmc.chunking.prompt import join
 from lmc.connectors.hf.model import HFModel
 from lmc.model.layout import KVLayout
 from lmc.store import Record, Store
+from lmc.store.lookup import Found
 
 QUERIES = 256  # rows whose attention is looked at together, so that it fits into memory
 
@@ -113,9 +113,20 @@ class HFStore:
         ids = np.asarray(tokens, np.int64)
         pieces = self.store.pieces(ids, spans)
         plan = self._brought(ids, pieces, strategy)
-        if isinstance(strategy, CacheCraft):
-            return self._fixed(plan, strategy, ids, pieces)
-        return _alike(plan) if isinstance(strategy, Ape) else plan
+        if not isinstance(strategy, Dense):
+            return plan
+        keys = [(p.end, chunk_key(self.namespace, ids[p.start : p.end])) for p in pieces]
+        return strategy.replan(plan, _Chunks(self, keys))
+
+    def attended(self, record: Record) -> Attended:
+        """Where the tokens of a record looked when its KV was computed."""
+        return self._attended.get(record.slot) or alone(record.T)
+
+    def variants(self, found: Found) -> list[Record]:
+        """All records that may serve what was found; of equals the plan's own comes first."""
+        record = found.record
+        known = self.store.index.variants(record.key)
+        return [record, *(r for r in known if r.tokens == record.tokens and r != record)]
 
     def chunk(self, slot: int) -> torch.Tensor:
         """The chunk buffer `[L, 2, T, G, D]` of a record."""
@@ -137,7 +148,7 @@ class HFStore:
                     ids, pieces, index, self.namespace, strategy,
                     L=self.model.L, decline=False, tiers=tiers,
                 )  # fmt: skip
-                behind = {s.record.id: s.record for s in plan.segments if s.record.slot < 0}
+                behind = {s.record.id: s.record for s in plan.found if s.record.slot < 0}
                 if not behind:
                     return plan
                 held = self.store.bring(list(behind.values()))
@@ -145,33 +156,22 @@ class HFStore:
                     break  # no room, or damaged: what memory has must do
         raise AssertionError("a plan out of memory alone has nothing to bring")
 
-    def _fixed(
-        self, plan: Plan, strategy: CacheCraft, ids: np.ndarray, pieces: Sequence[Piece]
-    ) -> Plan:
-        """The plan with the variant of each moved chunk that needs the fewest rows, and those."""
-        keys = [(p.end, chunk_key(self.namespace, ids[p.start : p.end])) for p in pieces]
-        segments, chosen = [], [np.empty(0, np.int64)]
-        for segment in plan.segments:
-            if segment.kind == "moved":
-                before = [key for end, key in keys if end <= segment.origin]
-                known = self._variants(segment)
-                best = min(known, key=lambda r: strategy.overhead(self._context(r), before))
-                segment = replace(segment, record=best)
-                rows = segment.origin + strategy.rows_of(self._context(best), before)
-                chosen.append(rows[(rows >= segment.start) & (rows < segment.end)])
-            segments.append(segment)
-        again = np.concatenate(chosen)
-        rows = np.union1d(np.setdiff1d(plan.rows, plan.chosen), again)
-        return replace(plan, segments=tuple(segments), rows=rows, chosen=again)
 
-    def _variants(self, segment: Segment) -> list[Record]:
-        """All records that may serve a segment; of equals the plan's own comes first."""
-        same = [r for r in self.store.index.variants(segment.record.key)
-                if r.tokens == segment.record.tokens and r != segment.record]  # fmt: skip
-        return [segment.record, *same]
+@dataclass(frozen=True)
+class _Chunks:
+    """What a dense strategy may know of a request's chunks."""
 
-    def _context(self, record: Record) -> Attended:
-        return self._attended.get(record.slot) or alone(record.T)
+    store: HFStore
+    keys: Sequence[tuple[int, bytes]]  # of the request's chunks: where each ends, and its key
+
+    def before(self, position: int) -> list[bytes]:
+        return [key for end, key in self.keys if end <= position]
+
+    def variants(self, found: Found) -> list[Record]:
+        return self.store.variants(found)
+
+    def attended(self, record: Record) -> Attended:
+        return self.store.attended(record)
 
 
 class _Looks:
@@ -211,16 +211,3 @@ class _Looks:
             inter=tuple(paid[:, :i].sum(0).tolist()),
             lengths=tuple(p.end - p.start for p in before),
         )
-
-
-def _alike(plan: Plan) -> Plan:
-    """The plan with the text behind the system prompt moved by nothing, not exact.
-
-    APE encodes all texts at one place, so the first of them is no other than the rest.
-    """
-    exact = [s for s in plan.segments if s.kind == "exact" and s.record.origin == "anchored"]
-    if not exact or not plan.moved:
-        return plan
-    segments = tuple(replace(s, kind="moved") if s in exact else s for s in plan.segments)
-    moved = sorted([*plan.moved, *((s.start, s.end) for s in exact)])
-    return replace(plan, segments=segments, moved=tuple(moved), first_moved=moved[0][0])

@@ -78,11 +78,11 @@ class VLLMAdapter:
     def read(self, index: int, rows: np.ndarray) -> torch.Tensor:
         self._before(index)
         pages = self._attention.pages(self.layers[index])
-        return gather(pages, self._attention.slots(rows, self._blocks))
+        return gather(pages, self._attention.page_slots(rows, self._blocks))
 
     def write(self, index: int, rows: np.ndarray, kv: torch.Tensor) -> None:
         pages = self._attention.pages(self.layers[index])
-        scatter(kv, pages, self._attention.slots(rows, self._blocks))
+        scatter(kv, pages, self._attention.page_slots(rows, self._blocks))
 
     def agree(self, scores: torch.Tensor) -> torch.Tensor:
         # The sum over ranks; the same bits on each, whatever order a reduction adds in.
@@ -171,7 +171,7 @@ def self_check(
             dict.fromkeys(names, checked.how),
             vllm_config,
             num_tokens=T,
-            slot_mapping=dict.fromkeys(names, checked.slots),
+            slot_mapping=dict.fromkeys(names, checked.page_slots),
         ):
             device = attention.device
             whole = model(

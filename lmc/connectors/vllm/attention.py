@@ -29,7 +29,7 @@ class Rows:
     Attributes:
         positions: `[M]`, ascending, int64; `where` is the same on the device.
         reach: positions that the last row sees: its own and all before.
-        slots: `[M]` flat slots.
+        page_slots: `[M]`, where each row lies in the pages, flat (vLLM's slot mapping).
         table: int32 `[1, pages]`, the request's pages up to `reach`.
         how: what the way of attending made of them.
     """
@@ -37,7 +37,7 @@ class Rows:
     positions: np.ndarray
     where: torch.Tensor
     reach: int
-    slots: torch.Tensor
+    page_slots: torch.Tensor
     table: torch.Tensor
     how: Any
 
@@ -88,8 +88,8 @@ class PagedAttention(ABC):
             raise ValueError(f"{type(module).__name__} has {len(inside)} attention layers, want 1")
         return inside[0]
 
-    def slots(self, rows: np.ndarray, blocks: list[int]) -> torch.Tensor:
-        """Flat slots `[M]` of rows in the request's blocks."""
+    def page_slots(self, rows: np.ndarray, blocks: list[int]) -> torch.Tensor:
+        """Flat page slots `[M]` of rows in the request's blocks."""
         table = np.asarray(blocks, np.int64)
         flat = table[rows // self.block_size] * self.block_size + rows % self.block_size
         return torch.from_numpy(flat).to(self.device)
@@ -98,14 +98,14 @@ class PagedAttention(ABC):
         """What is the same in every layer for these rows."""
         reach = int(rows[-1]) + 1
         table = torch.tensor([blocks[: -(-reach // self.block_size)]], dtype=torch.int32)
-        slots = self.slots(rows, blocks)
+        page_slots = self.page_slots(rows, blocks)
         return Rows(
             positions=rows,
             where=torch.from_numpy(rows).to(self.device),
             reach=reach,
-            slots=slots,
+            page_slots=page_slots,
             table=table.to(self.device),
-            how=self._how(rows, slots, table),
+            how=self._how(rows, page_slots, table),
         )
 
     def attend(
@@ -142,7 +142,7 @@ class PagedAttention(ABC):
                 del layer.forward  # the instance's; the class's own shows again
 
     @abstractmethod
-    def _how(self, rows: np.ndarray, slots: torch.Tensor, table: torch.Tensor) -> Any:
+    def _how(self, rows: np.ndarray, page_slots: torch.Tensor, table: torch.Tensor) -> Any:
         """`Rows.how`; `table` is on the host."""
 
     @abstractmethod
@@ -200,7 +200,7 @@ class PagedAttention(ABC):
         write: bool,
     ) -> torch.Tensor:
         pages, tensor, norm = self._pages[id(layer)], need.tensor, need.norm
-        return deviation(key, value, pages, rows.slots, tensor=tensor, norm=norm, write=write)
+        return deviation(key, value, pages, rows.page_slots, tensor=tensor, norm=norm, write=write)
 
     def _forward_of(self, layer: Any, current: Current) -> Any:
         def forward(
@@ -238,7 +238,7 @@ class BackendAttention(PagedAttention):
         builder = first.attn_backend.get_builder_cls()
         self._builder = builder(kv_cache_spec, list(layers), vllm_config, self.device)
 
-    def _how(self, rows: np.ndarray, slots: torch.Tensor, table: torch.Tensor) -> Any:
+    def _how(self, rows: np.ndarray, page_slots: torch.Tensor, table: torch.Tensor) -> Any:
         runs = np.asarray(runs_of(rows), np.int32)
         lengths = runs[:, 1] - runs[:, 0]
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
@@ -253,7 +253,7 @@ class BackendAttention(PagedAttention):
             max_query_len=int(lengths.max()),
             max_seq_len=int(runs[-1, 1]),
             block_table_tensor=table.repeat(len(runs), 1).to(self.device),
-            slot_mapping=slots,
+            slot_mapping=page_slots,
             causal=True,
         )
         return self._builder.build(0, common)
@@ -267,7 +267,7 @@ class BackendAttention(PagedAttention):
         needs: list[Deviation],
     ) -> list[torch.Tensor]:
         scores = [self._deviation(layer, key, value, rows, need, write=False) for need in needs]
-        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, rows.slots)
+        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, rows.page_slots)
         return scores
 
     def _attend(
@@ -298,7 +298,7 @@ class KernelAttention(PagedAttention):
                 if getattr(layer.impl, extra, None) is not None:
                     raise ValueError(f"attention: kernels do not compute the {extra} of {name}")
 
-    def _how(self, rows: np.ndarray, slots: torch.Tensor, table: torch.Tensor) -> Any:
+    def _how(self, rows: np.ndarray, page_slots: torch.Tensor, table: torch.Tensor) -> Any:
         layer = next(iter(self.layers.values()))
         keys = self._pages[id(layer)].k[0]
         return query_rows(torch.from_numpy(rows), (0, len(rows)), layer.num_heads, keys)
@@ -312,7 +312,7 @@ class KernelAttention(PagedAttention):
         needs: list[Deviation],
     ) -> list[torch.Tensor]:
         if not needs:
-            scatter(torch.stack((key, value))[None], self._pages[id(layer)], rows.slots)
+            scatter(torch.stack((key, value))[None], self._pages[id(layer)], rows.page_slots)
         # The last one stores the rows in the pass in which it reads them.
         return [
             self._deviation(layer, key, value, rows, need, write=need is needs[-1])

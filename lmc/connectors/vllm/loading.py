@@ -29,12 +29,12 @@ class Placement:
     """Where one chunk goes, and by how much its keys turn.
 
     Attributes:
-        slots: of the chunk's rows, int64 [T]; -1 for those that are not wanted.
+        page_slots: of the chunk's rows, int64 [T]; -1 for those that are not wanted.
         cos, sin: of the rotation, or None.
     """
 
     load: ChunkLoad
-    slots: torch.Tensor
+    page_slots: torch.Tensor
     cos: torch.Tensor | None
     sin: torch.Tensor | None
     interleaved: bool
@@ -48,7 +48,7 @@ class Placement:
         """Rows `[L, 2, t, G, D]`, in parts along T, into pages of as many layers."""
         first = 0
         for part in parts:
-            slots = self.slots[first : first + part.shape[2]]
+            slots = self.page_slots[first : first + part.shape[2]]
             first += part.shape[2]
             scatter(part, pages, slots, self.cos, self.sin, interleaved=self.interleaved)
 
@@ -57,15 +57,15 @@ def placed(
     load: ChunkLoad, blocks: list[int], attention: PagedAttention, rope: object
 ) -> Placement:
     """Where the tokens of `load` go in a request that owns `blocks`."""
-    slots = torch.full((load.T,), -1, dtype=torch.int64, device=attention.device)
-    first = load.start - load.origin
+    page_slots = torch.full((load.T,), -1, dtype=torch.int64, device=attention.device)
+    first = load.start - load.at
     wanted = np.arange(load.start, load.end, dtype=np.int64)
-    slots[first : first + len(wanted)] = attention.slots(wanted, blocks)
+    page_slots[first : first + len(wanted)] = attention.page_slots(wanted, blocks)
     cos = sin = None
     if load.delta:
         assert isinstance(rope, Rope)
-        cos, sin = (torch.from_numpy(a).to(slots.device) for a in rope.angles(load.delta))
-    return Placement(load, slots, cos, sin, isinstance(rope, Rope) and rope.interleaved)
+        cos, sin = (torch.from_numpy(a).to(page_slots.device) for a in rope.angles(load.delta))
+    return Placement(load, page_slots, cos, sin, isinstance(rope, Rope) and rope.interleaved)
 
 
 class LayeredLoad:

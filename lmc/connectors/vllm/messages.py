@@ -24,7 +24,7 @@ class ChunkLoad:
     """Tokens `[start, end)` of a request out of chunk `slot`.
 
     Attributes:
-        origin: the request's position of the chunk's first token.
+        at: the request's position of the chunk's first token.
         T: tokens of the whole chunk.
         delta: positions its keys move by; 0 leaves them as they are.
     """
@@ -32,13 +32,13 @@ class ChunkLoad:
     slot: int
     start: int
     end: int
-    origin: int
+    at: int
     T: int
     delta: int
 
 
 @dataclass(frozen=True)
-class Blend:
+class Claim:
     """One request's claim: chunks to load, then rows to compute, into its own blocks.
 
     Attributes:
@@ -78,7 +78,7 @@ class StepMetadata(KVConnectorMetadata):
     Attributes:
         freed: slots whose bytes go; before this step's fetches, loads and saves.
         fetches: records that a tier behind host memory has, to be brought into their slots.
-        blends: in order of admission, each complete before the step's forward.
+        claims: in order of admission, each complete before the step's forward.
         saves: copied out after the forward.
         released: requests that wait for their saves before their blocks are freed.
         preempted: blocks of running requests were freed, so pending saves must finish first.
@@ -86,7 +86,7 @@ class StepMetadata(KVConnectorMetadata):
 
     freed: list[int] = field(default_factory=list)
     fetches: list[Record] = field(default_factory=list)
-    blends: list[Blend] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
     saves: list[ChunkSave] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     preempted: bool = False

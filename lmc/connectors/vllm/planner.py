@@ -16,7 +16,7 @@ from lmc.connectors.vllm.tracked import Tracked
 from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
 from lmc.store import Index, Record
-from lmc.store.lookup import Behind
+from lmc.store.lookup import Directory
 
 TIERS_REST_S = 10.0  # after a fetch that was waited for in vain
 
@@ -76,9 +76,7 @@ class Planner:
             others: whether any are running.
         """
         assert tracked.plan is not None
-        coming = [
-            s.record.slot for s in tracked.plan.segments if self.index.arriving(s.record.slot)
-        ]
+        coming = [s.record.slot for s in tracked.plan.found if self.index.arriving(s.record.slot)]
         if not coming or not others:
             return False
         if time.monotonic() - tracked.fetching < self._config.fetch_patience_s:
@@ -97,12 +95,12 @@ class Planner:
     def still_held(self, tracked: Tracked) -> bool:
         """Whether all that the plan needs is there, or on its way."""
         assert tracked.plan is not None
-        return all(s.record.slot in self.index for s in tracked.plan.segments)
+        return all(s.record.slot in self.index for s in tracked.plan.found)
 
     def lease(self, tracked: Tracked) -> None:
         """Keep what the plan needs from eviction, if that is not done."""
         if tracked.plan is not None and not tracked.leased:
-            slots = {s.record.slot for s in tracked.plan.segments}
+            slots = {s.record.slot for s in tracked.plan.found}
             tracked.leased = sorted(slot for slot in slots if slot >= 0)
             for slot in tracked.leased:
                 self.index.lease(slot)
@@ -136,7 +134,7 @@ class Planner:
     # -- parts -------------------------------------------------------------------------------
 
     def _chosen(
-        self, tracked: Tracked, local: int, tiers: Sequence[Behind], refusal: str | None
+        self, tracked: Tracked, local: int, tiers: Sequence[Directory], refusal: str | None
     ) -> tuple[Plan, str | None]:
         """The plan out of memory and `tiers`, and why it does not blend, if it was to."""
         assert tracked.options is not None
@@ -157,7 +155,7 @@ class Planner:
             return plan, f"blending_refused:{refusal}"
         if strategy.moves and not plan.claimed and plan.found_beyond:
             exact = make_plan(*arguments, Prefix(), local=local, tiers=tiers)
-            loaded = sum(s.end - s.start for s in exact.segments)
+            loaded = sum(s.end - s.start for s in exact.found)
             plan = replace(exact, found_beyond=plan.found_beyond - loaded)
             return plan, "gain_below_minimum"
         return plan, None
@@ -167,7 +165,7 @@ class Planner:
         tracked.plan = plan
         self.lease(tracked)
         adopted: dict[bytes, Record] = {}
-        for record in {s.record.id: s.record for s in plan.segments if s.record.slot < 0}.values():
+        for record in {s.record.id: s.record for s in plan.found if s.record.slot < 0}.values():
             taken = self.index.adopt(record)
             if taken is None:
                 for other in adopted.values():
@@ -178,10 +176,8 @@ class Planner:
             self.index.lease(taken.slot)
             tracked.leased.append(taken.slot)
         if adopted:
-            segments = [
-                replace(s, record=adopted.get(s.record.id, s.record)) for s in plan.segments
-            ]
-            tracked.plan = replace(plan, segments=tuple(segments))
+            found = [replace(s, record=adopted.get(s.record.id, s.record)) for s in plan.found]
+            tracked.plan = replace(plan, found=tuple(found))
             tracked.fetching = time.monotonic()
             self._fetches += adopted.values()
             for tier in self._tiers:

@@ -17,9 +17,9 @@ from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import LMCConfig, check_memory, parse_request
 from lmc.connectors.vllm.keeping import chunks_to_keep
 from lmc.connectors.vllm.messages import (
-    Blend,
     ChunkLoad,
     ChunkSave,
+    Claim,
     LMCStats,
     StepMetadata,
     WorkerHello,
@@ -63,7 +63,7 @@ class SchedulerSide:
         self.requests: dict[str, Tracked] = {}
         self.saving: dict[int, Tracked] = {}  # by slot
         self.just_finished: dict[str, Tracked] = {}  # in the step that the workers report on
-        self.blends: list[Blend] = []
+        self.claims: list[Claim] = []
         self.saves: list[ChunkSave] = []
         self.released: list[str] = []
         self.counts: Counter[str] = Counter()
@@ -134,8 +134,8 @@ class SchedulerSide:
             tracked.blended_from = plan.first_moved
         if plan is not None and claimed:
             assert plan.claimed == claimed, (plan.claimed, claimed)
-            self.blends.append(_blend_of(request.request_id, tracked.tokens, blocks, plan))
-            for slot in {s.record.slot for s in plan.segments}:
+            self.claims.append(_claim_of(request.request_id, tracked.tokens, blocks, plan))
+            for slot in {s.record.slot for s in plan.found}:
                 self.index.touch(slot)
         if tracked.report is None:
             self._report(tracked)
@@ -156,16 +156,16 @@ class SchedulerSide:
         metadata = StepMetadata(
             freed=self.index.take_freed(),
             fetches=self.planner.take_fetches(),
-            blends=self.blends,
+            claims=self.claims,
             saves=self.saves,
             released=self.released,
             preempted=bool(scheduler_output.preempted_req_ids),
         )
         # The workers handle messages in order, so a slot that is freed from now on is freed
         # behind these loads: their leases may end.
-        for blend in self.blends:
-            self.planner.release(self.requests[blend.request_id])
-        self.blends, self.saves, self.released = [], [], []
+        for claim in self.claims:
+            self.planner.release(self.requests[claim.request_id])
+        self.claims, self.saves, self.released = [], [], []
         self.just_finished = {}
         return metadata
 
@@ -191,7 +191,7 @@ class SchedulerSide:
             return False, None
         self.just_finished[request.request_id] = tracked
         self.planner.release(tracked)
-        self.blends = [b for b in self.blends if b.request_id != request.request_id]
+        self.claims = [c for c in self.claims if c.request_id != request.request_id]
         computed = request.num_computed_tokens - request.num_in_flight_tokens
         if _saves(tracked) and computed >= request.num_prompt_tokens:
             self._save(tracked, computed, blocks)
@@ -346,13 +346,13 @@ def _saves(tracked: Tracked) -> bool:
     return tracked.options is not None and tracked.options.save
 
 
-def _blend_of(request_id: str, tokens: np.ndarray, blocks: list[int], plan: Plan) -> Blend:
+def _claim_of(request_id: str, tokens: np.ndarray, blocks: list[int], plan: Plan) -> Claim:
     loads = [
-        ChunkLoad(s.record.slot, s.start, s.end, s.origin, s.record.T,
+        ChunkLoad(s.record.slot, s.start, s.end, s.at, s.record.T,
                   s.delta if plan.strategy.rotate else 0)
-        for s in plan.segments
+        for s in plan.found
     ]  # fmt: skip
     claim = (request_id, plan.end)
     if not plan.selective:
-        return Blend(*claim, tokens[: plan.end], blocks, loads, plan.rows)
-    return Blend(*claim, tokens, blocks, loads, plan.rows, plan.strategy, plan.outline)
+        return Claim(*claim, tokens[: plan.end], blocks, loads, plan.rows)
+    return Claim(*claim, tokens, blocks, loads, plan.rows, plan.strategy, plan.outline)

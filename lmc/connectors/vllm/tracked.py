@@ -89,7 +89,7 @@ def report_of(tracked: Tracked, bytes_per_token: int, cost: PrefillCost) -> dict
         blended_from = T if tracked.blended_from is None else tracked.blended_from
         kinds = plan.kinds(local_blended=max(0, local - blended_from))
         computed = plan.computed_runs()
-        for s in plan.segments:
+        for s in plan.found:
             loaded[tracked.fetched.get(s.record.slot, "host")] += s.end - s.start
     return {
         "prompt_tokens": T,

@@ -22,9 +22,9 @@ from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.layouts import paged_kv
 from lmc.connectors.vllm.loading import LayeredLoad, LostError, Placement, placed
 from lmc.connectors.vllm.messages import (
-    Blend,
     ChunkLoad,
     ChunkSave,
+    Claim,
     LMCStats,
     StepMetadata,
     WorkerHello,
@@ -33,7 +33,7 @@ from lmc.connectors.vllm.messages import (
 from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.scatter import scatter
-from lmc.store.chunks import Behind, Chunks
+from lmc.store.chunks import Attached, Chunks
 
 logger = init_logger(__name__)
 
@@ -52,7 +52,7 @@ class WorkerSide:
         self.chunks = Chunks(
             self.layout,
             config.memory_bytes,
-            [Behind(tier, said.write) for said, tier in tiers],
+            [Attached(tier, said.write) for said, tier in tiers],
             config.write_queue_bytes,
             config.fetch_patience_s,
             self._fetched,
@@ -69,7 +69,7 @@ class WorkerSide:
         self._way = config.attention
         self._attention: PagedAttention | None = None
         self._paged: PagedKV | None = None
-        self._arriving: list[tuple[Blend, LayeredLoad]] = []  # claims that this forward waits for
+        self._arriving: list[tuple[Claim, LayeredLoad]] = []  # claims that this forward waits for
         # A forward that is replayed whole as a CUDA graph calls nobody between its layers.
         self._hooked = not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         # One thread, so that saves and frees happen in the order the scheduler wanted.
@@ -107,7 +107,7 @@ class WorkerSide:
         self._model = model if self.refusal is None else None
         # Kernels are compiled when first launched: better now than within a request.
         assert self._paged is not None
-        page = self._attention.slots(np.arange(self.spec.block_size), blocks=[1])
+        page = self._attention.page_slots(np.arange(self.spec.block_size), blocks=[1])
         scatter(gather(self._paged, page), self._paged, page)
 
     def hello(self) -> WorkerHello:
@@ -132,21 +132,21 @@ class WorkerSide:
 
     def load(self, metadata: StepMetadata) -> None:
         """Before the forward: bring every claim into the pages of its request."""
-        for blend in metadata.blends:
+        for claim in metadata.claims:
             try:
-                self._blend(blend)
+                self._serve(claim)
             except Exception:
                 # vLLM truncates the request there and computes the rest itself.
-                logger.exception("lmc could not serve its claim on %s", blend.request_id)
+                logger.exception("lmc could not serve its claim on %s", claim.request_id)
                 self.counts["claims_failed"] += 1
-                self._fail(blend, min([load.start for load in blend.loads] + blend.rows.tolist()))
+                self._fail(claim, min([load.start for load in claim.loads] + claim.rows.tolist()))
 
     def save(self, metadata: StepMetadata) -> None:
         """After the forward: copy new chunks out of the pages, behind the model's back."""
-        for blend, arriving in self._arriving:
+        for claim, arriving in self._arriving:
             if not arriving.complete:
-                logger.error("lmc was not asked for the layers of %s", blend.request_id)
-                self._lose(blend, blend.loads)
+                logger.error("lmc was not asked for the layers of %s", claim.request_id)
+                self._lose(claim, claim.loads)
         self._arriving = []
         ready = _recorded() if metadata.saves else None
         for save in metadata.saves:
@@ -159,13 +159,13 @@ class WorkerSide:
         if not self._arriving:
             return
         layer = self.layer_names.index(layer_name)
-        for blend, arriving in list(self._arriving):
+        for claim, arriving in list(self._arriving):
             try:
                 arriving.until(layer)
             except LostError as lost:
                 # The forward goes on over pages that vLLM will have computed anew.
-                self._lose(blend, [lost.load])
-                self._arriving.remove((blend, arriving))
+                self._lose(claim, [lost.load])
+                self._arriving.remove((claim, arriving))
 
     def finished(self) -> set[str]:
         """Released requests whose saves are done, each told once."""
@@ -210,24 +210,24 @@ class WorkerSide:
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _blend(self, blend: Blend) -> None:
+    def _serve(self, claim: Claim) -> None:
         """Load, then compute rows; chunks that do not come are computed too."""
         late: list[ChunkLoad] = []
         while True:
-            lost, arriving = self._load(blend, late)
-            hooked = self._hooked and not _computes(blend)
+            lost, arriving = self._load(claim, late)
+            hooked = self._hooked and not _computes(claim)
             if hooked and not lost and arriving is not None:
-                self._arriving.append((blend, arriving))  # the engine's own forward waits for it
+                self._arriving.append((claim, arriving))  # the engine's own forward waits for it
                 return
             try:
-                self._compute(blend, lost, arriving)
+                self._compute(claim, lost, arriving)
                 return
             except LostError as e:
                 self._lose(None, [e.load])
                 late.append(e.load)
 
     def _load(
-        self, blend: Blend, late: list[ChunkLoad]
+        self, claim: Claim, late: list[ChunkLoad]
     ) -> tuple[list[ChunkLoad], LayeredLoad | None]:
         """Put chunks into the request's pages: those that are lost, and those still to come.
 
@@ -238,14 +238,14 @@ class WorkerSide:
         deadline = time.monotonic() + self.chunks.patience_s
         layered = get_tp_group().world_size == 1  # else all ranks must know first what is lost
         missing, arriving = list(late), []
-        for load in blend.loads:
+        for load in claim.loads:
             if load in late:
                 continue
             arrival = self.chunks.arrival(load.slot)
             if arrival is not None and not layered and not arrival.wait(None, deadline):
                 missing.append(load)
                 continue
-            placement = placed(load, blend.blocks, self._attention, self._rope)
+            placement = placed(load, claim.blocks, self._attention, self._rope)
             parts = self.chunks.parts(load.slot)
             if parts is not None and sum(part.shape[2] for part in parts) == load.T:
                 placement.put(parts, self._paged)
@@ -257,21 +257,21 @@ class WorkerSide:
                 missing.append(load)
         somewhere = _on_any_rank([load.slot for load in missing])
         self._lose(None, [load for load in missing if load not in late])
-        lost = [load for load in blend.loads if load.slot in somewhere]
+        lost = [load for load in claim.loads if load.slot in somewhere]
         return lost, LayeredLoad(arriving, self._paged, deadline) if arriving else None
 
-    def _compute(self, blend: Blend, lost: list[ChunkLoad], arriving: LayeredLoad | None) -> None:
+    def _compute(self, claim: Claim, lost: list[ChunkLoad], arriving: LayeredLoad | None) -> None:
         """The rows of a claim, those of lost chunks among them, layer by layer as chunks come."""
-        rows, strategy, outline = blend.rows, blend.strategy, blend.outline
+        rows, strategy, outline = claim.rows, claim.strategy, claim.outline
         for load in lost:
             rows = np.union1d(rows, np.arange(load.start, load.end))
         if lost:
             if self._model is None:
-                self._fail(blend, min(load.start for load in lost))
+                self._fail(claim, min(load.start for load in lost))
                 return
-            anew = np.setdiff1d(rows, blend.rows)
+            anew = np.setdiff1d(rows, claim.rows)
             with self._lock:
-                self._report.recomputed[blend.request_id] = anew.tolist()
+                self._report.recomputed[claim.request_id] = anew.tolist()
             if outline is not None:
                 # As Plan.recomputing has it on the scheduler's side.
                 moved, new = without(outline.moved, anew), outline.new + len(anew)
@@ -283,8 +283,8 @@ class WorkerSide:
             adapter = VLLMAdapter(
                 self._model,
                 self._attention,
-                blend.tokens,
-                blend.blocks,
+                claim.tokens,
+                claim.blocks,
                 self.max_rows,
                 self.vllm_config,
                 arriving.until if arriving else lambda layer: None,
@@ -293,7 +293,7 @@ class WorkerSide:
             self.counts["rows_computed"] += len(rows)
             self.counts["row_layers_selected"] += sum(len(chosen) for chosen in outcome.selected)
             self.counts["row_layers_probed"] += outcome.probe
-            if outcome.probe and len(blend.blocks) * self.spec.block_size < len(blend.tokens):
+            if outcome.probe and len(claim.blocks) * self.spec.block_size < len(claim.tokens):
                 self.counts["probes_cut_short"] += 1
         if arriving is not None:
             arriving.all()
@@ -301,7 +301,7 @@ class WorkerSide:
     def _count_loaded(self, source: str, placement: Placement) -> None:
         self.counts[f"bytes_loaded:{source}"] += placement.tokens * self.layout.bytes_per_token
 
-    def _lose(self, blend: Blend | None, loads: list[ChunkLoad]) -> None:
+    def _lose(self, claim: Claim | None, loads: list[ChunkLoad]) -> None:
         """Tell the scheduler what is not there; a claim that is past mending, the engine."""
         if not loads:
             return
@@ -309,9 +309,9 @@ class WorkerSide:
             self._report.lost += [load.slot for load in loads]
             # A fetch that is still under way has been waited for in vain.
             self._report.late |= any(self.chunks.arrival(load.slot) for load in loads)
-        if blend is not None:
+        if claim is not None:
             self.counts["claims_failed"] += 1
-            self._fail(blend, min(load.start for load in loads))
+            self._fail(claim, min(load.start for load in loads))
 
     def _fetched(self, slot: int, whole: bool) -> None:
         """On a fetching thread: a chunk has come out of a tier, or has not."""
@@ -330,10 +330,10 @@ class WorkerSide:
     def _finish_copies(self) -> None:
         self._copier.submit(lambda: None).result()
 
-    def _fail(self, blend: Blend, start: int) -> None:
+    def _fail(self, claim: Claim, start: int) -> None:
         block_size = self.spec.block_size
-        last = -(-blend.end // block_size)
-        self._failed_blocks.update(blend.blocks[start // block_size : last])
+        last = -(-claim.end // block_size)
+        self._failed_blocks.update(claim.blocks[start // block_size : last])
 
     def _save(self, save: ChunkSave, ready: Any) -> None:
         """On the copying thread: one chunk out of the pages."""
@@ -358,23 +358,25 @@ class WorkerSide:
     def _copy_out(self, save: ChunkSave, parts: list[torch.Tensor], ready: Any) -> None:
         assert self._attention is not None and self._paged is not None
         rows = np.arange(save.start, save.end, dtype=np.int64)
-        slots = self._attention.slots(rows, save.blocks).split([part.shape[2] for part in parts])
+        here = self._attention.page_slots(rows, save.blocks).split(
+            [part.shape[2] for part in parts]
+        )
         if ready is None:
-            for part, here in zip(parts, slots, strict=True):
-                gather(self._paged, here, out=part)
+            for part, slots in zip(parts, here, strict=True):
+                gather(self._paged, slots, out=part)
             return
         # Untested on a GPU: a stream of its own, behind the step's forward.
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
-            for part, here in zip(parts, slots, strict=True):
-                part.copy_(gather(self._paged, here), non_blocking=True)
+            for part, slots in zip(parts, here, strict=True):
+                part.copy_(gather(self._paged, slots), non_blocking=True)
         stream.synchronize()
 
 
-def _computes(blend: Blend) -> bool:
+def _computes(claim: Claim) -> bool:
     """Whether rows of a claim are computed before the engine's own forward."""
-    return len(blend.rows) > 0 or blend.strategy is not None
+    return len(claim.rows) > 0 or claim.strategy is not None
 
 
 def _recorded() -> Any:

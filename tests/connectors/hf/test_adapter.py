@@ -42,7 +42,7 @@ def test_ape_against_a_slow_loop(temperature: float, scale: float) -> None:
     outline = Outline(L=1, T=keys, end=9, moved=((2, 4), (6, 9)), new=7)
     mask = torch.arange(keys)[None] <= torch.from_numpy(rows)[:, None]
     ape, attention_scale = Ape(temperature, scale), D**-0.5
-    got = ape.attend(q, k, v, mask, outline, attention_scale)
+    got = ape.attend(outline.candidates, q, k, v, mask, attention_scale)
     assert got.shape == (1, H, len(rows), D)
     moved = {2, 3, 6, 7, 8}
     for head in range(H):

@@ -257,7 +257,7 @@ def test_ape_treats_the_first_text_as_the_others() -> None:
     assert [at[start] for start, _ in SPANS[1:]] == [20] * 4
     # All were encoded there, so no key is rotated.
     store = stored("Llama", "anchored")
-    for s in got.plan.segments:
+    for s in got.plan.found:
         reused = got.pages.rows(s.start, s.end)
         assert torch.equal(reused, store.chunk(s.record.slot))
 

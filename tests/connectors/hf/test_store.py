@@ -49,7 +49,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("context", EXPECTED)
 def test_a_context_policy_decides_origin_and_start(context: Any) -> None:
-    system, *chunks = plan_of(stored("Llama", context)).segments
+    system, *chunks = plan_of(stored("Llama", context)).found
     assert (system.kind, system.record.start, system.start, system.end) == ("exact", 0, 0, 20)
     found = [(s.kind, s.record.origin, s.record.start) for s in chunks]
     assert found == EXPECTED[context]
@@ -60,7 +60,7 @@ def test_a_context_policy_decides_origin_and_start(context: Any) -> None:
 @pytest.mark.parametrize("context", EXPECTED)
 def test_a_chunk_holds_the_kv_of_its_context(context: Any) -> None:
     store = stored("Llama", context)
-    for i, s in enumerate(plan_of(store).segments[1:]):
+    for i, s in enumerate(plan_of(store).found[1:]):
         prompts = {
             "isolated": CHUNKS[i],
             "anchored": [*SYSTEM, *CHUNKS[i]],
@@ -84,8 +84,8 @@ def test_without_a_system_text_the_first_chunk_is_in_front() -> None:
     store.add_chunks("anchored", [], CHUNKS)
     tokens, spans = TOKENS[20:], [(start - 20, end - 20) for start, end in SPANS[1:]]
     plan = store.plan(tokens, spans, STRATEGIES.build("full_reuse"))
-    assert [s.kind for s in plan.segments] == ["exact", "moved", "moved", "moved"]
-    assert [s.record.origin for s in plan.segments] == ["isolated"] * 4
+    assert [s.kind for s in plan.found] == ["exact", "moved", "moved", "moved"]
+    assert [s.record.origin for s in plan.found] == ["isolated"] * 4
 
 
 def test_an_unknown_context_policy_is_named() -> None:
@@ -100,8 +100,8 @@ def test_a_full_store_lets_the_oldest_chunks_go_and_their_scores_with_them() -> 
     store.add_chunks("isolated", [], CHUNKS[2:])
     tokens, spans = TOKENS[100:], [(0, 40), (40, 80)]
     plan = store.plan(tokens, spans, STRATEGIES.build("full_reuse"))
-    assert [(s.start, s.end) for s in plan.segments] == spans
-    assert plan_of(store).segments == ()
+    assert [(s.start, s.end) for s in plan.found] == spans
+    assert plan_of(store).found == ()
     assert not store._attended
     assert store.store.chunks.memory.size == store.store.index.size == 80 * 4 * 2 * 2 * 32 * 4
 
@@ -123,9 +123,9 @@ def attention() -> torch.Tensor:
 def test_scores_are_the_models_own_attention(attention: torch.Tensor) -> None:
     store = stored("Llama", "first_seen")
     plan = plan_of(store)
-    for i, s in enumerate(plan.segments[1:]):
+    for i, s in enumerate(plan.found[1:]):
         start = s.record.start
-        scores = store._context(s.record)
+        scores = store.attended(s.record)
         mine = attention[start : start + 40]
         others = [(a, a + 40) for a in range(20, start, 40)]
         expected = sum((mine[:, a:b].sum(1) for a, b in others), torch.zeros(40))
@@ -142,8 +142,8 @@ def test_cachecraft_recomputes_the_rows_that_looked_at_what_is_missing() -> None
     store = stored("Llama", "first_seen")
     plan = plan_of(store, "cachecraft")
     strategy = CacheCraft()
-    for i, s in enumerate(plan.segments[1:]):
-        scores = store._context(s.record)
+    for i, s in enumerate(plan.found[1:]):
+        scores = store.attended(s.record)
         # Stored behind those that follow it now, so nothing overlaps.
         share = strategy.overhead(scores, ())
         inside = plan.rows[(plan.rows >= s.start) & (plan.rows < s.end)] - s.start
@@ -166,17 +166,17 @@ def test_cachecraft_takes_the_variant_whose_context_is_nearest() -> None:
     tokens, spans = [*SYSTEM, *b, *a, *d, 5], [(0, 20), (20, 60), (60, 100), (100, 140)]
     before = {}
     for name in ("full_reuse", "cachecraft"):
-        segment = store.plan(tokens, spans, STRATEGIES.build(name)).segments[-1]
+        segment = store.plan(tokens, spans, STRATEGIES.build(name)).found[-1]
         assert (segment.start, segment.end) == (100, 140)
-        assert len(store._variants(segment)) == 2
-        before[name] = store._context(segment.record).before
+        assert len(store.variants(segment)) == 2
+        before[name] = store.attended(segment.record).before
     front_a, front_c = (chunk_key(b"hf", np.array(front)) for front in (a, c))
     # One that continues what stands before it is every plan's choice; without it, Cache-Craft's.
     assert before == {"full_reuse": (front_a,), "cachecraft": (front_a,)}
     apart, spans = [*SYSTEM, *a, *b, *d, 5], SPANS[:4]
     for name in before:
-        segment = store.plan(apart, spans, STRATEGIES.build(name)).segments[-1]
-        before[name] = store._context(segment.record).before
+        segment = store.plan(apart, spans, STRATEGIES.build(name)).found[-1]
+        before[name] = store.attended(segment.record).before
     assert before == {"full_reuse": (front_c,), "cachecraft": (front_a,)}
 
 
@@ -197,7 +197,7 @@ def test_cachecraft_recomputes_nothing_where_no_context_is_missing() -> None:
 def test_cachecraft_takes_half_of_chunks_that_had_no_other_in_front(context: Any) -> None:
     plan = plan_of(stored("Llama", context), "cachecraft")
     assert not stored("Llama", context)._attended
-    moved = [s for s in plan.segments if s.kind == "moved"]
+    moved = [s for s in plan.found if s.kind == "moved"]
     assert plan.rows.tolist() == [row for s in moved for row in range(s.start, s.start + 20)]
 
 

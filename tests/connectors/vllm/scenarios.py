@@ -268,13 +268,13 @@ def together(session: Session) -> dict[str, Any]:
     side.take_stats = counted
     # Planned, not yet loaded: the workers lose a chunk that the plan counts on.
     lost = next(t for t in side.requests.values() if t.request.request_id.startswith(ids["lost"]))
-    session.lmc_worker.chunks.memory.release(lost.plan.segments[-1].record.slot)
+    session.lmc_worker.chunks.memory.release(lost.plan.found[-1].record.slot)
     answers = session.finish()
     # The same where the strategy would not have computed its rows anyway.
     session.llm.reset_prefix_cache()
     lossy = session.add(prompt(5, 3), "full_reuse", save=False)
     session.lmc_worker.chunks.memory.release(
-        next(iter(side.requests.values())).plan.segments[-1].record.slot
+        next(iter(side.requests.values())).plan.found[-1].record.slot
     )
     lossy_answer = session.finish()[lossy]
     lossy_plain = plain(session, prompt(5, 3))
@@ -376,7 +376,7 @@ def adapter(session: Session) -> dict[str, Any]:
     tokens, other = np.array(text(20, T)), np.array(text(20, T))
     other[150:] = text(21, T - 150)
     rows = np.arange(T)
-    slots = worker._attention.slots(rows, blocks)
+    slots = worker._attention.page_slots(rows, blocks)
 
     def kv_after(ids: np.ndarray, chosen: np.ndarray, max_rows: int) -> Any:
         VLLMAdapter(
@@ -385,7 +385,7 @@ def adapter(session: Session) -> dict[str, Any]:
         return gather(worker._paged, slots).clone()
 
     def poison_rows(chosen: np.ndarray) -> None:
-        where = worker._attention.slots(chosen, blocks)
+        where = worker._attention.page_slots(chosen, blocks)
         for k, v in zip(worker._paged.k, worker._paged.v, strict=True):
             k[where // 32, where % 32] = 50.0
             v[where // 32, where % 32] = 50.0

@@ -92,7 +92,7 @@ def lost_chunks(session: Any, two: list[list[int]], one: list[list[int]]) -> dic
         session.llm.reset_prefix_cache()
         request_id = session.add(parts, blend, save=False)
         tracked = list(session.scheduler.connector._scheduler.requests.values())[-1]
-        session.lmc_worker.chunks.memory.release(tracked.plan.segments[-1].record.slot)
+        session.lmc_worker.chunks.memory.release(tracked.plan.found[-1].record.slot)
         results[name] = session.finish()[request_id]
         results[name].selected = session.selected
         results[f"{name}_plain"] = session.fresh(parts, enabled=False)
@@ -111,7 +111,7 @@ def measured(session: Any, tokens: np.ndarray, blocks: list[int]) -> dict[str, A
     end = T - 30
     moved = ((40, 100), (110, end))
     outline = Outline(L=3, T=T, end=end, moved=moved, new=10 + 30)
-    slots = worker._attention.slots(np.arange(T), blocks)
+    slots = worker._attention.page_slots(np.arange(T), blocks)
 
     def adapter(max_rows: int = 1000, blocks: list[int] = blocks) -> VLLMAdapter:
         arguments = (worker._model, worker._attention, tokens, blocks, max_rows)
