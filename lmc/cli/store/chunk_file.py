@@ -2,9 +2,9 @@
 
 One tensor a record, named by its id in hex, of the KV's own type and shape `[L, S, T, G, D]`,
 decoded; what its header in the store says is JSON in the file's metadata, under the same name. The
-format is that of https://github.com/huggingface/safetensors: 8 bytes with the length of a JSON
-header, the header, the tensors without gaps. It is written and read here since numpy has no
-bfloat16, and so that neither a store nor a file need fit into memory.
+safetensors package reads and checks the file; only the tensors' bytes are taken from their places
+here, since numpy has no bfloat16. The file is written here, so that a store need not fit into
+memory: 8 bytes with the length of a JSON header, the header, the tensors without gaps.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, BinaryIO, Literal
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 
 from lmc.model.layout import KVLayout
 from lmc.registry import one_line
@@ -51,15 +53,6 @@ class Facts(BaseModel):
     error: float = Field(ge=0, le=1e30)
     label: str = Field(max_length=255)
     xxh3_128: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-
-
-class _Tensor(BaseModel):
-    """What the header says of one tensor: `[L, S, T, G, D]`, and its bytes behind the header."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    dtype: Literal["F32", "F16", "BF16"]
-    shape: list[Annotated[int, Field(ge=1, lt=1 << 31)]] = Field(min_length=5, max_length=5)
-    data_offsets: list[Annotated[int, Field(ge=0, lt=1 << 63)]] = Field(min_length=2, max_length=2)
 
 
 @dataclass(frozen=True)
@@ -139,63 +132,59 @@ def _seal(facts: Facts, layout: KVLayout, S: int, digest: bytes) -> str:
     return fmt.digest_of(digest + text.encode()).hex()
 
 
-def items_of(file: BinaryIO, size: int) -> list[Item]:
-    """What a file of `size` bytes says of its tensors, in their order; their bytes are not read.
+def items_of(path: Path) -> list[Item]:
+    """What a file says of its tensors, in their order; their bytes are not read.
 
     Raises:
-        ValueError: anything that `header_of` does not write, or a file that is not whole.
+        ValueError: a file that is not whole, or that `header_of` did not write.
+        OSError: it cannot be read.
     """
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or not 2 <= length <= min(MOST_HEADER, size - 8):
-        raise ValueError(f"got {size:,} bytes that are no safetensors file, or not all of one")
+    with path.open("rb") as file:
+        at = 8 + int.from_bytes(file.read(8), "little")
     try:
-        header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__")
-        marks = {name: metadata.pop(name) for name in FORMAT}
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as e:
-        raise ValueError(f"got a file that `lmc store export` did not write: {e!r:.200}") from e
+        with safe_open(path, "np") as tensors:
+            metadata: dict[str, str] = tensors.metadata() or {}
+            # In the order of their bytes, which follow each other without gaps.
+            slices = [(name, tensors.get_slice(name)) for name in tensors.offset_keys()]
+            described = [(name, s.get_dtype(), s.get_shape()) for name, s in slices]
+    except SafetensorError as e:
+        raise ValueError(f"got {path}, no safetensors file, or not all of one: {e!s:.200}") from e
+    marks = {name: metadata.pop(name, None) for name in FORMAT}
     if marks != FORMAT:
-        raise ValueError(f"got a file of {marks}, want {FORMAT}")
-    if metadata.keys() != header.keys():
-        some = sorted(metadata.keys() ^ header.keys())[0]
+        raise ValueError(f"got a file of {marks}, want {FORMAT}, as `lmc store export` writes it")
+    if metadata.keys() != {name for name, *_ in described}:
+        some = sorted(metadata.keys() ^ {name for name, *_ in described})[0]
         raise ValueError(f"got {some[:80]!r} among either the tensors or the metadata, want both")
     items = []
-    for name, tensor in header.items():
+    for name, dtype, shape in described:
         try:
-            items.append(_item(name, tensor, metadata[name], 8 + length))
+            items.append(_item(name, dtype, shape, metadata[name], at))
         except ValidationError as e:
             raise ValueError(f"tensor {name[:80]!r}: {one_line(e):.200}") from e
         except ValueError as e:
             raise ValueError(f"tensor {name[:80]!r}: {e}") from e
-    items.sort(key=lambda item: item.at)
-    at = 8 + length
-    for item in items:
-        if item.at != at:
-            raise ValueError(f"got a tensor at {item.at:,}, want it at {at:,} behind the last one")
-        at += item.record.nbytes
-    if at != size:
-        raise ValueError(f"got a file of {size:,} bytes, its tensors end at {at:,}")
+        at += items[-1].record.nbytes
     return items
 
 
-def _item(name: str, tensor: object, text: object, data_at: int) -> Item:
-    described = _Tensor.model_validate(tensor)
-    facts = Facts.model_validate_json(text if isinstance(text, str) else "")
-    L, S, T, G, D = described.shape
-    start, end = described.data_offsets
+def _item(name: str, dtype: str, shape: list[int], text: str, at: int) -> Item:
+    facts = Facts.model_validate_json(text)
+    if dtype not in _DTYPES.values() or len(shape) != 5 or 0 in shape:
+        raise ValueError(
+            f"got {dtype} {shape}, want [L, S, T, G, D] of {', '.join(_DTYPES.values())}"
+        )
+    L, S, T, G, D = shape
     most = (fmt.MOST_LAYERS, 2, fmt.MOST_TOKENS, fmt.MOST_HEADS, fmt.MOST_DIM)
-    if any(n > m for n, m in zip(described.shape, most, strict=True)):
-        raise ValueError(f"got shape {described.shape}, allowed: at most {list(most)}")
+    if any(n > m for n, m in zip(shape, most, strict=True)):
+        raise ValueError(f"got shape {shape}, allowed: at most {list(most)}")
     if len(facts.tokens) != T:
-        raise ValueError(f"got {len(facts.tokens)} token ids for shape {described.shape}")
+        raise ValueError(f"got {len(facts.tokens)} token ids for shape {shape}")
     if facts.shard >= facts.shards:
         raise ValueError(f"got shard {facts.shard} of {facts.shards}")
     if len(facts.label.encode()) > 255:
         raise ValueError("got a label of more than 255 bytes")
-    layout = KVLayout(L, G, D, next(k for k, v in _DTYPES.items() if v == described.dtype))
+    layout = KVLayout(L, G, D, next(k for k, v in _DTYPES.items() if v == dtype))
     nbytes = layout.bytes_per_token * T * S // 2
-    if end - start != nbytes:
-        raise ValueError(f"got {end - start:,} bytes, want {nbytes:,} of {described.shape}")
     record = Record(
         slot=-1,
         namespace=bytes.fromhex(facts.namespace),
@@ -210,4 +199,4 @@ def _item(name: str, tensor: object, text: object, data_at: int) -> Item:
     )
     if fmt.shard_id(record, facts.shard, facts.shards).hex() != name:
         raise ValueError("the name is not the id of what the metadata say")
-    return Item(facts, record, layout, S, data_at + start)
+    return Item(facts, record, layout, S, at)

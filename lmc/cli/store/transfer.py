@@ -147,8 +147,8 @@ def import_chunks(path: Path, source: Path, capacity: int) -> Imported:
             than fits.
         OSError: one of them cannot be read or written.
     """
+    items = items_of(source)
     with open(source, "rb") as file:
-        items = items_of(file, os.fstat(file.fileno()).st_size)
         sizes = {}
         for item in items:
             # What could not be read again is refused here.
