@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
-from blake3 import blake3
 
 from lmc.blend.forward import Outcome, selective_forward
 from lmc.connectors.hf.adapter import HFAdapter, Pages, Watch
+from lmc.connectors.hf.weights import weights_of
 from lmc.kernels.rerotate import rerotate
+from lmc.model.identity import namespace_of
 from lmc.model.rope import from_config
 from lmc.model.shape import shape_of
 
@@ -68,15 +68,14 @@ class HFModel:
         """What people call it."""
         return Path(getattr(self.model.config, "_name_or_path", "") or "model").name
 
-    def fingerprint(self) -> bytes:
-        """BLAKE3, 32 bytes, of all that its KV depends on: config, weights, dtype, rotation."""
-        digest = blake3(b"lmc-hf" + self.model.config.to_json_string().encode())
-        for name, weights in self.model.state_dict().items():
-            # XXH3 keeps up with memory; 128 bits of it a tensor go into the digest.
-            data = weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest.update(f"{name}:{weights.dtype}:".encode() + xxhash.xxh3_128_digest(data))
-        digest.update(self.rope.fingerprint)
-        return digest.digest()
+    def namespace(self) -> bytes:
+        """What its KV is stored under: an engine that serves the same files has the same.
+
+        Reads the weights, in memory and on disk, and compares them.
+        """
+        config = self.model.config.get_text_config().to_json_string()
+        dtype = str(self.dtype).removeprefix("torch.")
+        return namespace_of(config, weights_of(self.model), dtype, self.rope)
 
     def pages(self, T: int) -> Pages:
         """Room for the KV of T tokens."""

@@ -45,7 +45,7 @@ class HFStore:
         shape = model.shape
         layout = KVLayout(model.L, shape.G, shape.D, str(model.dtype).removeprefix("torch."))
         # What is kept in memory alone is this model's alone; what outlives it must say which.
-        self.namespace = model.fingerprint() if tiers else b"hf"
+        self.namespace = model.namespace() if tiers else b"hf"
         self.store = Store(
             layout,
             self.namespace,

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import vllm
-from blake3 import blake3
 
 from lmc.connectors.vllm.config import TESTED_VLLM, LMCConfig
+from lmc.model import identity
 from lmc.model.layout import KVLayout
 from lmc.model.rope import Rope, from_config
 from lmc.model.weights import weights_digest
 from lmc.store.tier import TierConfig
-
-FORMAT_VERSION = 1  # of stored KV; a change makes all that was stored before unfindable
 
 
 def check_vllm_version(version: str = vllm.__version__) -> None:
@@ -67,17 +65,16 @@ def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
 def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rope | str) -> bytes:
     """Digest of all that makes KV incompatible, but for what differs by request.
 
-    Model config, weights, dtype, rotation and stored-format version. Weights that cannot be
-    read from files (dummy weights, a model that is only on a hub) get a namespace of their
-    own process, which is safe and never shared.
+    As `lmc.model.identity` has it, so that a notebook finds what an engine stored. Weights that
+    cannot be read from files (dummy weights, a model that is only on a hub) get a namespace of
+    their own process, which is safe and never shared.
     """
-    model = vllm_config.model_config
-    digest = blake3(b"lmc-kv" + bytes([FORMAT_VERSION]))
-    digest.update(model.hf_text_config.to_json_string().encode())
-    digest.update(weights_of(vllm_config) or os.urandom(32))
-    digest.update(str(layout_of(vllm_config, kv_cache_config).dtype).encode())
-    digest.update(rope.fingerprint if isinstance(rope, Rope) else b"no rope")
-    return digest.digest()
+    return identity.namespace_of(
+        vllm_config.model_config.hf_text_config.to_json_string(),
+        weights_of(vllm_config) or os.urandom(32),
+        layout_of(vllm_config, kv_cache_config).dtype,
+        rope if isinstance(rope, Rope) else None,
+    )
 
 
 def open_tiers(

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lmc.chunking.prompt import join
 from tests.connectors.vllm.engine import run_scenario
-from tests.connectors.vllm.persistent import BLENDS
+from tests.connectors.vllm.persistent import BLENDS as BLENDS_OF
 
 pytestmark = pytest.mark.engine
 
@@ -46,7 +47,7 @@ def restarted(
 
 
 def test_a_restarted_engine_answers_as_the_one_that_stored(stored: Any, restarted: Any) -> None:
-    for arm in BLENDS:
+    for arm in BLENDS_OF:
         same(restarted[arm], stored[arm])
         assert restarted[arm].kinds == stored[arm].kinds
     same(restarted["full_recompute"], restarted["plain"])
@@ -61,6 +62,55 @@ def test_the_report_says_that_the_bytes_came_from_disk(restarted: Any) -> None:
 
 def test_a_tenant_does_not_find_anothers_documents_on_disk(restarted: Any) -> None:
     assert restarted["other_tenant"].kinds == {"new": 270}
+
+
+@pytest.fixture(scope="module")
+def notebook(tiny_llama_dir: Path) -> Any:
+    """The engine's model, as a notebook has it."""
+    from transformers import AutoModelForCausalLM
+
+    from lmc.connectors.hf import HFModel
+
+    return HFModel(AutoModelForCausalLM.from_pretrained(tiny_llama_dir).eval())
+
+
+def test_a_notebook_answers_out_of_what_an_engine_stored(
+    notebook: Any, folder: Path, stored: Any, restarted: Any
+) -> None:
+    from lmc.connectors.hf import HFStore, run_blend
+    from lmc.quality import BLENDS
+    from tests.connectors.vllm.scenarios import prompt
+
+    whole = join(prompt(2, 0, 3))
+    store = HFStore(notebook, tiers=disk(folder)["tiers"])
+    try:
+        assert store.namespace == notebook.namespace()
+        for arm in ("full_reuse", "epic", "prefix"):
+            got = run_blend(store, whole.token_ids, whole.spans, BLENDS.build(BLENDS_OF[arm]))
+            kinds = {kind: n for kind, n in got.plan.kinds().items() if n}
+            assert kinds == stored[arm].kinds, arm
+            first = stored[arm].tokens[0]
+            logprob = got.logits[0][0].double().log_softmax(-1)[first]
+            np.testing.assert_allclose(float(logprob), stored[arm].logprobs[0], atol=1e-4)
+    finally:
+        store.close()
+
+
+def test_an_engine_answers_out_of_what_a_notebook_stored(
+    notebook: Any, tiny_llama_dir: Path, restarted: Any, tmp_path: Path
+) -> None:
+    from lmc.connectors.hf import HFStore
+    from tests.connectors.vllm.scenarios import DOCUMENTS, SYSTEM
+
+    store = HFStore(notebook, tiers=disk(tmp_path / "kv")["tiers"])
+    for document in DOCUMENTS:
+        whole = join([SYSTEM, document])
+        store.add(whole.token_ids, whole.spans)
+    store.close()
+    got = run_scenario("restarted", tiny_llama_dir, tmp_path, lmc=disk(tmp_path / "kv"))
+    for arm in BLENDS_OF:
+        same(got[arm], restarted[arm])
+        assert got[arm].kinds == restarted[arm].kinds, arm
 
 
 def test_workers_in_processes_of_their_own(

@@ -1,0 +1,26 @@
+"""What makes the KV of two models the same KV: one namespace, whoever computes it."""
+
+from __future__ import annotations
+
+from blake3 import blake3
+
+from lmc.model.rope import Rope
+
+FORMAT_VERSION = 1  # of stored KV; a change makes all that was stored before unfindable
+
+
+def namespace_of(config_json: str, weights: bytes, dtype: str, rope: Rope | None) -> bytes:
+    """Digest, 32 bytes, of all that makes KV incompatible, but for what differs by request.
+
+    Args:
+        config_json: of the text model, as transformers writes it.
+        weights: digest of its weights.
+        dtype: of its KV.
+        rope: its rotation; None where its keys cannot be moved.
+    """
+    digest = blake3(b"lmc-kv" + bytes([FORMAT_VERSION]))
+    digest.update(config_json.encode())
+    digest.update(weights)
+    digest.update(dtype.encode())
+    digest.update(rope.fingerprint if rope is not None else b"no rope")
+    return digest.digest()
