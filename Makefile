@@ -13,8 +13,12 @@ READY := $(VENV)/.ready
 # -qq: errors only
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
 PYTEST := $(BIN)/python -m pytest
+# Without torch and vLLM: traces, chunkers, policies, and the command line of these.
+SIM := .venv-sim
+SIM_TESTS := tests/test_registry.py tests/test_rooms.py tests/model/test_times.py \
+  tests/chunking tests/policies tests/sim tests/cli/test_sim.py
 
-.PHONY: help setup lint test test-fast test-slow gpu-check demo clean
+.PHONY: help setup lint test test-fast test-sim test-slow gpu-check demo clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,16 +56,28 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## lint and every test that is not slow
-	$(PYTEST) -m "not slow"
+# Two processes, a test file in one of them, so that engines are shared by the tests of a file.
+PARALLEL := -n 2 --dist loadfile
 
-test-fast: setup ## the tests that do not start vLLM, in about 10 minutes
-	$(PYTEST) -m "not slow and not engine"
+test: lint ## lint and every test that is not slow, in about 12 minutes on two cores
+	$(PYTEST) $(PARALLEL) -m "not slow"
+
+test-fast: setup ## what takes seconds: no engine, no kernel compiled, no notebook; under 3 minutes
+	$(PYTEST) $(PARALLEL) -m "not slow and not engine and not heavy"
+
+test-sim: $(SIM)/.ready ## the part without torch, in an environment of its own; under 2 minutes
+	$(SIM)/bin/python -m pytest $(PARALLEL) $(SIM_TESTS) -m "not slow and not heavy"
 
 test-slow: setup ## the slow tests only
 	$(PYTEST) -m slow
 
-gpu-check: ## check and time the kernels on this machine's GPU (GPU_PYTHON: one with lmc[cuda])
+$(SIM)/.ready: constraints-cpu.txt pyproject.toml
+	[ -x $(SIM)/bin/pip ] || $(PYTHON) -m venv $(SIM)
+	$(SIM)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-cpu.txt \
+	  -e ".[sim]" pytest pytest-timeout pytest-xdist hypothesis libcachesim
+	touch $@
+
+gpu-check: ## check and time the kernels on this machine's GPU (GPU_PYTHON: one with the extra [cuda])
 	$(GPU_PYTHON) benchmarks/kernels.py
 
 demo: setup ## run experiments/demo.yaml into results/demo
@@ -69,4 +85,4 @@ demo: setup ## run experiments/demo.yaml into results/demo
 
 clean: ## remove caches and build outputs; .venv and results stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path "./.venv*" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,7 +7,7 @@ nothing is timed and the exit status is 1. Then each bench case runs in bf16 on 
 turns and are larger than the L2 cache together; a table is printed and a row for each kernel is
 appended to benchmarks/results/kernels.jsonl. Bytes are the floor that the SPEC states, so GB/s is
 what the task needed, not what the kernel moved. Without a GPU nothing runs: exit status 0. The
-environment that `make setup` makes has a PyTorch for CPUs; install lmc[cuda] in one for GPUs.
+environment that `make setup` makes has a PyTorch for CPUs; the extra [cuda] brings one for GPUs.
 """
 
 from __future__ import annotations

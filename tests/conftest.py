@@ -59,6 +59,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct in float32 with its tokenizer, from the user's cache."""
+    pytest.importorskip("torch", reason="the model is exported by torch")
     from lmc.model import exports
 
     return exports.export("smollm2")

@@ -50,7 +50,7 @@ def calibrate(
 
     What is known after each prompt lies in FILE.partial; FILE is replaced when all is measured.
     """
-    with errors_in_one_line():
+    with errors_in_one_line("hf"):
         if dtype not in (None, *DTYPES):
             raise ValueError(f"--dtype: got {dtype!r}; valid: {', '.join(DTYPES)}")
 

@@ -52,7 +52,7 @@ def fit(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Fit seconds to first token to measured rows, and say when reuse is slower than computing."""
-    with errors_in_one_line():
+    with errors_in_one_line("sim"):
         import json
         from dataclasses import asdict, replace
         from hashlib import sha256

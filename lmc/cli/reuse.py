@@ -44,7 +44,7 @@ def reuse(
 
     Nothing is ever evicted here: `lmc sim` says what a store of some size keeps of it.
     """
-    with errors_in_one_line():
+    with errors_in_one_line("sim"):
         from lmc.cli.output import bar_of_bytes, print_bad_lines, print_json
         from lmc.sim.readers import read
         from lmc.sim.reuse import CUTS, analyse

@@ -90,7 +90,7 @@ def sim(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
     """Replay a trace through eviction policies, in tiers that hold no bytes."""
-    with errors_in_one_line():
+    with errors_in_one_line("sim"):
         from lmc.chunking import CHUNKERS
         from lmc.cli.output import bar_of_bytes, print_bad_lines, print_json
         from lmc.model.shape import shape as model_shape

@@ -28,7 +28,7 @@ def make(
     out: Annotated[Path, typer.Option(help="The file; one named .gz, .xz or .zst is compressed.")],
 ) -> None:
     """Write a synthetic trace with token ids, the same for the same fields and seed."""
-    with errors_in_one_line():
+    with errors_in_one_line("sim"):
         from lmc.sim.generate import GENERATORS, save
 
         n = save(GENERATORS.build(generator).requests(), out)
@@ -46,7 +46,7 @@ def info(
     strict: Annotated[bool, typer.Option(help="Stop at the first bad line.")] = False,
 ) -> None:
     """Say what a trace holds, what can be asked of it, and which lines cannot be read."""
-    with errors_in_one_line():
+    with errors_in_one_line("sim"):
         import json
 
         from rich.console import Console

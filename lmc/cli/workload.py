@@ -29,7 +29,7 @@ def show(
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts to print.")] = 1,
 ) -> None:
     """Print prompts as the model reads them, each part on its own."""
-    with errors_in_one_line():
+    with errors_in_one_line("hf"):
         from rich.console import Console
 
         console = Console()
@@ -50,7 +50,7 @@ def solvable(
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts to answer.")] = 24,
 ) -> None:
     """Say whether a model can do a task at all: full prefill must answer 80% of the prompts."""
-    with errors_in_one_line():
+    with errors_in_one_line("hf"):
         from transformers import AutoModelForCausalLM
 
         from lmc.experiment.solvable import SOLVABLE, solved
@@ -73,7 +73,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The JSONL that workload `passages` reads.")],
 ) -> None:
     """Turn a multi-hop data set, as CacheBlend's examples carry it, into passages."""
-    with errors_in_one_line():
+    with errors_in_one_line("hf"):
         from lmc.workloads.passages import convert_musique
 
         typer.echo(f"{target}: {convert_musique(source, target)} questions")

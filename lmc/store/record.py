@@ -40,7 +40,8 @@ class Record:
         start: the position its keys are rotated for.
         context: digest of all tokens before it when its KV was computed.
         context_after: the same digest through its last token.
-        origin: see DESIGN's words; only `blended` KV is not what full prefill gave there.
+        origin: how its KV came to be (docs/glossary.md); only `blended` KV is not what full
+            prefill gave there.
         nbytes: bytes on one rank.
         tail: it ends where its prompt ended, not at a cut: used in its exact context only.
     """

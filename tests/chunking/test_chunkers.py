@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmc.chunking import CHUNKERS
-from lmc.chunking.cdc import Cdc, _mix
+from lmc.chunking.cdc import Cdc, splitmix64
 from lmc.chunking.pieces import Piece, chunk_key, split
 
 SMALL = Cdc(7, hash_tokens=2, max_tokens=12)
@@ -27,7 +27,7 @@ def brute_force(chunker: Cdc, tokens: np.ndarray) -> list[int]:
     def hash_at(p: int) -> int:
         h = np.zeros(1, dtype=np.uint64)
         for token in tokens[p - k : p]:
-            h = _mix(h ^ np.uint64(token))
+            h = splitmix64(h ^ np.uint64(token))
         return int(h[0])
 
     cuts, last = [], 0

@@ -206,7 +206,7 @@ def import_(
     ] = "10GiB",
 ) -> None:
     """Put the chunks of a file into a store, once all of it is checked."""
-    with errors_in_one_line():
+    with errors_in_one_line("store"):
         from lmc.cli.store.transfer import import_chunks
 
         found = import_chunks(path, source, parse_bytes(capacity))
@@ -221,7 +221,7 @@ def import_(
 @contextmanager
 def _opened(path: Path, to_write: bool = False) -> Iterator[Folder]:
     """The store in `path`, and what goes wrong with it in one line."""
-    with errors_in_one_line():
+    with errors_in_one_line("store"):
         import lmdb
 
         from lmc.cli.store.inspect import existing

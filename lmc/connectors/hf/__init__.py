@@ -1,11 +1,11 @@
 """Hugging Face decoders: rows of them recomputed against reused KV, without a patch.
 
-`blend` is the one call for a notebook; `HFModel`, `HFStore` and `run_blend` are its parts.
+`answer` is the one call for a notebook; `HFModel`, `HFStore` and `run_blend` are its parts.
 """
 
+from lmc.connectors.hf.answer import Answer, answer
 from lmc.connectors.hf.model import HFModel
-from lmc.connectors.hf.notebook import Result, blend
 from lmc.connectors.hf.serve import Blended, run_blend
 from lmc.connectors.hf.store import HFStore
 
-__all__ = ["Blended", "HFModel", "HFStore", "Result", "blend", "run_blend"]
+__all__ = ["Answer", "Blended", "HFModel", "HFStore", "answer", "run_blend"]

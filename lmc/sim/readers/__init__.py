@@ -39,6 +39,14 @@ class Format(Protocol):
 
     has_text: ClassVar[bool]
 
+    @staticmethod
+    def recognises(head: bytes, keys: set[str]) -> bool:
+        """Whether a file is of this format, and of no other.
+
+        head: its first bytes. keys: of its first JSON object, if it begins with one.
+        """
+        ...
+
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         """(line or record number from 1 on, record) of a file; `Broken` stands for a bad one."""
         ...

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import IO, Any, ClassVar
 
-from lmc.sim.readers.records import RecordError, csv_rows, fields_of, length
+from lmc.sim.readers.records import RecordError, columns_of, csv_rows, fields_of, length
 from lmc.sim.trace import Request
 
 
@@ -17,6 +17,10 @@ class Azure:
     """CSV of TIMESTAMP,ContextTokens,GeneratedTokens: lengths alone, so it can only be timed."""
 
     has_text: ClassVar[bool] = False
+
+    @staticmethod
+    def recognises(head: bytes, keys: set[str]) -> bool:
+        return b"ContextTokens" in columns_of(head)
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         return csv_rows(stream)

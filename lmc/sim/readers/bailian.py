@@ -26,6 +26,10 @@ class Bailian:
             raise ValueError(f"got block_tokens {self.block_tokens}, want at least 1")
         self._roots: dict[int, int] = {}
 
+    @staticmethod
+    def recognises(head: bytes, keys: set[str]) -> bool:
+        return {"hash_ids", "chat_id"} <= keys and "requests" not in keys
+
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         self._roots.clear()
         return json_lines(stream)

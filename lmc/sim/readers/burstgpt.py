@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, ClassVar
 
-from lmc.sim.readers.records import csv_rows, fields_of, length, name_of, number
+from lmc.sim.readers.records import columns_of, csv_rows, fields_of, length, name_of, number
 from lmc.sim.trace import Request
 
 
@@ -19,6 +19,10 @@ class BurstGpt:
     """
 
     has_text: ClassVar[bool] = False
+
+    @staticmethod
+    def recognises(head: bytes, keys: set[str]) -> bool:
+        return b"Request tokens" in columns_of(head)
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         return csv_rows(stream)

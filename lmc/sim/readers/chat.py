@@ -27,6 +27,10 @@ class Chat(TextFormat):
     text count. output_length is 0 where the line does not say.
     """
 
+    @staticmethod
+    def recognises(head: bytes, keys: set[str]) -> bool:
+        return "messages" in keys and not keys & {"hash_ids", "requests"}
+
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         return json_lines(stream)
 

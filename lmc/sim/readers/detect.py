@@ -19,13 +19,13 @@ def detect(path: Path) -> str:
     head = _head(file).lstrip(b"\xef\xbb\xbf \r\n\t")
     if not head:
         raise ValueError(f"{path}: the trace is empty")
-    found = _of(head)
-    if found is None:
-        raise ValueError(
-            f"{path}: cannot tell the format of this trace; name one of "
-            f"{', '.join(FORMATS.names())}"
-        )
-    return found
+    keys = set() if head.startswith(b"[") else _keys(head)
+    for name in FORMATS.entries:
+        if FORMATS.load(name).recognises(head, keys):
+            return name
+    raise ValueError(
+        f"{path}: cannot tell the format of this trace; name one of {', '.join(FORMATS.names())}"
+    )
 
 
 def _head(file: Path) -> bytes:
@@ -39,25 +39,6 @@ def _head(file: Path) -> bytes:
         except DAMAGED:
             pass  # counted when it is read
     return b"".join(parts)
-
-
-def _of(head: bytes) -> str | None:
-    first = head.partition(b"\n")[0]
-    columns = [c.strip() for c in first.split(b",")]
-    if b"ContextTokens" in columns:
-        return "azure"
-    if b"Request tokens" in columns:
-        return "burstgpt"
-    if head.startswith(b"["):
-        return "sharegpt" if b'"conversations"' in head else None
-    keys = _keys(head)
-    if "requests" in keys:
-        return "weka"
-    if "hash_ids" in keys:
-        return "bailian" if "chat_id" in keys else "mooncake"
-    if "messages" in keys:
-        return "chat"
-    return "tokens" if "tokens" in keys else None
 
 
 def _keys(head: bytes) -> set[str]:

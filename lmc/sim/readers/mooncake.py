@@ -24,6 +24,10 @@ class Mooncake:
         if self.block_tokens < 1:
             raise ValueError(f"got block_tokens {self.block_tokens}, want at least 1")
 
+    @staticmethod
+    def recognises(head: bytes, keys: set[str]) -> bool:
+        return "hash_ids" in keys and not keys & {"chat_id", "requests"}
+
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         return json_lines(stream)
 

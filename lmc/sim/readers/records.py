@@ -146,3 +146,8 @@ def hash_ids(record: Mapping[str, Any], tokens: int, block_tokens: int) -> list[
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def columns_of(head: bytes) -> list[bytes]:
+    """The first line of a file, as the names of columns."""
+    return [column.strip() for column in head.partition(b"\n")[0].split(b",")]

@@ -31,6 +31,10 @@ class ShareGpt(TextFormat):
         super().__post_init__()
         self._arrivals = count()
 
+    @staticmethod
+    def recognises(head: bytes, keys: set[str]) -> bool:
+        return head.startswith(b"[") and b'"conversations"' in head
+
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         self._arrivals = count()
         return enumerate(_items(stream), 1)

@@ -29,6 +29,10 @@ class Tokens:
 
     has_text: ClassVar[bool] = False
 
+    @staticmethod
+    def recognises(head: bytes, keys: set[str]) -> bool:
+        return "tokens" in keys and not keys & {"hash_ids", "messages", "requests"}
+
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         return json_lines(stream)
 

@@ -46,6 +46,10 @@ class Weka:
     def __post_init__(self) -> None:
         self._sessions = 0
 
+    @staticmethod
+    def recognises(head: bytes, keys: set[str]) -> bool:
+        return "requests" in keys
+
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         for line, session in _sessions(stream):
             self._sessions += 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmc.connectors.hf import HFModel, blend
+from lmc.connectors.hf import HFModel, answer
 from tests.connectors.hf.tiny import (
     CHUNKS,
     FAMILIES,
@@ -50,9 +50,9 @@ def test_shifting_every_position_equally_changes_nothing(family: str) -> None:
 def test_scaled_rope_that_is_still_a_rotation_is_taken(rope: dict[str, Any]) -> None:
     model = HFModel(decoder("Llama", rope_parameters=rope))
     parts = [SYSTEM, *CHUNKS, QUESTION]
-    result = blend(model, None, parts, "full_recompute", compare=True)
+    result = answer(model, None, parts, "full_recompute", compare=True)
     assert result.report["kl_last"] < 1e-9
-    assert blend(model, None, parts, compare=True).report["kl_last"] > 1e-3
+    assert answer(model, None, parts, compare=True).report["kl_last"] > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_model_is_as_it_was(attention: str) -> None:
     with torch.no_grad():
         before = model(ids).logits
     for strategy in ("cacheblend", "ape"):
-        blend(model, None, [SYSTEM, *CHUNKS, QUESTION], strategy, max_new_tokens=2)
+        answer(model, None, [SYSTEM, *CHUNKS, QUESTION], strategy, max_new_tokens=2)
     assert model.config._attn_implementation == attention
     after = model.state_dict()
     assert after.keys() == weights.keys()

@@ -15,10 +15,11 @@ from lmc.connectors.hf.model import HFModel
 from lmc.connectors.hf.serve import Blended, run_blend
 from lmc.connectors.hf.store import HFStore
 from lmc.quality import BLENDS
+from lmc.quality.metrics import kl_divergence
 
 
 @dataclass(frozen=True)
-class Result:
+class Answer:
     """A blended prompt, as a notebook shows it.
 
     Attributes:
@@ -40,7 +41,7 @@ class Result:
     blended: Blended
 
 
-def blend(
+def answer(
     model: Any,
     tokenizer: Any,
     segments: Sequence[str | Sequence[int]],
@@ -50,22 +51,23 @@ def blend(
     position: Position = "global",
     max_new_tokens: int = 0,
     compare: bool = False,
-) -> Result:
+) -> Answer:
     """Answer a prompt whose middle segments were encoded elsewhere.
 
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        from lmc.connectors.hf import blend
+        import lmc
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         segments = ["Be brief.", " Ann lives in Rome.", " Bob lives in Oslo.", " Bob lives in"]
-        result = blend(model, tokenizer, segments, "epic", max_new_tokens=8, compare=True)
+        result = lmc.answer(model, tokenizer, segments, "epic", max_new_tokens=8, compare=True)
         result.text, result.report["compute_fraction"], result.report["kl_last"]
 
     Args:
         model: a transformers decoder, or an `HFModel` of one, which skips its checks.
         tokenizer: its tokenizer; None where all segments are token ids.
         segments: texts or token ids: the system prompt, the chunks to reuse, the question.
-        strategy: as `blend` in a config: a name, a name and fields, or your own `module:Class`.
+        strategy: as `blend` in a config: a name, a name and fields (`epic:4`), or your own
+            `module:Class`.
         context: what the chunks were encoded in; see `HFStore.add_chunks`.
         position: where they stand; see `run_blend`.
         max_new_tokens: length of the greedy answer; 0 for none.
@@ -122,19 +124,19 @@ def blend(
     }
     if compare:
         report |= _distance(reference, blended.logits[0])
-    answer = blended.answer
+    ids = blended.answer
     end = getattr(tokenizer, "eos_token_id", None)
-    answer = answer[: answer.index(end)] if end in answer else answer
-    text = tokenizer.decode(answer) if tokenizer is not None else ""
-    return Result(blended.logits[0][0], answer, text, report, blended.selection, blended)
+    ids = ids[: ids.index(end)] if end in ids else ids
+    text = tokenizer.decode(ids) if tokenizer is not None else ""
+    return Answer(blended.logits[0][0], ids, text, report, blended.selection, blended)
 
 
 def _distance(full: torch.Tensor, blended: torch.Tensor) -> dict[str, float]:
     """KL in nats and agreement of logits `[n, V]`; the first row is the prompt's last."""
-    p, q = full.double().log_softmax(-1), blended.double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
+    p, q = (logits.double().log_softmax(-1).cpu().numpy() for logits in (full, blended))
+    kl = kl_divergence(p, q)
     distance = {"kl_last": float(kl[0])}
     if len(kl) > 1:
-        same = full.argmax(-1) == blended.argmax(-1)
-        distance |= {"kl_mean": float(kl.mean()), "top1_agreement": float(same.double().mean())}
+        same = p.argmax(-1) == q.argmax(-1)
+        distance |= {"kl_mean": float(kl.mean()), "top1_agreement": float(same.mean())}
     return distance

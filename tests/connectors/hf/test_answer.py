@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmc.connectors.hf import blend
+from lmc.connectors.hf import answer
 from tests.connectors.hf.tiny import (
     CHUNKS,
     QUESTION,
@@ -28,7 +28,7 @@ SEGMENTS = [SYSTEM, *CHUNKS, QUESTION]
 
 
 def test_the_example_runs(smollm2_dir: Path) -> None:
-    text = inspect.getdoc(blend) or ""
+    text = inspect.getdoc(answer) or ""
     lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
     example = lines[: next(i for i, line in enumerate(lines) if line.startswith("result.text"))]
     assert len(example) == 6
@@ -42,15 +42,15 @@ def test_the_example_runs(smollm2_dir: Path) -> None:
     assert 0 < report["compute_fraction"] < 1
     assert report["kl_last"] >= 0
     assert report["kl_mean"] >= 0
-    again = names["blend"](names["model"], names["tokenizer"], names["segments"], "full_recompute",
-                           max_new_tokens=8, compare=True)  # fmt: skip
+    given = [names[name] for name in ("model", "tokenizer", "segments")]
+    again = names["lmc"].answer(*given, "full_recompute", max_new_tokens=8, compare=True)
     assert again.report["kl_last"] < 1e-6
     assert again.report["top1_agreement"] == 1
 
 
 def test_it_serves_out_of_the_store_it_fills() -> None:
     for context in ("isolated", "anchored", "first_seen"):
-        result = blend(tiny(), None, SEGMENTS, {"name": "epic", "link_tokens": 8}, context=context)
+        result = answer(tiny(), None, SEGMENTS, {"name": "epic", "link_tokens": 8}, context=context)
         same = blended(stored("Llama", context), {"name": "epic", "link_tokens": 8})
         assert far(result.logits, same.logits[0][0]) < 1e-5
         assert result.selection == same.selection
@@ -68,7 +68,7 @@ def test_it_serves_out_of_the_store_it_fills() -> None:
 
 @pytest.mark.parametrize("strategy", ["full_recompute", "full_reuse", "ape", "query"])
 def test_the_distance_is_that_to_the_models_own_logits(strategy: str) -> None:
-    result = blend(tiny(), None, SEGMENTS, strategy, max_new_tokens=4, compare=True)
+    result = answer(tiny(), None, SEGMENTS, strategy, max_new_tokens=4, compare=True)
     own = tiny().model.generate(torch.tensor([TOKENS]), max_new_tokens=4, do_sample=False,
                                 eos_token_id=None)[0].tolist()  # fmt: skip
     p = reference(tiny(), own)[T - 1 : -1].double().softmax(-1)
@@ -84,13 +84,13 @@ def test_the_distance_is_that_to_the_models_own_logits(strategy: str) -> None:
 
 
 def test_a_comparison_without_an_answer_is_of_the_last_token() -> None:
-    report = blend(tiny(), None, SEGMENTS, compare=True).report
+    report = answer(tiny(), None, SEGMENTS, compare=True).report
     assert report["kl_last"] > 0
     assert not {"kl_mean", "top1_agreement"} & report.keys()
 
 
 def test_a_prompt_without_chunks_is_answered_too() -> None:
-    result = blend(tiny(), None, [SYSTEM, QUESTION], compare=True)
+    result = answer(tiny(), None, [SYSTEM, QUESTION], compare=True)
     assert result.report["kinds"]["exact"] == len(SYSTEM)
     assert result.report["kl_last"] < 1e-9
 
@@ -105,9 +105,9 @@ def test_the_answer_ends_before_the_tokenizers_end_token() -> None:
         def decode(self, ids: list[int]) -> str:
             return " ".join(map(str, ids))
 
-    whole = blend(tiny(), None, SEGMENTS, max_new_tokens=5).token_ids
+    whole = answer(tiny(), None, SEGMENTS, max_new_tokens=5).token_ids
     end = whole[3]
-    cut = blend(tiny(), Tokenizer(end), SEGMENTS, max_new_tokens=5)
+    cut = answer(tiny(), Tokenizer(end), SEGMENTS, max_new_tokens=5)
     assert cut.token_ids == whole[: whole.index(end)]
     assert cut.text == " ".join(map(str, cut.token_ids))
 
@@ -130,10 +130,10 @@ def test_the_answer_ends_before_the_tokenizers_end_token() -> None:
 )
 def test_wrong_arguments_are_named(segments: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are the test
-        blend(tiny(), None, segments, **options)
+        answer(tiny(), None, segments, **options)
     assert words in str(error.value)
 
 
 def test_a_strategy_of_ones_own_is_named_by_module_and_class() -> None:
-    own = blend(tiny(), None, SEGMENTS, "lmc.blend.epic:Epic")
-    assert np.array_equal(own.logits, blend(tiny(), None, SEGMENTS, "epic").logits)
+    own = answer(tiny(), None, SEGMENTS, "lmc.blend.epic:Epic")
+    assert np.array_equal(own.logits, answer(tiny(), None, SEGMENTS, "epic").logits)
