@@ -26,7 +26,7 @@ from lmc.connectors.vllm.messages import (
     WorkerReport,
 )
 from lmc.connectors.vllm.planner import Planner
-from lmc.connectors.vllm.quality import QualityGate
+from lmc.connectors.vllm.gate import QualityGate
 from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, rechain
 from lmc.connectors.vllm.tracked import Tracked, report_of, unblendable
 from lmc.model.shape import shape_of
