@@ -57,7 +57,7 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 # Two processes, a test file in one of them, so that engines are shared by the tests of a file.
-PARALLEL := -n 2 --dist loadfile
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 test: lint ## lint and every test that is not slow, in about 12 minutes on two cores
 	$(PYTEST) $(PARALLEL) -m "not slow"

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from lmc import plots
     from lmc.chunking.prompt import Prompt, prompt
     from lmc.connectors.hf import Answer, answer
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from lmc.sim.readers import read as read_trace
     from lmc.store.store import Store
 
-__version__ = version("lmc-kv")
 __all__ = [
     "Answer",
     "Prompt",
@@ -55,6 +55,8 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("lmc-kv")
     if name not in _WHERE:
         raise AttributeError(f"module 'lmc' has no attribute {name!r}; it has {', '.join(__all__)}")
     module, _, attribute = _WHERE[name].partition(":")

@@ -26,6 +26,17 @@ settings.register_profile("lmc", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("lmc")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes seconds first; the tests of a file in one process, unless they stand alone."""
+    long = ("engine", "heavy", "slow")
+    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in long))
+    for item in items:
+        alone = item.get_closest_marker("alone") is not None
+        file = str(item.path.relative_to(REPO))
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else file))
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama: L=3, H=4, G=2, D=32, 512 ids, 2048 positions, float32, no tokenizer."""

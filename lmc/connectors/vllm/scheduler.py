@@ -15,6 +15,7 @@ from lmc.blend.plan import Plan
 from lmc.chunking.pieces import split
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import LMCConfig, check_memory, parse_request
+from lmc.connectors.vllm.gate import QualityGate
 from lmc.connectors.vllm.keeping import chunks_to_keep
 from lmc.connectors.vllm.messages import (
     ChunkLoad,
@@ -26,7 +27,6 @@ from lmc.connectors.vllm.messages import (
     WorkerReport,
 )
 from lmc.connectors.vllm.planner import Planner
-from lmc.connectors.vllm.gate import QualityGate
 from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, rechain
 from lmc.connectors.vllm.tracked import Tracked, report_of, unblendable
 from lmc.model.shape import shape_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -366,62 +366,29 @@ def refused(session: Session) -> dict[str, Any]:
 
 def adapter(session: Session) -> dict[str, Any]:
     """The selective forward by itself, in pages that no request owns."""
-    import torch
-
-    from lmc.connectors.vllm.adapter import VLLMAdapter
-    from lmc.kernels.gather import gather
-
-    worker = session.lmc_worker
-    T, blocks = 230, [9, 4, 17, 2, 30, 11, 6, 21]
-    tokens, other = np.array(text(20, T)), np.array(text(20, T))
-    other[150:] = text(21, T - 150)
-    rows = np.arange(T)
-    slots = worker._attention.page_slots(rows, blocks)
-
-    def kv_after(ids: np.ndarray, chosen: np.ndarray, max_rows: int) -> Any:
-        VLLMAdapter(
-            worker._model, worker._attention, ids, blocks, max_rows, worker.vllm_config
-        ).run(chosen)
-        return gather(worker._paged, slots).clone()
-
-    def poison_rows(chosen: np.ndarray) -> None:
-        where = worker._attention.page_slots(chosen, blocks)
-        for k, v in zip(worker._paged.k, worker._paged.v, strict=True):
-            k[where // 32, where % 32] = 50.0
-            v[where // 32, where % 32] = 50.0
-
-    dense = kv_after(tokens, rows, 1000)
-    scattered = np.sort(np.random.default_rng(0).permutation(T)[:60])
-    poison_rows(scattered)
-    again = kv_after(tokens, scattered, 1000)
-    poison_rows(scattered)
-    sliced = kv_after(tokens, scattered, 7)
-    changed = kv_after(other, rows, 1000)
-    measured = selective.measured(session, tokens, blocks)
-    # A forward with the wrong mask, which this must be able to tell from the right one.
-    poison_rows(scattered)
-    worker._attention.prepare = bottom_right(worker._attention)
-    wrong = kv_after(tokens, scattered, 1000)
-    difference = {
-        "scattered": (again - dense).abs().max(),
-        "sliced": (sliced - dense).abs().max(),
-        "earlier_rows": (changed - dense)[:, :, :150].abs().max(),
-        "later_rows": (changed - dense)[:, :, 150:].abs().max(),
-        "bottom_right_mask": (wrong - dense).abs().max(),
-    }
-    return {name: float(x) for name, x in difference.items()} | {
-        "finite": bool(torch.isfinite(dense).all()),
-        "measured": measured,
-    }
+    tokens, other = np.array(text(20, 230)), np.array(text(20, 230))
+    other[150:] = text(21, 80)
+    return selective.by_itself(session, tokens, other)
 
 
-def bottom_right(attention: Any) -> Any:
-    """Rows attend as in both published implementations: as if they were the last ones there are."""
-    prepare = attention.prepare
+# What default engines are asked, one after the other; the last one takes the taint away for good.
+SHARED = (
+    reuse,
+    poison,
+    together,
+    next_turn,
+    bad_requests,
+    preempted,
+    adapter,
+    poison_untainted,
+)
 
-    def wrongly(rows: np.ndarray, blocks: list[int]) -> Any:
-        end = int(rows[-1]) + 1
-        aligned = np.arange(end - len(rows), end)
-        return replace(prepare(rows, blocks), how=prepare(aligned, blocks).how)
 
-    return wrongly
+def in_one_engine(session: Session) -> dict[str, Any]:
+    """All of `SHARED`, each on an engine that has forgotten what it was told before."""
+    results = {}
+    for scenario in SHARED:
+        results[scenario.__name__] = scenario(session)
+        session.llm.reset_prefix_cache()
+        session.scheduler.connector._scheduler.reset()
+    return results

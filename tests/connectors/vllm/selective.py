@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -141,3 +141,66 @@ def measured(session: Any, tokens: np.ndarray, blocks: list[int]) -> dict[str, A
         "query_sliced": blended(QUERY, max_rows=7),
         "query_in_part": blended(QUERY, blocks=suffix_in_part),
     }
+
+
+def by_itself(session: Any, tokens: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """The selective forward in pages that no request owns; `other` tokens differ from 150 on."""
+    import torch
+
+    from lmc.connectors.vllm.adapter import VLLMAdapter
+    from lmc.kernels.gather import gather
+
+    worker = session.lmc_worker
+    T, blocks = len(tokens), [9, 4, 17, 2, 30, 11, 6, 21]
+    rows = np.arange(T)
+    slots = worker._attention.page_slots(rows, blocks)
+
+    def kv_after(ids: np.ndarray, chosen: np.ndarray, max_rows: int) -> Any:
+        VLLMAdapter(
+            worker._model, worker._attention, ids, blocks, max_rows, worker.vllm_config
+        ).run(chosen)
+        return gather(worker._paged, slots).clone()
+
+    def poison_rows(chosen: np.ndarray) -> None:
+        where = worker._attention.page_slots(chosen, blocks)
+        for k, v in zip(worker._paged.k, worker._paged.v, strict=True):
+            k[where // 32, where % 32] = 50.0
+            v[where // 32, where % 32] = 50.0
+
+    dense = kv_after(tokens, rows, 1000)
+    scattered = np.sort(np.random.default_rng(0).permutation(T)[:60])
+    poison_rows(scattered)
+    again = kv_after(tokens, scattered, 1000)
+    poison_rows(scattered)
+    sliced = kv_after(tokens, scattered, 7)
+    changed = kv_after(other, rows, 1000)
+    of_rows = measured(session, tokens, blocks)
+    # A forward with the wrong mask, which this must be able to tell from the right one.
+    poison_rows(scattered)
+    right = worker._attention.prepare
+    worker._attention.prepare = bottom_right(worker._attention)
+    wrong = kv_after(tokens, scattered, 1000)
+    worker._attention.prepare = right
+    difference = {
+        "scattered": (again - dense).abs().max(),
+        "sliced": (sliced - dense).abs().max(),
+        "earlier_rows": (changed - dense)[:, :, :150].abs().max(),
+        "later_rows": (changed - dense)[:, :, 150:].abs().max(),
+        "bottom_right_mask": (wrong - dense).abs().max(),
+    }
+    return {name: float(x) for name, x in difference.items()} | {
+        "finite": bool(torch.isfinite(dense).all()),
+        "measured": of_rows,
+    }
+
+
+def bottom_right(attention: Any) -> Any:
+    """Rows attend as in both published implementations: as if they were the last ones there are."""
+    prepare = attention.prepare
+
+    def wrongly(rows: np.ndarray, blocks: list[int]) -> Any:
+        end = int(rows[-1]) + 1
+        aligned = np.arange(end - len(rows), end)
+        return replace(prepare(rows, blocks), how=prepare(aligned, blocks).how)
+
+    return wrongly

@@ -25,8 +25,14 @@ def same(got: Any, expected: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def reuse(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run_scenario("reuse", tiny_llama_dir, tmp_path_factory.mktemp("reuse"))
+def shared(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What one default engine did, by scenario: starting one takes longer than most of them."""
+    return run_scenario("in_one_engine", tiny_llama_dir, tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def reuse(shared: Any) -> Any:
+    return shared["reuse"]
 
 
 class TestReuse:
@@ -147,8 +153,8 @@ def poisoned(result: Any) -> bool:
     )
 
 
-def test_blended_blocks_never_serve_a_plain_request(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    result = run_scenario("poison", tiny_llama_dir, tmp_path)
+def test_blended_blocks_never_serve_a_plain_request(shared: Any) -> None:
+    result = shared["poison"]
     assert not poisoned(result)
     for before, after, blended, moved in zip(
         *(result[k] for k in ("before", "after", "blended")), (140, 40, 126), strict=True
@@ -159,14 +165,14 @@ def test_blended_blocks_never_serve_a_plain_request(tiny_llama_dir: Path, tmp_pa
         assert after.cached == 96
 
 
-def test_control_without_the_taint_is_poisoned(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    result = run_scenario("poison_untainted", tiny_llama_dir, tmp_path)
+def test_control_without_the_taint_is_poisoned(shared: Any) -> None:
+    result = shared["poison_untainted"]
     assert poisoned(result)
     assert [a.cached for a in result["after"]] == [256] * 3
 
 
-def test_requests_in_the_same_steps(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    result = run_scenario("together", tiny_llama_dir, tmp_path)
+def test_requests_in_the_same_steps(shared: Any) -> None:
+    result = shared["together"]
     for name, alone in result["alone"].items():
         same(result["together"][name], alone)
     assert result["together"]["blended"].report["kinds"]["moved"] == 124
@@ -191,25 +197,23 @@ def test_requests_in_the_same_steps(tiny_llama_dir: Path, tmp_path: Path) -> Non
     assert result["held"] == 0
 
 
-def test_preempted_and_resumed(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    result = run_scenario("preempted", tiny_llama_dir, tmp_path)
+def test_preempted_and_resumed(shared: Any) -> None:
+    result = shared["preempted"]
     assert result["preemptions"]
     for got, alone in zip(result["together"], result["alone"], strict=True):
         same(got, alone)
     assert result["after"].tokens == result["alone"][0].tokens[:20]
 
 
-def test_next_turn_finds_blended_blocks(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    result = run_scenario("next_turn", tiny_llama_dir, tmp_path)
+def test_next_turn_finds_blended_blocks(shared: Any) -> None:
+    result = shared["next_turn"]
     same(result["turn"], result["plain"])
     assert result["turn"].report["kinds"]["local_blended"] > 140
     same(result["stored_decode"], result["plain"])
 
 
-def test_bad_requests_are_served_plainly_with_the_reason(
-    tiny_llama_dir: Path, tmp_path: Path
-) -> None:
-    result = run_scenario("bad_requests", tiny_llama_dir, tmp_path)
+def test_bad_requests_are_served_plainly_with_the_reason(shared: Any) -> None:
+    result = shared["bad_requests"]
     reasons = {
         "unknown_strategy": "bad_request:.*'cachblend'.*epic",
         "unknown_layer": r"bad_request:.*\[7\], want layers of 0 to 2",
@@ -248,6 +252,7 @@ def test_tensor_parallel(reuse: Any, tiny_llama_dir: Path, tmp_path: Path) -> No
     same(result["query"], reuse["query"])
 
 
+@pytest.mark.alone
 def test_rope_that_cannot_be_moved(tiny_llama_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "dynamic"
     shutil.copytree(tiny_llama_dir, model)
@@ -260,6 +265,7 @@ def test_rope_that_cannot_be_moved(tiny_llama_dir: Path, tmp_path: Path) -> None
     assert "RoPE type 'dynamic' cannot be re-rotated" in result["epic"].report["reason"]
 
 
+@pytest.mark.alone
 def test_without_our_worker_class(tiny_llama_dir: Path, tmp_path: Path) -> None:
     result = run_scenario("refused", tiny_llama_dir, tmp_path, worker_cls="auto")
     same(result["epic"], result["plain"])
@@ -281,12 +287,20 @@ def test_the_kernels_answer_as_the_backend_does(
         assert answer.selected == reuse[name].selected
 
 
+def test_selective_forward_in_vllms_pages_by_the_backend(shared: Any) -> None:
+    check_selective_forward(shared["adapter"])
+
+
+@pytest.mark.alone
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("way", ["backend", "kernels"])
-def test_selective_forward_in_vllms_pages(way: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
-    difference = run_scenario(
-        "adapter", tiny_llama_dir, tmp_path, lmc={"attention": way}, interpret=way == "kernels"
+def test_selective_forward_in_vllms_pages_by_kernels(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    kernels = {"attention": "kernels"}
+    check_selective_forward(
+        run_scenario("adapter", tiny_llama_dir, tmp_path, lmc=kernels, interpret=True)
     )
+
+
+def check_selective_forward(difference: dict[str, Any]) -> None:
     assert difference["finite"]
     assert difference["scattered"] < 1e-4
     assert difference["sliced"] < 1e-4
