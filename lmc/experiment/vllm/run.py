@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def run(config: VLLMExperiment, out: Path, progress: Progress = silent) -> list[
 
     Raises ValueError for bad input, before an engine is started.
     """
+    if find_spec("vllm") is None:  # the engines' processes would say so late
+        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
     model = exports.resolve(config.model)
     _check_model(config, model)
     samples = samples_of(config.workload, tokenizer_of(model))

@@ -29,8 +29,9 @@ class Azure:
         r = fields_of(record)
         text = str(r.get("TIMESTAMP") or "").strip()
         try:
-            # Seven digits of a second, of which Python reads six at most.
-            at = datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text))
+            # Any number of digits of a second; Python 3.10 reads six and no others.
+            six = re.sub(r"\.(\d+)", lambda digits: f".{digits[1][:6]:0<6}", text)
+            at = datetime.fromisoformat(six)
         except ValueError:
             raise RecordError(f"TIMESTAMP: got {text[:40]!r}, want an ISO date and time") from None
         yield Request(
