@@ -21,6 +21,12 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="WARNING",
 )
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # A core for each process, and for the engines that it starts: threads that wait for their turn
+    # while they spin make everything several times slower.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(int(worker[2:]) % (os.cpu_count() or 1))
+
 # A busy machine is no failure.
 settings.register_profile("lmc", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lmc")

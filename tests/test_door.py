@@ -46,6 +46,7 @@ def test_another_name_is_refused_with_those_there_are() -> None:
         _ = lmc.blnd  # type: ignore[attr-defined]
 
 
+@pytest.mark.heavy
 def test_the_connector_imports_nothing_that_measures() -> None:
     code = (
         "import sys, lmc.connectors.vllm.connector, lmc.connectors.vllm.worker_cls\n"

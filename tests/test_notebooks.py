@@ -30,6 +30,8 @@ def test_defines_nothing_and_holds_no_outputs(path: Path) -> None:
             assert not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda), cell.source
 
 
+@pytest.mark.heavy
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("path", "figures"),

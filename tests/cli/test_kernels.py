@@ -17,7 +17,10 @@ from lmc.kernels import traffic
 from lmc.kernels.aot import DTYPES, TARGETS
 from lmc.kernels.spec import interpreted, load
 
-pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET replaces the compiler")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET replaces the compiler"),
+]
 SPECS = load()
 each_kernel = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 BY_NAME = {spec.name: spec for spec in SPECS}

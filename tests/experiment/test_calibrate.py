@@ -132,6 +132,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "lmc"
 
 
+@pytest.mark.heavy
 def test_a_calibrated_model_is_found_again(smollm2_dir: Path, cache: Path) -> None:
     code, out, err = invoke(
         str(smollm2_dir), "--workload", SHORT, "--prompts", "1", "--context", "anchored",
@@ -154,6 +155,7 @@ def test_a_calibrated_model_is_found_again(smollm2_dir: Path, cache: Path) -> No
     assert find_profile(weights_digest(smollm2_dir), "float32", rope) == profile
 
 
+@pytest.mark.heavy
 def test_a_stop_loses_one_prompt_and_leaves_the_last_profile(
     smollm2_dir: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -7,7 +7,11 @@ import pytest
 from lmc.kernels.aot import DTYPES, TARGETS, compile_variant
 from lmc.kernels.spec import interpreted, load
 
-pytestmark = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET replaces the compiler")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.alone,
+    pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET replaces the compiler"),
+]
 SPECS = load()
 
 

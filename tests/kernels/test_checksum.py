@@ -152,6 +152,8 @@ def test_what_is_not_contiguous_is_refused():
 
 
 @pytest.mark.skipif(interpreted(), reason="this process is interpreting already")
+@pytest.mark.heavy
+@pytest.mark.alone
 def test_the_kernel_computes_the_same():
     # What damage shows follows from the definition, so only that is asked of the kernel.
     same = "digest_is or stay_valid or whatever or anywhere"

@@ -272,6 +272,7 @@ def test_bad_input_raises_before_anything_is_written(change, message):
     assert paged.k[0].isnan().all() and paged.v[0].isnan().all()
 
 
+@pytest.mark.heavy
 @needs_compiler
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", AOT_DTYPES, ids=AOT_DTYPES.get)
@@ -286,6 +287,8 @@ def test_scoring_without_writing_compiles_without_spills(dtype, target):
 
 
 @needs_compiler
+@pytest.mark.heavy
+@pytest.mark.alone
 def test_kernel_under_the_interpreter():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],

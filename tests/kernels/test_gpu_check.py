@@ -21,6 +21,7 @@ SMALL = dataclasses.replace(GATHER, bench=Case(T=32, G=2, D=64, L=3, rotate=Fals
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
 
 
+@pytest.mark.heavy
 def test_without_a_gpu_it_says_so_and_runs_nothing():
     run = subprocess.run(
         [sys.executable, str(SCRIPT)],

@@ -301,6 +301,8 @@ def test_other_shapes_compile_without_spills(dtype, target):
 
 
 @needs_compiler
+@pytest.mark.heavy
+@pytest.mark.alone
 def test_kernels_under_the_interpreter():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],

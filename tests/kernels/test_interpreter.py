@@ -15,6 +15,8 @@ from lmc.kernels.spec import interpreted
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(interpreted(), reason="this process is interpreting already")
+@pytest.mark.heavy
+@pytest.mark.alone
 def test_kernels_under_the_interpreter():
     target = Path(__file__).with_name("test_reference.py")
     run = subprocess.run(

@@ -237,6 +237,8 @@ class Pinned(Tensor):
 
 
 @pytest.mark.skipif(interpreted(), reason="this process is interpreting already")
+@pytest.mark.heavy
+@pytest.mark.alone
 def test_the_kernels_do_the_same():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],

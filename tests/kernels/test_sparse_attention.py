@@ -388,6 +388,8 @@ def test_merge_refuses(change, message):
 
 
 @pytest.mark.skipif(interpreted(), reason="this process is interpreting already")
+@pytest.mark.heavy
+@pytest.mark.alone
 def test_kernels_under_the_interpreter():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",

@@ -115,6 +115,8 @@ def test_counting_needs_the_interpreter():
 
 
 @pytest.mark.skipif(interpreted(), reason="this process is interpreting already")
+@pytest.mark.heavy
+@pytest.mark.alone
 def test_counting_in_an_interpreting_process():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],

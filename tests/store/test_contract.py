@@ -297,4 +297,4 @@ class DiskMachine(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-TestDisk = DiskMachine.TestCase
+TestDisk = pytest.mark.heavy(DiskMachine.TestCase)

@@ -27,6 +27,7 @@ from tests.connectors.hf.tiny import (
 SEGMENTS = [SYSTEM, *CHUNKS, QUESTION]
 
 
+@pytest.mark.heavy
 def test_the_example_runs(smollm2_dir: Path) -> None:
     text = inspect.getdoc(answer) or ""
     lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]

@@ -322,6 +322,7 @@ def test_recorded_outputs_are_those_of_the_rows_with_logits() -> None:
 # -- a real model ----------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_smollm2_recomputed_is_full_prefill_and_reused_is_near(smollm2_dir: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -50,6 +50,7 @@ def run(file: Path, out: Path, *options: str) -> str:
     return result.output
 
 
+@pytest.mark.heavy
 def test_rows_table_and_figure_and_goes_on_where_it_stopped(
     tmp_path: Path, smollm2_dir: Path
 ) -> None:

@@ -113,7 +113,9 @@ def one_case(
     return found
 
 
-@pytest.mark.parametrize("cases", [500, pytest.param(10_000, marks=SLOW)])
+@pytest.mark.parametrize(
+    "cases", [pytest.param(500, marks=pytest.mark.heavy), pytest.param(10_000, marks=SLOW)]
+)
 def test_what_is_damaged_is_never_served(
     cases: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
