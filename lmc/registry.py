@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+LONGEST, DEEPEST = 2000, 10  # of a text, and of brackets in it
+SHOWN = 200  # characters of a value in a message
 OPENING, CLOSING = "([{", ")]}"
 SEXAGESIMAL = re.compile(r"[-+\d_.]+(:[\d_.]+)+")
 FIELD = re.compile(r"([A-Za-z_]\w*) *=(.*)", re.DOTALL)
@@ -21,9 +23,28 @@ def one_line(error: ValidationError) -> str:
     parts = []
     for e in error.errors(include_url=False):
         field = ".".join(str(x) for x in e["loc"])
-        got = "" if e["type"] == "missing" else f" (got {e['input']!r})"
+        got = "" if e["type"] == "missing" else f" (got {_shown(e['input'])})"
         parts.append(f"{field}: {e['msg']}{got}" if field else e["msg"])
     return "; ".join(parts)
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases, a few of which make a short text a large value."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        return super().compose_node(parent, index)
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: its beginning, where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Plain)
 
 
 class Registry:
@@ -64,16 +85,26 @@ class Registry:
         if isinstance(spec, Mapping):
             return dict(spec)
         if not isinstance(spec, str):
-            raise ValueError(f"{self.kind}: got {spec!r}, want a name, a text or a mapping")
+            raise ValueError(f"{self.kind}: got {_shown(spec)}, want a name, a text or a mapping")
         text = spec.strip()
+        if len(text) > LONGEST:
+            raise ValueError(
+                f"{self.kind}: got a text of {len(text):,} characters, allowed: {LONGEST:,}"
+            )
+        if deepest(text) > DEEPEST:
+            raise ValueError(f"{self.kind}: got {_shown(spec)}, allowed: brackets {DEEPEST} deep")
         if text.startswith("{"):
             return self._mapping(text)
         name, colon, rest = text.partition(":")
         if name not in self.entries and colon:
             attribute, colon, rest = rest.partition(":")
+            if not attribute.isidentifier():
+                raise self._unknown(name)
             name = f"{name}:{attribute}"
         if colon and not rest.strip():
-            raise ValueError(f"{self.kind}: got {spec!r}, want fields behind the colon, or none")
+            raise ValueError(
+                f"{self.kind}: got {_shown(spec)}, want fields behind the colon, or none"
+            )
         return {"name": name, **(self._fields(name, rest, spec) if colon else {})}
 
     def split(self, text: str) -> list[str]:
@@ -102,7 +133,7 @@ class Registry:
         valid = self._fields_of(cls)
         if unknown := sorted(map(str, fields.keys() - valid.keys())):
             raise ValueError(
-                f"{self.kind} {name!r}: got unknown field {', '.join(unknown)}; "
+                f"{self.kind} {name!r}: got unknown field {_list(unknown)}; "
                 f"valid: {', '.join(valid) or 'none'}"
             )
         said = {f.name for f in dataclasses.fields(cls)} & given.keys()
@@ -117,25 +148,35 @@ class Registry:
         target = self.entries.get(name, name) if isinstance(name, str) else ""
         module, colon, attribute = target.partition(":")
         if not (module and colon and attribute):
-            raise ValueError(
-                f"unknown {self.kind}: got {name!r}; valid: {', '.join(self.names())}, "
-                "or module:Class for your own"
-            )
+            raise self._unknown(name)
         try:
             cls = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as e:
-            raise ValueError(f"{self.kind} {name!r}: cannot be imported: {e}") from e
+            valid = "" if name in self.entries else f"; valid without a module: {self._valid}"
+            raise ValueError(f"{self.kind} {name!r}: cannot be imported: {e}{valid}") from e
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise ValueError(f"{self.kind} {name!r}: got {cls!r}, want a dataclass")
         return cls
 
+    @property
+    def _valid(self) -> str:
+        return ", ".join(self.names())
+
+    def _unknown(self, name: Any) -> ValueError:
+        return ValueError(
+            f"unknown {self.kind}: got {_shown(name)}; valid: {self._valid}, "
+            "or module:Class for your own"
+        )
+
     def _mapping(self, text: str) -> dict[str, Any]:
         try:
-            fields = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise ValueError(f"{self.kind}: got {text!r}, which is no YAML") from e
+            fields = _yaml(text)
+        except (yaml.YAMLError, ValueError) as e:
+            raise ValueError(f"{self.kind}: got {_shown(text)}, which is no YAML") from e
         if not (isinstance(fields, dict) and "name" in fields):
-            raise ValueError(f"{self.kind}: got {text!r}, want {{name: ..., field: value, ...}}")
+            raise ValueError(
+                f"{self.kind}: got {_shown(text)}, want {{name: ..., field: value, ...}}"
+            )
         return fields
 
     def _fields(self, name: str, text: str, spec: str) -> dict[str, Any]:
@@ -144,18 +185,20 @@ class Registry:
             match = FIELD.fullmatch(part.strip())
             if match is None and i:
                 raise ValueError(
-                    f"{self.kind}: got {spec!r}, want field=value behind the first comma "
+                    f"{self.kind}: got {_shown(spec)}, want field=value behind the first comma "
                     f"({part.strip()!r} names no field)"
                 )
             field, value = match.groups() if match else (self._first_field(name), part)
             if field in fields or field == "name":
-                raise ValueError(f"{self.kind}: got {spec!r}, which sets {field} twice")
+                raise ValueError(f"{self.kind}: got {_shown(spec)}, which sets {field} twice")
             try:
                 # To YAML 1.1, 2:30 is the number 150.
                 sexagesimal = SEXAGESIMAL.fullmatch(value.strip())
-                fields[field] = value.strip() if sexagesimal else yaml.safe_load(value)
-            except yaml.YAMLError as e:
-                raise ValueError(f"{self.kind}: got {spec!r}, whose {field} is no YAML") from e
+                fields[field] = value.strip() if sexagesimal else _yaml(value)
+            except (yaml.YAMLError, ValueError) as e:
+                raise ValueError(
+                    f"{self.kind}: got {_shown(spec)}, whose {field} is no YAML"
+                ) from e
         return fields
 
     def _first_field(self, name: str) -> str:
@@ -185,6 +228,20 @@ def split_outside(text: str, separator: str) -> list[str]:
             parts.append(text[start:i])
             start = i + 1
     return [*parts, text[start:]]
+
+
+def _list(names: Sequence[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def deepest(text: str) -> int:
+    """How deep its brackets nest, whatever stands in quotes."""
+    depth = most = 0
+    for c in text:
+        depth += (c in OPENING) - (c in CLOSING)
+        most = max(most, depth)
+    return most
 
 
 def _type_name(annotation: Any) -> str:

@@ -85,7 +85,7 @@ def test_one_syntax(registry: Registry, spec: Any, fields: dict[str, Any]) -> No
         ("example:ratio=[1", "whose ratio is no YAML"),
         ("{name: example", "is no YAML"),
         ("{ratio: 0.5}", "want {name: ...,"),
-        ("exampel:0.5", "cannot be imported"),
+        ("exampel:0.5", "unknown thing: got 'exampel'; valid: example, gone"),
         (5, "want a name, a text or a mapping"),
         (["example"], "want a name, a text or a mapping"),
         (True, "want a name, a text or a mapping"),
@@ -112,6 +112,46 @@ def test_what_the_builder_gives_no_config_sets() -> None:
     assert (policy.capacity, policy.seconds) == (9, 60.0)
     with pytest.raises(ValueError, match="unknown field capacity; valid: seconds"):
         policies.build("ttl:capacity=3", capacity=9)
+
+
+BOMB = "{name: example, ratio: {" + ", ".join(
+    f"f{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)
+) + "}}"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "example:" + "[" * 3000,
+        "example:" + "[" * 1000 + "]" * 1000,
+        "example:" + "[" * 15 + "]" * 15,
+        "{name: example, ratio: " + "{a: " * 100 + "1" + "}" * 100 + "}",
+        BOMB,
+        "example:" + ",".join(f"f{i}=1" for i in range(100)),
+        "example:ratio=" + "x" * 1500,
+        "example:ratio=2020-99-99",
+        "example:!!python/object/apply:os.system [true]",
+        "x" * 100_000,
+        {"name": "example", **{f"f{i}": 1 for i in range(10_000)}},
+        {"name": "example", "ratio": ["x" * 1000] * 1000},
+    ],
+    ids=range(12),
+)
+def test_a_hostile_text_costs_little_and_ends_in_a_short_line(
+    registry: Registry, spec: Any
+) -> None:
+    with pytest.raises(ValueError, match="thing") as e:
+        registry.build(spec)
+    assert len(str(e.value)) < 2000
+    assert "\n" not in str(e.value)
+
+
+def test_a_typo_with_fields_names_what_there_is(registry: Registry) -> None:
+    for spec in ("exampel:4", "random:16", "exampel:a-b=3"):
+        with pytest.raises(ValueError, match=r"unknown thing: got .*valid: example, gone"):
+            registry.build(spec)
+    with pytest.raises(ValueError, match=r"cannot be imported.*valid without a module: example"):
+        registry.build("exampel:Ratio")
 
 
 @given(st.text(max_size=30))

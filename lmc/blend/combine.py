@@ -78,10 +78,6 @@ class Replay(Strategy):
 
     control: ClassVar[bool] = True
 
-    @property
-    def selective(self) -> bool:
-        return True
-
     def __post_init__(self) -> None:
         if not self.by_layer:
             raise ValueError("by_layer: got no layer, want at least one list of positions")

@@ -69,7 +69,7 @@ class Chunks(Protocol):
 
 
 class Pages(Protocol):
-    """K and V of one request, row t in slot t."""
+    """K and V of one request, row t in page slot t."""
 
     @property
     def layers(self) -> Sequence[Any]:

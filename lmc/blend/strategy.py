@@ -19,9 +19,9 @@ class Strategy:
     Cache misses, the suffix after the last reused token and the last token are computed
     whatever it says. Fields of a subclass are its config keys; `name` is its registry name.
 
-    A subclass defines `rows`. One whose choice depends on the layer or on what is measured while
-    the request runs defines `needs` and `counts` too: how many rows it takes must not depend on
-    what it sees, so that a scheduler can weigh the request before.
+    A subclass defines `rows`. One whose choice depends on the layer defines `counts` too, and one
+    whose choice depends on what is measured while the request runs both `counts` and `needs`: how
+    many rows it takes must not depend on what it sees, so that a scheduler can weigh the request.
 
     Class attributes:
         moves: false when chunks are used in their exact context only.
@@ -55,8 +55,13 @@ class Strategy:
 
     @property
     def selective(self) -> bool:
-        """Whether rows are asked for layer by layer, while the request runs; else once, before."""
-        return type(self).needs is not Strategy.needs
+        """Whether rows are asked for layer by layer, while the request runs; else once, before.
+
+        So where a subclass says that they differ by layer (`counts`) or by what is measured
+        (`needs`).
+        """
+        cls = type(self)
+        return cls.needs is not Strategy.needs or cls.counts is not Strategy.counts
 
     def needs(self, outline: Outline) -> tuple[Need, ...]:
         """What must be measured for `rows`."""

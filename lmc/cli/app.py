@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -49,8 +50,9 @@ def _main(
     ] = False,
 ) -> None:
     # A user's own `module:Class` is found in the current folder, behind what is installed.
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    with suppress(OSError):  # of a folder that is gone
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
 
 
 @model_app.command()

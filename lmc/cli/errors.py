@@ -11,7 +11,7 @@ import typer
 EXTRAS = {
     "store": {"lmdb", "safetensors", "xxhash", "zstandard"},
     "sim": {"ijson", "matplotlib", "numba", "tokenizers", "zstandard"},
-    "hf": {"matplotlib", "safetensors", "tokenizers", "torch", "transformers", "triton"},
+    "hf": {"accelerate", "gguf", "matplotlib", "torch", "transformers", "triton"},
     "cuda": {"vllm"},
 }
 

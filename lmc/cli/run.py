@@ -63,7 +63,7 @@ def report(
     for line in [*lines, f"rows: {out / ROWS}"]:
         console.print(line, soft_wrap=True)
     if find_spec("matplotlib") is None:
-        console.print("figure: not drawn, matplotlib is not installed")
+        console.print("figure: not drawn, matplotlib is not installed (pip install '.[notebooks]')")
         return
     from lmc import plots
 

@@ -95,6 +95,7 @@ def sim(
         from lmc.cli.output import bar_of_bytes, print_bad_lines, print_json
         from lmc.model.shape import shape as model_shape
         from lmc.policies import POLICIES
+        from lmc.quality import BLENDS
         from lmc.sim.readers import read
         from lmc.sim.sweep import lru_rows, parse_capacity, store_sweep, sweep
         from lmc.sim.trace import accesses
@@ -134,7 +135,7 @@ def sim(
                     cut,
                     model=shape,
                     dtype=kv_dtype,
-                    blend=blend,
+                    blend=BLENDS.build(blend),
                     exact_variants=exact_variants,
                     spans=CHUNKERS.parse(chunker)["name"] == "explicit",
                 )

@@ -47,7 +47,12 @@ def run(
 
     Raises ValueError for bad input, before anything is measured.
     """
-    config = load(experiment, overrides) if isinstance(experiment, Path | str) else experiment
+    if isinstance(experiment, Path | str):
+        config = load(experiment, overrides)
+    elif overrides:
+        raise ValueError(f"overrides: got {list(overrides)} for a config that is loaded already")
+    else:
+        config = experiment
     if isinstance(config, HFExperiment):
         from lmc.experiment.hf.run import run as run_hf
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
+from lmc.model import exports
 from lmc.quality import BLENDS
 from lmc.workloads import WORKLOADS
 from lmc.workloads.sample import Sample
@@ -48,7 +49,11 @@ def _resolved_workload(spec: Any) -> dict[str, Any]:
     limit = fields.pop("limit", None)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit: got {limit!r}, want a whole number of at least 1")
-    return {"name": fields.get("name"), **asdict(WORKLOADS.build(fields)), "limit": limit}
+    return {"name": fields.get("name"), **_fields_of(WORKLOADS.build(fields)), "limit": limit}
+
+
+def _fields_of(workload: Any) -> dict[str, Any]:
+    return {f.name: getattr(workload, f.name) for f in dataclasses.fields(workload) if f.init}
 
 
 def _known_strategy(spec: Any) -> dict[str, Any]:
@@ -63,20 +68,27 @@ Blend = Annotated[dict[str, Any], BeforeValidator(_known_strategy)]
 
 def samples_of(workload: Workload, tokenizer: Any) -> list[Sample]:
     """The prompts that are measured; raises ValueError where their lengths leave no room."""
-    fields = {name: value for name, value in workload.items() if name != "limit"}
     try:
-        samples: list[Sample] = WORKLOADS.build(fields).samples(tokenizer)
+        samples: list[Sample] = built(workload).samples(tokenizer)
     except ValueError as error:
-        raise ValueError(f"workload.{error}") from error
+        raise ValueError(f"workload {workload['name']}: {error}") from error
     return samples[: workload["limit"]]
 
 
+def built(workload: Workload) -> Any:
+    """The workload itself."""
+    return WORKLOADS.build({name: value for name, value in workload.items() if name != "limit"})
+
+
 def tokenizer_of(model: str) -> Any:
-    """The tokenizer of a model's folder or hub name; ValueError where it has none."""
+    """The tokenizer of a model, by a name of `lmc.model.exports`, its folder or hub name.
+
+    Raises ValueError where it has none.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(exports.resolve(model))
     except (OSError, ValueError) as error:
         raise ValueError(f"model: got {model!r}, which has no tokenizer: {error}") from error
 
@@ -124,9 +136,15 @@ def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
+        known: Any = base.get(key)
+        both = isinstance(value, dict) and isinstance(known, dict)
+        merged[key] = _merge(known, value) if both and _same_thing(known, value) else value
     return merged
+
+
+def _same_thing(known: dict[str, Any], value: dict[str, Any]) -> bool:
+    """Not another workload or strategy, which has fields of its own."""
+    return bool(value.get("name", known.get("name")) == known.get("name"))
 
 
 def _set(raw: dict[str, Any], override: str) -> None:

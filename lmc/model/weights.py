@@ -23,6 +23,18 @@ def cache_dir() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "lmc"
 
 
+def folder_of(model: str) -> Path:
+    """The folder of a model: itself, or where the cache of the hub has it. Asks no network.
+
+    Raises OSError or ValueError for one that is in neither.
+    """
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, local_files_only=True))
+
+
 def weights_digest(path: str | Path) -> bytes:
     """BLAKE3, 32 bytes, of the weight files of a model folder: their names and contents.
 

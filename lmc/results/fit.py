@@ -12,7 +12,8 @@ import numpy as np
 
 from lmc.model.shape import ModelShape
 from lmc.model.times import TierSpeed, TTFTModel, prefill_work
-from lmc.results.statistics import RESAMPLES, Estimate, Row
+from lmc.results.rows import Row
+from lmc.results.statistics import RESAMPLES, Estimate
 
 COLUMNS = (
     "arm",

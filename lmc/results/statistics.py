@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from lmc.quality.metrics import recovery
+from lmc.results.rows import Row
 
 RESAMPLES = 2000
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from lmc.results.rows import Row
 from lmc.results.statistics import Estimate, bootstrap, paired_ratio, recovery_estimate
 
 FULL_PREFILL = "full_prefill"
 EQUAL_ROWS = "prefix_equal_rows"
 FULL_REUSE = "full_reuse"
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lmc.blend import STRATEGIES
 from lmc.blend.plan import KINDS, make_plan
+from lmc.blend.strategy import Strategy
 from lmc.chunking import Chunker
 from lmc.chunking.pieces import split
 from lmc.model.shape import ModelShape
@@ -55,7 +56,7 @@ def replay_store(
     *,
     dtype: str | None = None,
     policy: Mapping[str, Any] | str = "lru",
-    blend: Mapping[str, Any] | str = "epic",
+    blend: Strategy | Mapping[str, Any] | str = "epic",
     exact_variants: int = 2,
     spans: bool = False,
 ) -> StoreReplay:
@@ -77,7 +78,7 @@ def replay_store(
         ValueError: a request without token ids, a wrong policy, blend or dtype, or a capacity
             below one token.
     """
-    strategy = STRATEGIES.build(blend)
+    strategy = blend if isinstance(blend, Strategy) else STRATEGIES.build(blend)
     bytes_per_token = model.bytes_per_token(dtype)
     if capacity < bytes_per_token:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lmc.blend.strategy import Strategy
 from lmc.chunking import Chunker
 from lmc.model.shape import ModelShape
 from lmc.sim.replay import MISS, Replay, Write, prefix_run, replay
@@ -170,7 +171,7 @@ def store_sweep(
     *,
     model: ModelShape,
     dtype: str | None = None,
-    blend: Mapping[str, Any] | str = "epic",
+    blend: Strategy | Mapping[str, Any] | str = "epic",
     exact_variants: int = 2,
     spans: bool = False,
 ) -> Iterator[Outcome]:

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from lmc.chunking.prompt import Prompt, join
 from lmc.workloads.frame import Frame, encode, frame_of, system_prompt
 from lmc.workloads.manual import ASK, MIN_QUOTE, Document, documents
 from lmc.workloads.sample import Sample
@@ -52,15 +53,7 @@ class RagReorder:
         rng = random.Random(f"rag_reorder {self.seed}")
         frame = frame_of(tokenizer)
         system = system_prompt(frame, self.system_tokens, tokenizer)
-        pool = [
-            document for document in documents(self.document_tokens, tokenizer) if document.first
-        ]
-        if len(pool) < self.documents:
-            raise ValueError(
-                f"documents: got {self.documents}; there are {len(pool)} texts of "
-                f"{self.document_tokens} tokens"
-            )
-        pool = rng.sample(pool, self.documents)
+        pool = self._pool(tokenizer, rng)
         samples: list[Sample] = []
         seen: set[tuple[int, ...]] = set()
         previous: tuple[int, ...] = ()
@@ -71,6 +64,21 @@ class RagReorder:
             question, answer = self._question(quoted, frame, tokenizer, rng)
             samples.append(Sample(system, [pool[i].ids for i in previous], question, answer))
         return samples
+
+    def corpus(self, tokenizer: Any) -> list[Prompt]:
+        """All documents of the pool, those too that the measured prompts do not have."""
+        rng = random.Random(f"rag_reorder {self.seed}")
+        system = system_prompt(frame_of(tokenizer), self.system_tokens, tokenizer)
+        return [join([system, document.ids]) for document in self._pool(tokenizer, rng)]
+
+    def _pool(self, tokenizer: Any, rng: random.Random) -> list[Document]:
+        pool = [d for d in documents(self.document_tokens, tokenizer) if d.first]
+        if len(pool) < self.documents:
+            raise ValueError(
+                f"documents: got {self.documents}; there are {len(pool)} texts of "
+                f"{self.document_tokens} tokens"
+            )
+        return rng.sample(pool, self.documents)
 
     def _next_order(
         self, previous: tuple[int, ...], seen: set[tuple[int, ...]], rng: random.Random

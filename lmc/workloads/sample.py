@@ -37,8 +37,15 @@ class Sample:
         return spans[:-1] if self.question else spans
 
 
-def corpus(samples: Sequence[Sample]) -> list[Prompt]:
-    """Every chunk of the samples once, alone behind its system text: how a service stores them."""
+def corpus_of(workload: Any, samples: Sequence[Sample], tokenizer: Any) -> list[Prompt]:
+    """What a service stores before it is asked: each document alone behind its system text.
+
+    A workload that has documents which no sample needs says so by `corpus(tokenizer)`; else it is
+    every chunk of the samples, once.
+    """
+    if hasattr(workload, "corpus"):
+        documents: list[Prompt] = workload.corpus(tokenizer)
+        return documents
     seen: dict[tuple[tuple[int, ...], ...], Prompt] = {}
     for sample in samples:
         for chunk in sample.chunks:

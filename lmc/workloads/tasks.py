@@ -1,8 +1,8 @@
 """Small tasks that need a chunk, a border or an order to be read right.
 
 They are phrased for a model of 135M parameters: short chunks, answers of a few tokens, the words of
-the chunk again in the question. What full prefill answers of them is in each docstring; the gate
-(`lmc.experiment.solvable`) measures it for any model. Such a model picks words of its liking where
+the chunk again in the question. What full prefill answers of them is in each docstring, and
+`lmc workload solvable` measures it for any model. Such a model picks words of its liking where
 several nouns or colours would do, and copies digits best, so most answers are digits.
 
 The kinds are those by which the blending papers and RULER (Hsieh et al. 2024: key-value retrieval,
@@ -159,7 +159,7 @@ class TwoHop(Task):
     key", "The red key opens door 7") it solved no better than by guessing between two doors,
     asked for the door directly or through the key.
     SmolLM2-135M: 0.85 of 48, but 0.82 of 144 over three seeds, so it barely passes; with three
-    chunks 0.46, not usable.
+    chunks 0.46, not solvable.
     """
 
     name: ClassVar[str] = "two_hop"
@@ -231,7 +231,7 @@ class Induction(Task):
 class Order(Task):
     """Who came first, of people who came one after the other, one a chunk, in like words.
 
-    SmolLM2-135M: 0.88 of 48; with three chunks 0.60, not usable.
+    SmolLM2-135M: 0.88 of 48; with three chunks 0.60, not solvable.
     """
 
     name: ClassVar[str] = "order"

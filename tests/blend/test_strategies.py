@@ -15,6 +15,7 @@ from lmc.blend import STRATEGIES
 from lmc.blend.evidence import (
     Need,
     Outline,
+    Seen,
     positions,
     probe_row_layers,
     runs_of,
@@ -22,7 +23,7 @@ from lmc.blend.evidence import (
     top,
     without,
 )
-from lmc.blend.strategy import Strategy
+from lmc.blend.strategy import NOTHING, Strategy
 from lmc.quality import BLENDS
 
 RUNS = ((10, 40), (40, 50), (90, 200))
@@ -197,6 +198,22 @@ def test_replay_repeats_and_refuses_what_no_forward_can_do() -> None:
     assert rows == [*SELECTION, [95], [95], [95]]
     with pytest.raises(ValueError, match="layer 1 has rows that layer 0 left out"):
         build("replay", by_layer=[[1], [2]])
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyLayers(Strategy):
+    """All rows in the lower half of the layers: by layer, and measured by nothing."""
+
+    def counts(self, outline: Outline) -> list[int]:
+        return [len(self.rows(outline, layer)) for layer in range(outline.L)]
+
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
+        return outline.candidates if layer < outline.L // 2 else positions([])
+
+
+def test_rows_that_differ_by_layer_make_a_strategy_selective() -> None:
+    assert EarlyLayers().selective
+    assert EarlyLayers().counts(OUTLINE) == [150, 150, 150, 0, 0, 0]
 
 
 def test_what_must_be_measured_makes_a_strategy_selective() -> None:

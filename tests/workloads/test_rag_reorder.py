@@ -9,7 +9,7 @@ import pytest
 
 from lmc.workloads import WORKLOADS
 from lmc.workloads.rag_reorder import RagReorder
-from lmc.workloads.sample import Sample, corpus
+from lmc.workloads.sample import Sample, corpus_of
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +19,12 @@ def samples(tokenizer: Any) -> list[Sample]:
 
 def _orders(samples: list[Sample]) -> list[list[int]]:
     """The documents of each prompt, as places in the pool."""
-    pool = [tuple(d.token_ids[d.spans[0][1] :]) for d in corpus(samples)]
+    pool = [tuple(d.token_ids[d.spans[0][1] :]) for d in corpus_of(None, samples, None)]
     return [[pool.index(tuple(chunk)) for chunk in sample.chunks] for sample in samples]
 
 
-def test_lengths_are_exact(samples: list[Sample]) -> None:
-    documents = corpus(samples)
+def test_lengths_are_exact(samples: list[Sample], tokenizer: Any) -> None:
+    documents = RagReorder(prompts=20).corpus(tokenizer)
     assert len(documents) == 8
     for document in documents:
         assert document.spans == [(0, 40), (40, 296)]
@@ -67,6 +67,17 @@ def test_the_seed_decides(tokenizer: Any, samples: list[Sample]) -> None:
     assert RagReorder(prompts=3).samples(tokenizer) == samples[:3]
     other = RagReorder(prompts=20, seed=7).samples(tokenizer)
     assert all(a != b for a, b in zip(other, samples, strict=True))
+
+
+def test_the_corpus_is_the_pool_whatever_is_measured(tokenizer: Any) -> None:
+    few, many = (RagReorder(documents=20, prompts=n) for n in (1, 9))
+    pool = few.corpus(tokenizer)
+    assert len(pool) == 20
+    assert corpus_of(few, few.samples(tokenizer), tokenizer) == pool
+    assert many.corpus(tokenizer) == pool
+    held = {tuple(d.token_ids) for d in pool}
+    for prompt in corpus_of(None, many.samples(tokenizer), None):
+        assert tuple(prompt.token_ids) in held
 
 
 def test_all_documents_in_every_prompt(tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from lmc.blend.forward import Outcome, selective_forward
 from lmc.connectors.hf.adapter import HFAdapter, Pages, Watch
-from lmc.connectors.hf.weights import weights_of
+from lmc.connectors.hf.weights import identity_of
 from lmc.kernels.rerotate import rerotate
 from lmc.model.identity import namespace_of
 from lmc.model.rope import from_config
@@ -73,9 +73,8 @@ class HFModel:
 
         Reads the weights, in memory and on disk, and compares them.
         """
-        config = self.model.config.get_text_config().to_json_string()
         dtype = str(self.dtype).removeprefix("torch.")
-        return namespace_of(config, weights_of(self.model), dtype, self.rope)
+        return namespace_of(*identity_of(self.model), dtype, self.rope)
 
     def pages(self, T: int) -> Pages:
         """Room for the KV of T tokens."""

@@ -162,6 +162,16 @@ class RequestOptions:
     enabled: bool = True
 
 
+def _said(blend: Any) -> Mapping[str, Any] | str:
+    """What a client says of a strategy: a registered name, or a mapping; no text to parse."""
+    if isinstance(blend, Mapping) or (isinstance(blend, str) and blend in BLENDS.entries):
+        return blend
+    raise ValueError(
+        f"lmc parameter blend: got {blend!r:.200}, want a name or {{name: ..., field: value}}; "
+        f"valid: {', '.join(BLENDS.names())}"
+    )
+
+
 _KEYS = {"chunks", "blend", "save", "enabled"}
 
 
@@ -187,7 +197,7 @@ def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
             raise ValueError(f"lmc parameter chunks must be a list of spans, got {chunks!r}")
         # Cutting checks the spans, whatever the tokens are.
         split(np.zeros(T, np.int64), config.build_chunker(), chunks)
-    blend = config.blend if raw.get("blend") is None else raw["blend"]
+    blend = config.blend if raw.get("blend") is None else _said(raw["blend"])
     return RequestOptions(
         chunks=chunks,
         strategy=build_strategy(blend),

@@ -12,7 +12,7 @@ from lmc.connectors.vllm.config import TESTED_VLLM, LMCConfig
 from lmc.model import identity
 from lmc.model.layout import KVLayout
 from lmc.model.rope import Rope, from_config
-from lmc.model.weights import weights_digest
+from lmc.model.weights import folder_of, weights_digest
 from lmc.store.tier import TierConfig
 
 
@@ -99,14 +99,6 @@ def weights_of(vllm_config: Any) -> bytes | None:
     if vllm_config.load_config.load_format == "dummy":
         return None
     try:
-        return weights_digest(_folder(vllm_config.model_config.model))
+        return weights_digest(folder_of(vllm_config.model_config.model))
     except (ValueError, OSError):
         return None
-
-
-def _folder(model: str) -> Path:
-    if os.path.isdir(model):
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, local_files_only=True))

@@ -233,8 +233,8 @@ class SchedulerSide:
         try:
             options = parse_request(raw, request.num_prompt_tokens, self.config)
             options, gate = self.gate.admit(options)
-        except ValueError as error:
-            return Tracked(request, None, f"bad_request:{error}")
+        except Exception as error:  # nothing that a client sends may end the engine
+            return Tracked(request, None, f"bad_request:{error!s:.500}")
         if not options.enabled:
             return Tracked(request, None, "disabled")
         salt = (request.cache_salt or "").encode()

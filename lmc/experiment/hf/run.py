@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import random
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from lmc.experiment.settings import samples_of, tokenizer_of
 from lmc.model import exports
 from lmc.quality import BLENDS
 from lmc.results.progress import Progress, Step, silent
-from lmc.results.rows import Row, RowFile, key_of
+from lmc.results.rows import Row, RowFile, cpu_name, key_of
 from lmc.workloads.sample import Sample
 
 
@@ -29,7 +28,7 @@ def run(config: HFExperiment, out: Path, progress: Progress = silent) -> list[Ro
     Raises ValueError for bad input, before anything is measured.
     """
     folder = exports.resolve(config.model)
-    samples = samples_of(config.workload, tokenizer_of(folder))
+    samples = samples_of(config.workload, tokenizer_of(config.model))
     with RowFile(out, config) as file:
         done = {(arm, prompt) for arm, prompt, _ in map(key_of, file.rows)}
         todo = [
@@ -75,7 +74,7 @@ def _measure_all(
             digest = hashlib.sha256(np.array(sample.prompt.token_ids, "<i8").tobytes())
             about = {
                 "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "device": f"{platform.processor() or platform.machine()}, {config.threads} threads",
+                "device": f"{cpu_name()}, {config.threads} threads",
                 "workload": config.workload["name"],
                 "prompt_hash": digest.hexdigest(),
                 "arm": name,

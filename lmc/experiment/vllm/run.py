@@ -16,7 +16,7 @@ import numpy as np
 
 from lmc.blend.plan import KINDS
 from lmc.chunking.prompt import Prompt
-from lmc.experiment.settings import samples_of, tokenizer_of
+from lmc.experiment.settings import built, samples_of, tokenizer_of
 from lmc.experiment.vllm.config import BlendArm, StockArm, VLLMExperiment
 from lmc.experiment.vllm.engines import Answer, Engine, Request
 from lmc.model import exports
@@ -27,7 +27,7 @@ from lmc.quality.metrics import AnswerQuality, compare_answers
 from lmc.results.progress import Progress, Step, silent
 from lmc.results.rows import Key, Row, RowFile, key_of
 from lmc.results.summary import FULL_PREFILL
-from lmc.workloads.sample import Sample, corpus
+from lmc.workloads.sample import Sample, corpus_of
 
 NO_QUALITY = dict.fromkeys(f.name for f in fields(AnswerQuality))
 
@@ -41,14 +41,16 @@ def run(config: VLLMExperiment, out: Path, progress: Progress = silent) -> list[
         raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
     model = exports.resolve(config.model)
     _check_model(config, model)
-    samples = samples_of(config.workload, tokenizer_of(model))
+    tokenizer = tokenizer_of(config.model)
+    samples = samples_of(config.workload, tokenizer)
+    documents = corpus_of(built(config.workload), samples, tokenizer)
     _check_lengths(config, model, samples)
     with RowFile(out, config) as file:
         done = set(map(key_of, file.rows))
         todo = [key for key in _schedule(config, len(samples)) if key not in done]
         if todo:
             with progress(len(todo)) as step:
-                _measure_all(config, model, samples, file, todo, step)
+                _measure_all(config, model, samples, documents, file, todo, step)
         return file.rows
 
 
@@ -61,6 +63,7 @@ class Session:
 
     config: VLLMExperiment
     samples: list[Sample]
+    documents: list[Prompt]
     engines: dict[str, Engine]
     file: RowFile
     references: dict[int, Answer] = field(default_factory=dict)
@@ -74,7 +77,7 @@ class Session:
             arm = self.config.arms[name]
             if isinstance(arm, StockArm):
                 continue
-            for document in corpus(self.samples):
+            for document in self.documents:
                 options = _options(arm, document.spans, save=True)
                 self.engines["lmc"].ask(Request(document.token_ids, name, lmc=options))
             self.engines["lmc"].drain()
@@ -120,7 +123,7 @@ class Session:
             # Sent again before each request: what the other arms have pushed out since then
             # would have stayed, had this service been alone.
             prompts = [sample.prompt for sample in self.samples[:prompt_id]]
-            for earlier in [*corpus(self.samples), *prompts]:
+            for earlier in [*self.documents, *prompts]:
                 engine.ask(Request(earlier.token_ids, salt))
             return Request(prompt.token_ids, salt)
         salt = f"{name}/{repetition}/{prompt_id}"
@@ -249,6 +252,7 @@ def _measure_all(
     config: VLLMExperiment,
     model: str,
     samples: list[Sample],
+    documents: list[Prompt],
     file: RowFile,
     todo: list[Key],
     step: Step,
@@ -265,7 +269,7 @@ def _measure_all(
         }
         for engine in engines.values():
             engine.wait()
-        session = Session(config, samples, engines, file)
+        session = Session(config, samples, documents, engines, file)
         step("storing the documents")
         session.warm_up(arms)
         for key in todo:

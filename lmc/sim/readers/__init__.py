@@ -169,9 +169,10 @@ def read(
         format = detect(path)
     spec = FORMATS.parse(format)
     name = spec.get("name")
-    if FORMATS.load(name).has_text and tokenizer is None:
+    if name in FORMATS.entries and FORMATS.load(name).has_text and tokenizer is None:
         raise ValueError(
             f"format {name} is text: a tokenizer is needed (a tokenizer.json, or its folder)"
         )
-    reader = FORMATS.build(spec, tokenizer=str(tokenizer))
+    given = {} if tokenizer is None else {"tokenizer": str(tokenizer)}
+    reader = FORMATS.build(spec, **given)
     return Reading(path, str(name), reader, strict=strict, tell=tell)

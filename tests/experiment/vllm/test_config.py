@@ -109,8 +109,12 @@ def test_a_strategy_is_written_as_everywhere(demo: Path, spelling: str) -> None:
     assert config.arms["epic4"] == BlendArm(blend={"name": "epic", "link_tokens": 4})
 
 
-def test_any_workload_is_timed(demo: Path) -> None:
-    config = load_config(demo, ["workload=null", "workload='chain:chunks=2,limit=3'"])
+def test_any_workload_is_timed(demo: Path, tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: {demo}\nworkload: {{name: chain, chunks: 2, limit: 3}}\n")
+    config = load_config(child)
+    assert config.workload == {"name": "chain", "prompts": 64, "chunks": 2, "seed": 0, "limit": 3}
+    config = load_config(demo, ["workload='chain:chunks=2,limit=3'"])
     assert config.workload == {"name": "chain", "prompts": 64, "chunks": 2, "seed": 0, "limit": 3}
 
 

@@ -55,6 +55,18 @@ def test_each_arm_finds_the_cache_it_should(tmp_path: Path, demo: Path, pretende
     assert shared == [*[304] * 8, 1616, *[304] * 8, 1616, 1616]
 
 
+@pytest.mark.parametrize("workload", ["chain:limit=2", "pydoc:prompts=2,chunks=2,chunk_tokens=64"])
+def test_any_workload_is_run(
+    tmp_path: Path, demo: Path, pretended: Asked, workload: str, smollm2_dir: Path
+) -> None:
+    rows = run(demo, tmp_path, [f"workload='{workload}'", "quality.tokens=0"])
+    assert len(rows) == 8 * 2
+    assert {row["workload"] for row in rows} == {workload.partition(":")[0]}
+    stored = [r for name, r in pretended if isinstance(r, Request) and (r.lmc or {}).get("save")]
+    chunks = 6 if workload.startswith("chain") else 4
+    assert len({tuple(r.token_ids) for r in stored}) == chunks
+
+
 def test_a_stopped_run_goes_on(tmp_path: Path, demo: Path, pretended: Asked) -> None:
     run(demo, tmp_path, SMALL)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)

@@ -1,0 +1,30 @@
+"""The namespace of a model: its bytes, which stored KV is found by, and what changes them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lmc.model.identity import namespace_of
+from lmc.model.rope import Rope
+
+ROPE = Rope(np.array([1.0, 0.1]), interleaved=False, kind="default")
+GIVEN = ('{"a": 1}', bytes(32), "float32", ROPE)
+
+
+def test_stored_kv_is_found_by_the_same_bytes_as_ever() -> None:
+    assert (
+        namespace_of(*GIVEN).hex()
+        == "6c02d7fe93142c55f386e57e2af229faae53f4b39adff0f5458481e0c678c74b"
+    )
+
+
+def test_whatever_makes_kv_another_changes_it() -> None:
+    others = [
+        ('{"a": 2}', *GIVEN[1:]),
+        (GIVEN[0], b"1" * 32, *GIVEN[2:]),
+        (*GIVEN[:2], "bfloat16", ROPE),
+        (*GIVEN[:3], None),
+        (*GIVEN[:3], Rope(np.array([1.0, 0.2]), interleaved=False, kind="default")),
+        (*GIVEN[:3], Rope(np.array([1.0, 0.1]), interleaved=True, kind="default")),
+    ]
+    assert len({namespace_of(*GIVEN), *(namespace_of(*other) for other in others)}) == 7
