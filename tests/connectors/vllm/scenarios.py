@@ -342,11 +342,17 @@ def bad_requests(session: Session) -> dict[str, Any]:
     session.warm()
     parts = prompt(2, 0)
     held = len(session.scheduler.connector._scheduler.index)
+    nested: dict[str, Any] = {"name": "epic"}
+    for _ in range(300):
+        nested = {"name": "union", "first": nested}
     results = {
         "plain": plain(session, parts),
         "unknown_strategy": session.fresh(parts, "cachblend"),
         "unknown_layer": session.fresh(parts, {"name": "query", "layers": [7]}),
         "unknown_key": session.fresh(parts, chunk=[]),
+        "deep_text": session.fresh(parts, "epic:" + "[" * 3000),
+        "deep_mapping": session.fresh(parts, nested),
+        "long_name": session.fresh(parts, "x" * 100_000),
         "overlap": session.fresh(parts, chunks=[[0, 50], [40, 60]]),
         "beyond": session.fresh(parts, chunks=[[0, 5000]]),
         "prompt_logprobs": session.fresh(parts, EPIC, logprobs=True),

@@ -218,6 +218,9 @@ def test_bad_requests_are_served_plainly_with_the_reason(shared: Any) -> None:
         "unknown_strategy": "bad_request:.*'cachblend'.*epic",
         "unknown_layer": r"bad_request:.*\[7\], want layers of 0 to 2",
         "unknown_key": "bad_request:.*chunk; valid",
+        "deep_text": "bad_request:.*want a name or {name: ...",
+        "deep_mapping": "bad_request:",
+        "long_name": "bad_request:.*want a name or {name: ...",
         "overlap": r"bad_request:.*\(40, 60\)",
         "beyond": r"bad_request:.*\(0, 5000\)",
         "prompt_logprobs": "prompt_logprobs",
@@ -225,6 +228,7 @@ def test_bad_requests_are_served_plainly_with_the_reason(shared: Any) -> None:
     for name, pattern in reasons.items():
         same(result[name], result["plain"])
         assert result[name].cached == 0
+        assert len(result[name].report["reason"]) < 600
         with pytest.raises(ValueError, match=pattern):
             raise ValueError(result[name].report["reason"])
     assert result["stored"] == 0
