@@ -215,6 +215,7 @@ def test_a_store_survives_a_tier_that_fails(tmp_path: Path, seed: int) -> None:
             else:
                 served += 1
                 assert torch.equal(got, values[i])
+        store.drain()  # what the background had no time for is no fault of the tier
     assert served > 10  # though memory has room for three
     faulty.rate = 0.0
     store.drain()
