@@ -63,10 +63,18 @@ class Registry:
         kind: what the entries are, for messages ("chunker").
         entries: name -> "module:Class"; each class is a dataclass whose fields are its config.
         given: fields that no config sets, since whoever builds the object says them.
+        has: what every class must have, so that one of another kind is told apart at once.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, str], given: Sequence[str] = ()):
-        self.kind, self.entries, self.given = kind, dict(entries), tuple(given)
+    def __init__(
+        self,
+        kind: str,
+        entries: Mapping[str, str],
+        given: Sequence[str] = (),
+        has: Sequence[str] = (),
+    ):
+        self.kind, self.entries = kind, dict(entries)
+        self.given, self.has = tuple(given), tuple(has)
 
     def names(self) -> list[str]:
         """The registered names, sorted."""
@@ -74,7 +82,7 @@ class Registry:
 
     def with_entries(self, entries: Mapping[str, str]) -> Registry:
         """A registry of these entries and further ones."""
-        return Registry(self.kind, {**self.entries, **entries}, self.given)
+        return Registry(self.kind, {**self.entries, **entries}, self.given, self.has)
 
     def parse(self, spec: Mapping[str, Any] | str) -> dict[str, Any]:
         """`{"name": ..., **fields}` out of any of the three ways.
@@ -156,6 +164,10 @@ class Registry:
             raise ValueError(f"{self.kind} {name!r}: cannot be imported: {e}{valid}") from e
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise ValueError(f"{self.kind} {name!r}: got {cls!r}, want a dataclass")
+        if missing := [attribute for attribute in self.has if not hasattr(cls, attribute)]:
+            raise ValueError(
+                f"{self.kind} {name!r}: got {cls.__name__}, which has no {', '.join(missing)}"
+            )
         return cls
 
     @property
@@ -216,11 +228,13 @@ def split_outside(text: str, separator: str) -> list[str]:
     """Parts of a text between separators that stand in no brackets and no quotes."""
     parts, depth, quote, start = [], 0, "", 0
     for i, c in enumerate(text):
+        # A quote or a bracket inside a word, as in a file's name, opens nothing.
+        begins = depth > 0 or text[:i].rstrip()[-1:] in ("", "=", ",", ":")
         if quote:
             quote = "" if c == quote else quote
-        elif c in "'\"":
+        elif c in "'\"" and begins:
             quote = c
-        elif c in OPENING:
+        elif c in OPENING and begins:
             depth += 1
         elif c in CLOSING:
             depth -= 1

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 import pytest
@@ -203,3 +204,42 @@ def test_light_to_import() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+REGISTRIES = [
+    "lmc.blend:STRATEGIES",
+    "lmc.quality:BLENDS",
+    "lmc.chunking:CHUNKERS",
+    "lmc.policies:POLICIES",
+    "lmc.store.tier:TIERS",
+    "lmc.workloads:WORKLOADS",
+    "lmc.sim.readers:FORMATS",
+    "lmc.sim.generate:GENERATORS",
+    "lmc.sim.reuse:CUTS",
+]
+
+
+def registry_of(where: str) -> Registry:
+    module, _, name = where.partition(":")
+    found: Registry = getattr(import_module(module), name)
+    return found
+
+
+@pytest.mark.parametrize("where", REGISTRIES)
+def test_every_registered_class_is_there_and_of_its_kind(where: str) -> None:
+    registry = registry_of(where)
+    for name in registry.names():
+        assert registry.load(name)
+
+
+@pytest.mark.parametrize("where", REGISTRIES[:-1])
+def test_a_class_of_another_kind_is_refused(where: str, registry: Registry) -> None:
+    with pytest.raises(ValueError, match="got Example, which has no "):
+        registry_of(where).build("registry_example:Example:0.5")
+
+
+@pytest.mark.parametrize("path", ["it's/a.jsonl", "a (1.jsonl", "a]b", "x{1}", "C:/x y"])
+def test_a_quote_or_bracket_inside_a_word_opens_nothing(path: str) -> None:
+    registry = Registry("workload", {"passages": "lmc.workloads.passages:Passages"})
+    built = registry.build(f"passages:path={path},chunks=2")
+    assert (str(built.path), built.chunks) == (path, 2)

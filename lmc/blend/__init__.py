@@ -25,4 +25,5 @@ STRATEGIES = Registry(
         "union": "lmc.blend.combine:Union",
         "replay": "lmc.blend.combine:Replay",
     },
+    has=["rows", "counts", "needs", "moves"],
 )

@@ -34,4 +34,5 @@ CHUNKERS = Registry(
         "fixed": "lmc.chunking.fixed:Fixed",
         "separator": "lmc.chunking.separator:Separator",
     },
+    has=["cuts", "longest_chunk"],
 )

@@ -24,7 +24,7 @@ def errors_in_one_line(extra: str = "hf") -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as e:
+    except (ValueError, OSError, ImportError) as e:
         from pydantic import ValidationError
 
         from lmc.registry import one_line

@@ -25,7 +25,9 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict) and (unknown := sorted(set(data) - set(cls.model_fields))):
+        if isinstance(data, dict) and (
+            unknown := sorted(map(str, set(data) - set(cls.model_fields)))
+        ):
             raise ValueError(
                 f"got unknown key {', '.join(unknown)}; valid: {', '.join(cls.model_fields)}"
             )
@@ -49,7 +51,7 @@ def _resolved_workload(spec: Any) -> dict[str, Any]:
     limit = fields.pop("limit", None)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit: got {limit!r}, want a whole number of at least 1")
-    return {"name": fields.get("name"), **_fields_of(WORKLOADS.build(fields)), "limit": limit}
+    return {**_fields_of(WORKLOADS.build(fields)), "name": fields.get("name"), "limit": limit}
 
 
 def _fields_of(workload: Any) -> dict[str, Any]:
@@ -72,6 +74,8 @@ def samples_of(workload: Workload, tokenizer: Any) -> list[Sample]:
         samples: list[Sample] = built(workload).samples(tokenizer)
     except ValueError as error:
         raise ValueError(f"workload {workload['name']}: {error}") from error
+    if not samples:
+        raise ValueError(f"workload {workload['name']}: has no prompts")
     return samples[: workload["limit"]]
 
 

@@ -89,4 +89,5 @@ POLICIES = Registry(
         "wtinylfu": "lmc.policies.w_tinylfu:WTinyLfu",
     },
     given=["capacity"],
+    has=["insert", "evict", "touch", "expired"],
 )

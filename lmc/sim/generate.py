@@ -24,6 +24,7 @@ GENERATORS = Registry(
         "chat": "lmc.sim.generate:Chat",
         "rag": "lmc.sim.generate:Rag",
     },
+    has=["requests"],
 )
 
 # Streams of random numbers that do not depend on each other: a longer trace begins as a shorter

@@ -10,6 +10,7 @@ import numpy as np
 
 from lmc.chunking import CHUNKERS, Chunker
 from lmc.chunking.pieces import chunk_key, split
+from lmc.registry import Registry
 from lmc.sim.trace import Request
 from lmc.sim.windows import WindowSet, covered, greedy, window_hashes
 
@@ -36,7 +37,7 @@ class Sliding:
 
 
 # What `lmc reuse` cuts by: chunkers, and the yardstick for them.
-CUTS = CHUNKERS.with_entries({"sliding": "lmc.sim.reuse:Sliding"})
+CUTS = Registry("chunker", {**CHUNKERS.entries, "sliding": "lmc.sim.reuse:Sliding"})
 
 
 @dataclass(frozen=True, eq=False)

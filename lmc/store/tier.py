@@ -104,4 +104,4 @@ class TierConfig(Protocol):
         ...
 
 
-TIERS = Registry("tier", {"disk": "lmc.store.disk.config:DiskConfig"})
+TIERS = Registry("tier", {"disk": "lmc.store.disk.config:DiskConfig"}, has=["open", "write"])

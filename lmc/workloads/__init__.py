@@ -20,4 +20,5 @@ WORKLOADS = Registry(
         "induction": "lmc.workloads.tasks:Induction",
         "order": "lmc.workloads.tasks:Order",
     },
+    has=["samples"],
 )

@@ -15,6 +15,7 @@ from lmc.connectors.hf.model import HFModel
 from lmc.connectors.hf.serve import Blended, run_blend
 from lmc.connectors.hf.store import HFStore
 from lmc.quality import BLENDS
+from lmc.quality.auto import Auto
 from lmc.quality.metrics import kl_divergence
 
 
@@ -79,6 +80,8 @@ def answer(
             a model that cannot be blended.
     """
     chosen = BLENDS.build(strategy)
+    if isinstance(chosen, Auto):
+        raise ValueError("strategy: got auto, which an engine resolves by its quality profile")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, allowed: 0 or more")
     if isinstance(segments, str) or len(segments) < 2:

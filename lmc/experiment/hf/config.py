@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from lmc.blend.encoding import Context, Position
 from lmc.experiment.settings import Blend, Strict, Workload, validated
+from lmc.quality import BLENDS
+from lmc.quality.auto import Auto
 from lmc.results.summary import FULL_REUSE
 
 MOST_ARMS = 20
@@ -32,6 +34,8 @@ class HFArm(Strict):
     def _one_of_both(self) -> HFArm:
         if (self.blend is None) == (not self.split):
             raise ValueError("want either `blend: {name: ...}` or `split: true`")
+        if self.blend is not None and isinstance(BLENDS.build(self.blend), Auto):
+            raise ValueError("blend: got auto, which an engine resolves by its quality profile")
         return self
 
 

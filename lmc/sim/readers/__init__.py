@@ -27,6 +27,7 @@ FORMATS = Registry(
         "weka": "lmc.sim.readers.weka:Weka",
     },
     given=["tokenizer"],
+    has=["has_text", "recognises", "records", "requests"],
 )
 MOST_SHOWN = 100
 
