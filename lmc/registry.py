@@ -39,7 +39,10 @@ class _Plain(yaml.SafeLoader):
 
 def _shown(value: Any) -> str:
     """A value as a message shows it: its beginning, where it is long."""
-    text = repr(value)
+    return _beginning(repr(value))
+
+
+def _beginning(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
@@ -141,7 +144,7 @@ class Registry:
         valid = self._fields_of(cls)
         if unknown := sorted(map(str, fields.keys() - valid.keys())):
             raise ValueError(
-                f"{self.kind} {name!r}: got unknown field {_list(unknown)}; "
+                f"{self.kind} {name!r}: got unknown field {_beginning(', '.join(unknown))}; "
                 f"valid: {', '.join(valid) or 'none'}"
             )
         said = {f.name for f in dataclasses.fields(cls)} & given.keys()
@@ -227,9 +230,11 @@ class Registry:
 def split_outside(text: str, separator: str) -> list[str]:
     """Parts of a text between separators that stand in no brackets and no quotes."""
     parts, depth, quote, start = [], 0, "", 0
+    before = ""  # the last character that was no space
     for i, c in enumerate(text):
         # A quote or a bracket inside a word, as in a file's name, opens nothing.
-        begins = depth > 0 or text[:i].rstrip()[-1:] in ("", "=", ",", ":")
+        begins = depth > 0 or before in ("", "=", ",", ":")
+        before = before if c.isspace() else c
         if quote:
             quote = "" if c == quote else quote
         elif c in "'\"" and begins:
@@ -242,11 +247,6 @@ def split_outside(text: str, separator: str) -> list[str]:
             parts.append(text[start:i])
             start = i + 1
     return [*parts, text[start:]]
-
-
-def _list(names: Sequence[str]) -> str:
-    text = ", ".join(names)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def deepest(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from lmc.results.rows import Row
 from lmc.results.statistics import Estimate, paired_difference, recovery_estimate
-from lmc.results.summary import FULL_REUSE, ArmSummary
+from lmc.results.summary import FULL_REUSE, ArmSummary, by_arm
 
 
 def fallbacks(summaries: Sequence[ArmSummary]) -> list[str]:
@@ -30,7 +29,7 @@ def speed_and_quality(summaries: Sequence[ArmSummary]) -> list[Table]:
 
 def hf_quality(rows: Sequence[Row]) -> Table:
     """Of a run on a Hugging Face model: what each arm computes, and how far it is off."""
-    by_arm = _by_arm(rows)
+    groups = by_arm(rows)
     shown = _table(
         "Quality against full prefill",
         ["rows", "FLOPs", "KL", "top-1", "top-5", "ΔNLL", "recovery [95%]"],
@@ -38,8 +37,8 @@ def hf_quality(rows: Sequence[Row]) -> Table:
         "top-1 and top-5: over the forced answer. ΔNLL: of what truly follows, nats a token. "
         "recovery: 1 - KL / that of full_reuse.",
     )
-    reuse = _kl(by_arm[FULL_REUSE])
-    for name, group in by_arm.items():
+    reuse = _kl(groups[FULL_REUSE])
+    for name, group in groups.items():
         mean = {
             key: float(np.mean([row[key] for row in group]))
             for key in ("compute_fraction", "flops_fraction", "kl_mean")
@@ -59,22 +58,14 @@ def hf_quality(rows: Sequence[Row]) -> Table:
 
 def comparisons(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
     """A line for each pair of arms: the difference of their recoveries."""
-    by_arm = _by_arm(rows)
-    reuse = _kl(by_arm[FULL_REUSE])
+    groups = by_arm(rows)
+    reuse = _kl(groups[FULL_REUSE])
     lines = []
     for a, b in pairs:
-        if a in by_arm and b in by_arm:
-            difference = paired_difference(_kl(by_arm[a]), _kl(by_arm[b]), reuse)
+        if a in groups and b in groups:
+            difference = paired_difference(_kl(groups[a]), _kl(groups[b]), reuse)
             lines.append(f"recovery of {a} - {b}: {_interval(difference, '+.2f')}")
     return lines
-
-
-def _by_arm(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row["arm"]].append(row)
-    order = list(rows[-1]["config"]["arms"]) if rows else []
-    return {name: groups[name] for name in order if name in groups}
 
 
 def _kl(rows: Sequence[Row]) -> dict[int, float]:

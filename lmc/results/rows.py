@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 ROWS = "rows.jsonl"
 # By the name in the rows, the distribution.
@@ -24,6 +28,11 @@ Key = tuple[str, int, int]  # arm, prompt_id, repetition
 def key_of(row: Row) -> Key:
     """What a row measures, within one configuration."""
     return row["arm"], row["prompt_id"], row["repetition"]
+
+
+def hash_of(token_ids: Sequence[int]) -> str:
+    """SHA-256 of a prompt, 64 hex digits: a row's `prompt_hash`."""
+    return hashlib.sha256(np.array(token_ids, "<i8").tobytes()).hexdigest()
 
 
 def read_rows(path: Path | str) -> list[Row]:

@@ -61,16 +61,22 @@ class ArmSummary:
 
 def summarise(rows: Sequence[Row]) -> list[ArmSummary]:
     """One summary an arm, in the order of the experiment."""
-    by_arm: dict[str, list[Row]] = defaultdict(list)
+    groups = by_arm(rows)
+    return [_summary(arm, groups) for arm in groups]
+
+
+def by_arm(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each arm that was measured, in the order of the experiment."""
+    groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        by_arm[row["arm"]].append(row)
+        groups[row["arm"]].append(row)
     order = list(rows[-1]["config"]["arms"]) if rows else []
-    return [_summary(arm, by_arm) for arm in order if arm in by_arm]
+    return {name: groups[name] for name in order if name in groups}
 
 
-def _summary(arm: str, by_arm: dict[str, list[Row]]) -> ArmSummary:
-    rows = by_arm[arm]
-    full, equal = by_arm.get(FULL_PREFILL, []), by_arm.get(EQUAL_ROWS, [])
+def _summary(arm: str, groups: dict[str, list[Row]]) -> ArmSummary:
+    rows = groups[arm]
+    full, equal = groups.get(FULL_PREFILL, []), groups.get(EQUAL_ROWS, [])
     kinds = {
         kind: float(np.mean([row["kinds"][kind] / row["prompt_tokens"] for row in rows]))
         for kind in rows[0]["kinds"]
@@ -99,7 +105,7 @@ def _summary(arm: str, by_arm: dict[str, list[Row]]) -> ArmSummary:
         top1_agreement=_mean(rows, "top1_agreement"),
         delta_nll=_mean(rows, "delta_nll"),
         greedy_agreement=_mean(rows, "greedy_agreement"),
-        recovery=recovery_estimate(kl, _by_prompt(by_arm.get(FULL_REUSE, []), "kl_mean")),
+        recovery=recovery_estimate(kl, _by_prompt(groups.get(FULL_REUSE, []), "kl_mean")),
         reasons=dict(reasons),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from lmc.chunking.prompt import Prompt, join
 from lmc.workloads.frame import Frame, encode, frame_of, system_prompt
 from lmc.workloads.manual import ASK, MIN_QUOTE, Document, documents
-from lmc.workloads.sample import Sample
+from lmc.workloads.sample import Sample, positive
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ class RagReorder:
     prompts: int = 6
 
     def __post_init__(self) -> None:
-        for name in ("system_tokens", "document_tokens", "question_tokens", "prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
+        positive(self, "system_tokens", "document_tokens", "question_tokens", "prompts")
         if not 2 <= self.documents_per_prompt <= self.documents:
             raise ValueError(
                 f"documents_per_prompt: got {self.documents_per_prompt}, allowed: 2 to "

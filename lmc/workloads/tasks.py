@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lmc.workloads.frame import encode
-from lmc.workloads.sample import Sample
+from lmc.workloads.sample import Sample, positive
 
 NAMES = [
     "Anna",
@@ -101,8 +101,7 @@ class Task:
 
     def samples(self, tokenizer: Any) -> list[Sample]:
         """Raises ValueError for a number of prompts or chunks that is not allowed."""
-        if self.prompts < 1:
-            raise ValueError(f"prompts: got {self.prompts}, want at least 1")
+        positive(self, "prompts")
         if not 2 <= self.chunks <= 4:
             raise ValueError(f"chunks: got {self.chunks}, allowed: 2 to 4")
         samples = []

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from lmc.cli.app import app
 from lmc.sim.reuse import KINDS
+from tests.cli.shell import answer, invoke
 
 PROFILE = """
 fixed_s: 0.5
@@ -22,19 +20,6 @@ tiers:
   - {name: host, latency_s: 0.0, bytes_per_s: 1.0e+6}
   - {name: tape, latency_s: 90.0, bytes_per_s: 1.0e+6}
 """
-
-
-def invoke(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def answer(*args: object) -> Any:
-    code, out, err = invoke(*args, "--json")
-    assert code == 0, err
-    return json.loads(out)
 
 
 @pytest.fixture

@@ -5,9 +5,6 @@ last test runs this file once more, interpreting.
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,6 +19,7 @@ from lmc.kernels.cases import make_chunk, make_paged, make_slots
 from lmc.kernels.deviation import NORMS, SPEC, DeviationCase, deviation
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.spec import interpreted, verify
+from tests.kernels.interpreting import interpret
 
 LAYOUTS = ("nhd", "hnd", "joint", "cpu")
 TENSORS = ("k", "v", "both")
@@ -290,11 +288,4 @@ def test_scoring_without_writing_compiles_without_spills(dtype, target):
 @pytest.mark.heavy
 @pytest.mark.alone
 def test_kernel_under_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if run.returncode:
-        pytest.fail(f"TRITON_INTERPRET=1:\n{run.stdout}{run.stderr}", pytrace=False)
+    interpret(__file__)

@@ -5,9 +5,6 @@ last test runs this file once more, interpreting.
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
 from typing import Any, get_args
 
 import pytest
@@ -21,6 +18,7 @@ from lmc.kernels.aot import DTYPES as AOT_DTYPES
 from lmc.kernels.aot import TARGETS, compile_variant
 from lmc.kernels.importance import QUERIES, SPEC, Heads, Probe, importance, make_inputs
 from lmc.kernels.spec import interpreted, verify
+from tests.kernels.interpreting import interpret
 
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="the last test runs it")
 needs_compiler = pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET replaces the compiler")
@@ -304,11 +302,4 @@ def test_other_shapes_compile_without_spills(dtype, target):
 @pytest.mark.heavy
 @pytest.mark.alone
 def test_kernels_under_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if run.returncode:
-        pytest.fail(f"TRITON_INTERPRET=1:\n{run.stdout}{run.stderr}", pytrace=False)
+    interpret(__file__)

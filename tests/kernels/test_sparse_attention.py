@@ -4,9 +4,6 @@ An ordinary run works on the torch reference; the last test runs this file once 
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -25,6 +22,7 @@ from lmc.kernels.sparse_attention import (
 )
 from lmc.kernels.spec import interpreted, verify
 from lmc.kernels.split import merge
+from tests.kernels.interpreting import interpret
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("nhd", "hnd", "joint", "cpu")
@@ -391,12 +389,5 @@ def test_merge_refuses(change, message):
 @pytest.mark.heavy
 @pytest.mark.alone
 def test_kernels_under_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-         "-k", "not under_the_interpreter and not loop_says", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    if run.returncode or "skipped" in run.stdout:
-        pytest.fail(f"TRITON_INTERPRET=1 pytest:\n{run.stdout}{run.stderr}", pytrace=False)
+    out = interpret(__file__, "-k", "not under_the_interpreter and not loop_says")
+    assert "skipped" not in out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections.abc import Sequence
@@ -10,15 +9,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lmc.blend.strategy import Strategy
 from lmc.experiment.hf.config import HFArm, HFExperiment
 from lmc.experiment.settings import samples_of, tokenizer_of
 from lmc.model import exports
 from lmc.quality import BLENDS
 from lmc.results.progress import Progress, Step, silent
-from lmc.results.rows import Row, RowFile, cpu_name, key_of
+from lmc.results.rows import Row, RowFile, cpu_name, hash_of, key_of
 from lmc.workloads.sample import Sample
 
 
@@ -71,12 +68,11 @@ def _measure_all(
         for name in arms:
             step(phase, name)
             row = _measure(config, config.arms[name], case)
-            digest = hashlib.sha256(np.array(sample.prompt.token_ids, "<i8").tobytes())
             about = {
                 "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "device": f"{cpu_name()}, {config.threads} threads",
                 "workload": config.workload["name"],
-                "prompt_hash": digest.hexdigest(),
+                "prompt_hash": hash_of(sample.prompt.token_ids),
                 "arm": name,
                 "prompt_id": prompt_id,
                 "repetition": 0,

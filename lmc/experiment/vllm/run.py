@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,8 +10,6 @@ from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lmc.blend.plan import KINDS
 from lmc.chunking.prompt import Prompt
@@ -25,7 +22,7 @@ from lmc.model.rope import from_config as rope_of
 from lmc.model.shape import shape_of
 from lmc.quality.metrics import AnswerQuality, compare_answers
 from lmc.results.progress import Progress, Step, silent
-from lmc.results.rows import Key, Row, RowFile, key_of
+from lmc.results.rows import Key, Row, RowFile, hash_of, key_of
 from lmc.results.summary import FULL_PREFILL
 from lmc.workloads.sample import Sample, corpus_of
 
@@ -103,7 +100,7 @@ class Session:
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "device": engine.device,
             "workload": self.config.workload["name"],
-            "prompt_hash": hashlib.sha256(np.array(prompt.token_ids, "<i8").tobytes()).hexdigest(),
+            "prompt_hash": hash_of(prompt.token_ids),
             "arm": name,
             "prompt_id": prompt_id,
             "repetition": repetition,

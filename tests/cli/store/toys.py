@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from typer.testing import CliRunner
 
 from lmc.chunking.pieces import chunk_key
-from lmc.cli.app import app
 from lmc.cli.store.inspect import Entry, entries, existing
 from lmc.model.layout import KVLayout
 from lmc.store.disk.read import known, read_rows
 from lmc.store.disk.tier import Disk
 from lmc.store.record import Origin, Record
+from tests.cli import shell
 
 CAPACITY = 4 << 20
 FLOAT = KVLayout(L=3, G=2, D=16, dtype="float32")
@@ -28,16 +26,11 @@ PUTS = [(A, FLOAT, "none", 1), (A, FLOAT, "int8", 1), (B, BFLOAT, "shuffle_zstd"
 
 
 def invoke(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["store", *(str(a) for a in args)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    return shell.invoke("store", *args)
 
 
 def answer(*args: object) -> Any:
-    code, out, err = invoke(*args, "--json")
-    assert code == 0, err
-    return json.loads(out)
+    return shell.answer("store", *args)
 
 
 def chunk(seed: int, layout: KVLayout, namespace: bytes, **changes: Any) -> tuple[Record, list]:
