@@ -30,7 +30,8 @@ class Plan:
             strategy that is not selective chose.
         chosen: those of them that had been found.
         moved: the runs of moved tokens in the claim.
-        found_beyond: found tokens at or after `end`: computed with the suffix all the same.
+        beyond: runs of found tokens that are computed all the same: what lies at or after `end`,
+            and what a claim of exact chunks alone leaves out.
         first_moved: the first moved token, or None. From it on nothing is exact.
         strategy: what chooses rows.
         digest: of all tokens, for a selective strategy: what it chooses may depend on each.
@@ -44,11 +45,16 @@ class Plan:
     rows: np.ndarray
     chosen: np.ndarray
     moved: tuple[Run, ...]
-    found_beyond: int
+    beyond: tuple[Run, ...]
     first_moved: int | None
     strategy: Strategy = field(repr=False)
     digest: bytes = field(default=b"", repr=False)
     L: int = 1
+
+    @property
+    def found_beyond(self) -> int:
+        """How many found tokens are computed all the same."""
+        return sum(end - start for start, end in self.beyond)
 
     @property
     def claimed(self) -> int:
@@ -68,7 +74,7 @@ class Plan:
             rows=self.rows[self.rows >= local],
             chosen=self.chosen[self.chosen >= local],
             moved=tuple((max(a, local), b) for a, b in self.moved if b > local),
-            found_beyond=self.found_beyond - max(0, local - self.end),
+            beyond=tuple((max(a, local), b) for a, b in self.beyond if b > local),
         )
 
     def recomputing(self, found: np.ndarray) -> Plan:
@@ -225,7 +231,7 @@ def make_plan(
         rows=np.union1d(_gaps(inside, local, end), chosen),
         chosen=chosen,
         moved=tuple((a, min(b, end)) for a, b in moved if a < end),
-        found_beyond=sum(s.end - max(s.start, end) for s in found if s.end > end),
+        beyond=tuple((max(s.start, end), s.end) for s in found if s.end > end),
         first_moved=next((s.start for s in inside if s.kind == "moved"), None),
         strategy=strategy,
         digest=blake3(np.ascontiguousarray(tokens, "<i8").tobytes()).digest() if share else b"",

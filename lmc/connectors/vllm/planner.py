@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from lmc.blend.baselines import Prefix
+from lmc.blend.evidence import positions, without
 from lmc.blend.plan import Plan, make_plan
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import LMCConfig
@@ -155,9 +156,9 @@ class Planner:
             return plan, f"blending_refused:{refusal}"
         if strategy.moves and not plan.claimed and plan.found_beyond:
             exact = make_plan(*arguments, Prefix(), local=local, tiers=tiers)
-            loaded = sum(s.end - s.start for s in exact.found)
-            plan = replace(exact, found_beyond=plan.found_beyond - loaded)
-            return plan, "gain_below_minimum"
+            # Found, and not worth a blend: all of it that the exact plan does not load.
+            loaded = positions([(s.start, s.end) for s in exact.found])
+            return replace(exact, beyond=without(plan.beyond, loaded)), "gain_below_minimum"
         return plan, None
 
     def _take(self, tracked: Tracked, plan: Plan) -> bool:
