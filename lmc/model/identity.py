@@ -9,7 +9,15 @@ from lmc.model.rope import Rope
 FORMAT_VERSION = 1  # of stored KV; a change makes all that was stored before unfindable
 
 
-def namespace_of(config_json: str, weights: bytes, dtype: str, rope: Rope | None) -> bytes:
+def namespace_of(
+    config_json: str,
+    weights: bytes,
+    dtype: str,
+    rope: Rope | None,
+    *,
+    computed_in: str | None = None,
+    engine: str = "",
+) -> bytes:
     """Digest, 32 bytes, of all that makes KV incompatible, but for what differs by request.
 
     Args:
@@ -17,10 +25,16 @@ def namespace_of(config_json: str, weights: bytes, dtype: str, rope: Rope | None
         weights: digest of its weights.
         dtype: of its KV.
         rope: its rotation; None where its keys cannot be moved.
+        computed_in: dtype of the model's activations, where it is not that of the KV.
+        engine: what else of the engine changes KV (quantisation of weights as they are loaded).
     """
     digest = blake3(b"lmc-kv" + bytes([FORMAT_VERSION]))
     digest.update(config_json.encode())
     digest.update(weights)
     digest.update(dtype.encode())
     digest.update(rope.fingerprint if rope is not None else b"no rope")
+    if computed_in not in (None, dtype):
+        digest.update(f"|computed in {computed_in}".encode())
+    if engine:
+        digest.update(f"|engine {engine}".encode())
     return digest.digest()

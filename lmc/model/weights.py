@@ -13,7 +13,7 @@ from blake3 import blake3
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
 
 
 def cache_dir() -> Path:
@@ -23,8 +23,14 @@ def cache_dir() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "lmc"
 
 
-def folder_of(model: str) -> Path:
+def folder_of(
+    model: str, revision: str | None = None, cache: str | os.PathLike[str] | None = None
+) -> Path:
     """The folder of a model: itself, or where the cache of the hub has it. Asks no network.
+
+    Args:
+        revision: branch, tag or commit, of a model of the hub.
+        cache: folder of the hub's cache, where it is not the user's.
 
     Raises OSError or ValueError for one that is in neither.
     """
@@ -32,14 +38,16 @@ def folder_of(model: str) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, local_files_only=True))
+    return Path(snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=True))
 
 
 def weights_digest(path: str | Path) -> bytes:
     """BLAKE3, 32 bytes, of the weight files of a model folder: their names and contents.
 
-    Digests of files are kept in the cache folder by path, size and modification time, so a
-    second call reads no weights. A cache that is damaged or cannot be written costs time only.
+    Digests of files are kept in the cache folder by path and all that changes with what is in a
+    file: size, times of change and inode. So a second call reads no weights, and other weights
+    under an old time (`cp -p`, `rsync -t`, a tar of an image) are read. A cache that is damaged or
+    cannot be written costs time only.
 
     Raises ValueError if the folder holds no weight files.
     """
@@ -51,18 +59,25 @@ def weights_digest(path: str | Path) -> bytes:
     complete = True
     total = blake3()
     for file in files:
-        stat = file.stat()
+        state = _state(file)
         match known.get(str(file)):
-            case [stat.st_size, stat.st_mtime_ns, str(digest)]:
+            case [*seen, str(digest)] if seen == state:
                 pass
             case _:
                 digest = file_digest(file)
-                known[str(file)] = [stat.st_size, stat.st_mtime_ns, digest]
+                # One that changed while it was read is read again next time.
+                known[str(file)] = [*state, digest]
                 complete = False
         total.update(f"{len(file.name)}:{file.name}:{digest}\n".encode())
     if not complete:
         _write_digests(known)
     return total.digest()
+
+
+def _state(file: Path) -> list[int]:
+    """What a file system changes with a file's content, whatever its writer says of times."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino]
 
 
 def file_digest(file: Path) -> str:
@@ -72,7 +87,7 @@ def file_digest(file: Path) -> str:
 
 
 def _read_digests() -> dict[str, Any]:
-    """File -> [size, mtime_ns, digest], as far as they can be read."""
+    """File -> [*state, digest], as far as they can be read."""
     try:
         known = json.loads((cache_dir() / "digests.json").read_text())
     except (OSError, ValueError):

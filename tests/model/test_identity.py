@@ -28,3 +28,15 @@ def test_whatever_makes_kv_another_changes_it() -> None:
         (*GIVEN[:3], Rope(np.array([1.0, 0.1]), interleaved=True, kind="default")),
     ]
     assert len({namespace_of(*GIVEN), *(namespace_of(*other) for other in others)}) == 7
+
+
+def test_how_an_engine_computes_changes_it() -> None:
+    ways = [
+        {},
+        {"computed_in": "bfloat16"},
+        {"computed_in": "float16"},
+        {"engine": "fp8"},
+        {"engine": "fp8", "computed_in": "bfloat16"},
+    ]
+    assert len({namespace_of(*GIVEN, **way) for way in ways}) == len(ways)
+    assert namespace_of(*GIVEN, computed_in="float32") == namespace_of(*GIVEN)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,39 @@ def test_weights_digest_of_a_changed_file(cache: Path, weights: Path) -> None:
     (weights / "a.safetensors").write_bytes(b"ONE")
     assert weights_digest(weights) != digest
     assert len(json.loads((cache / "digests.json").read_text())) == 2  # replaced, not added
+
+
+def swapped(file: Path) -> None:
+    new = file.with_name("new")
+    new.write_bytes(b"ONE")
+    os.utime(new, ns=(1, 1))
+    new.replace(file)
+
+
+def written_over(file: Path) -> None:
+    file.write_bytes(b"ONE")
+    os.utime(file, ns=(1, 1))
+
+
+def moved_away(file: Path) -> None:
+    """The name is another file's now, as old and as large."""
+    file.rename(file.with_name("old"))
+    file.with_name("old").with_name("b2").write_bytes(b"ONE")
+    os.utime(file.with_name("b2"), ns=(1, 1))
+    os.link(file.with_name("b2"), file)
+
+
+@pytest.mark.parametrize("change", [swapped, written_over, moved_away])
+def test_weights_of_the_same_size_and_time_are_told_apart(
+    cache: Path, weights: Path, change: Callable[[Path], None]
+) -> None:
+    file = weights / "a.safetensors"
+    os.utime(file, ns=(1, 1))
+    digest = weights_digest(weights)
+    time.sleep(0.02)  # a file system's clock ticks every few milliseconds
+    change(file)
+    assert file.stat().st_mtime_ns == 1
+    assert weights_digest(weights) != digest
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"{f}": 3}', '{"{f}": [3, 4]}'])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import vllm
+from vllm import envs
 
 from lmc.connectors.vllm.config import TESTED_VLLM, LMCConfig
 from lmc.model import identity
@@ -14,6 +16,11 @@ from lmc.model.layout import KVLayout
 from lmc.model.rope import Rope, from_config
 from lmc.model.weights import folder_of, weights_digest
 from lmc.store.tier import TierConfig
+
+# Load formats that read the weight files of the model's own folder, and nothing else.
+FROM_FOLDER = (
+    "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt",
+)  # fmt: skip
 
 
 def check_vllm_version(version: str = vllm.__version__) -> None:
@@ -69,11 +76,20 @@ def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rope | str) -> by
     cannot be read from files (dummy weights, a model that is only on a hub) get a namespace of
     their own process, which is safe and never shared.
     """
+    model = vllm_config.model_config
+    engine: dict[str, Any] = {}
+    if model.quantization is not None:  # perhaps of weights that are not so in their files
+        said = getattr(model, "quantization_config", None)
+        engine["quantization"] = [model.quantization, repr(said)]
+    if isinstance(rope, str):  # its angles may depend on how long prompts can get
+        engine["max_model_len"] = getattr(model, "max_model_len", None)
     return identity.namespace_of(
-        vllm_config.model_config.hf_text_config.to_json_string(),
+        model.hf_text_config.to_json_string(),
         weights_of(vllm_config) or os.urandom(32),
         layout_of(vllm_config, kv_cache_config).dtype,
         rope if isinstance(rope, Rope) else None,
+        computed_in=str(model.dtype).removeprefix("torch."),
+        engine=json.dumps(engine, sort_keys=True) if engine else "",
     )
 
 
@@ -96,9 +112,10 @@ def open_tiers(
 
 def weights_of(vllm_config: Any) -> bytes | None:
     """Digest of the model's weights, or None where they are in no files that can be read."""
-    if vllm_config.load_config.load_format == "dummy":
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if load.load_format not in FROM_FOLDER or envs.VLLM_USE_MODELSCOPE:
         return None
     try:
-        return weights_digest(folder_of(vllm_config.model_config.model))
+        return weights_digest(folder_of(model.model, model.revision, load.download_dir))
     except (ValueError, OSError):
         return None
