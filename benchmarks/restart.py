@@ -62,6 +62,7 @@ def main() -> None:
         lmc = {
             "memory_bytes": 2 << 30,
             "min_recovery": None,
+            "context": "any",  # documents are moved as they were sent
             "tiers": [
                 {
                     "name": "disk",

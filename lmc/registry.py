@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -48,6 +49,11 @@ def _beginning(text: str) -> str:
 
 def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Plain)
+
+
+@lru_cache(maxsize=256)  # to make one takes longer than to check a config with it
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 class Registry:
@@ -149,7 +155,7 @@ class Registry:
             )
         said = {f.name for f in dataclasses.fields(cls)} & given.keys()
         try:
-            return TypeAdapter(cls).validate_python(fields | {f: given[f] for f in said})
+            return _adapter(cls).validate_python(fields | {f: given[f] for f in said})
         except ValidationError as e:
             valid_types = ", ".join(f"{f.name}: {_type_name(f.type)}" for f in valid.values())
             raise ValueError(f"{self.kind} {name!r}: {one_line(e)}; valid: {valid_types}") from e

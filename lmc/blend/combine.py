@@ -71,7 +71,8 @@ class Replay(Strategy):
         by_layer: positions, ascending, of each layer; the last entry holds for all layers behind.
 
     Raises:
-        ValueError: no entry, or a layer with rows that the one before it left out.
+        ValueError: no entry, a layer with rows that the one before it left out, or what is no
+            position.
     """
 
     by_layer: list[list[int]]
@@ -81,6 +82,8 @@ class Replay(Strategy):
     def __post_init__(self) -> None:
         if not self.by_layer:
             raise ValueError("by_layer: got no layer, want at least one list of positions")
+        if not all(0 <= row < 2**63 for rows in self.by_layer for row in rows):
+            raise ValueError("by_layer: got a position below 0 or beyond 64 bits")
         for i, (before, after) in enumerate(zip(self.by_layer, self.by_layer[1:], strict=False)):
             if not set(after) <= set(before):
                 raise ValueError(f"by_layer: layer {i + 1} has rows that layer {i} left out")

@@ -14,7 +14,11 @@ from lmc.blend.strategy import NOTHING, Strategy
 
 @dataclass(frozen=True)
 class Random(Strategy):
-    """A share of the moved rows by lot; the same ones for the same request and seed."""
+    """A share of the moved rows by lot; the same ones for the same request and seed.
+
+    Raises:
+        ValueError: a ratio outside [0, 1], or a negative seed.
+    """
 
     ratio: float = 0.15
     seed: int = 0
@@ -23,6 +27,8 @@ class Random(Strategy):
 
     def __post_init__(self) -> None:
         checked_ratio("ratio", self.ratio)
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
 
     def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         rows = outline.candidates

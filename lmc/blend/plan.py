@@ -13,6 +13,7 @@ from lmc.blend.strategy import Strategy
 from lmc.chunking.pieces import Piece
 from lmc.store import Index
 from lmc.store.lookup import Directory, Found, Known, continues, find
+from lmc.store.record import ContextPolicy
 
 KINDS = ("local", "local_blended", "exact", "moved", "recomputed", "new")
 
@@ -177,6 +178,8 @@ def make_plan(
     L: int | None = None,
     decline: bool = True,
     tiers: Sequence[Directory] = (),
+    context: ContextPolicy = "any",
+    begins: int | None = None,
 ) -> Plan:
     """The best claim for one request; an empty one when plain prefill is as good.
 
@@ -192,6 +195,8 @@ def make_plan(
         L: layers of the model; a selective strategy is not weighed without.
         decline: whether to leave a request alone that blending saves too little of.
         tiers: what to ask behind the index; what they have has records without a slot.
+        context: what a chunk that is moved may have been computed behind.
+        begins: the token that prompts begin with, if the model has one.
 
     Raises:
         ValueError: a selective strategy and no `L`.
@@ -199,7 +204,8 @@ def make_plan(
     T = len(tokens)
     control = strategy.control or not decline
     moves = strategy.moves and not contiguous
-    everything = find(tokens, pieces, Known(index, namespace, tiers), local, moves)
+    known = Known(index, namespace, tiers, context, begins)
+    everything = find(tokens, pieces, known, local, moves)
     runs = _moved_runs(everything)
     moved = [(max(a, local), b) for a, b in runs if b > local]
     found = [s for s in (_clip(s, local, T) for s in everything) if s]

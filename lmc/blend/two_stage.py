@@ -44,7 +44,7 @@ class TwoStage(Strategy):
         wide: how many rows the second stage chooses from for each one it takes.
 
     Raises:
-        ValueError: `compute` outside (0, 1], a negative `link_tokens`, `wide` below 1.
+        ValueError: `compute` outside (0, 1], a negative `link_tokens`, `wide` outside [1, 1e6].
     """
 
     compute: float = 0.1
@@ -59,8 +59,8 @@ class TwoStage(Strategy):
             raise ValueError(f"compute must be above 0 and at most 1, got {self.compute}")
         if self.link_tokens < 0:
             raise ValueError(f"link_tokens must be at least 0, got {self.link_tokens}")
-        if self.wide < 1:
-            raise ValueError(f"wide must be at least 1, got {self.wide}")
+        if not 1 <= self.wide <= 1e6:
+            raise ValueError(f"wide must be from 1 to 1,000,000, got {self.wide}")
 
     def needs(self, outline: Outline) -> tuple[Need, ...]:
         if self._taken(outline)[1] == 0:

@@ -54,23 +54,51 @@ def context_digests(tokens: np.ndarray, positions: Iterable[int]) -> list[bytes]
 
 
 def split(
-    tokens: np.ndarray, chunker: Chunker, spans: Sequence[tuple[int, int]] | None = None
+    tokens: np.ndarray,
+    chunker: Chunker,
+    spans: Sequence[tuple[int, int]] | None = None,
+    longest: int | None = None,
 ) -> list[Piece]:
     """Cut tokens [T] into pieces that partition `[0, T)`.
 
     spans: `(start, end)` that the caller wants as one chunk each. What lies between them is cut
     by `chunker` as if it stood alone, and its last run is closed by the span behind it; what
     follows the last span ends in an open tail, as a whole list does without spans.
+    longest: tokens of a piece at most; longer ones are cut there.
 
     Raises ValueError for spans that are empty, overlap, descend or lie outside `[0, T)`.
     """
     pieces: list[Piece] = []
     position = 0
-    for start, end in _checked(spans or [], len(tokens)):
+    for start, end in checked_spans(spans or [], len(tokens)):
         pieces += _cut(tokens, position, start, chunker, closed=True)
         pieces.append(Piece(start, end))
         position = end
-    return pieces + _cut(tokens, position, len(tokens), chunker, closed=False)
+    pieces += _cut(tokens, position, len(tokens), chunker, closed=False)
+    return pieces if longest is None else [part for p in pieces for part in _shorter(p, longest)]
+
+
+def checked_spans(spans: Sequence[tuple[int, int]], T: int) -> list[tuple[int, int]]:
+    """Spans of T tokens as pairs of int.
+
+    Raises ValueError for what is no pair of integers, and for spans that are empty, overlap,
+    descend or lie outside `[0, T)`.
+    """
+    checked: list[tuple[int, int]] = []
+    allowed = 0
+    for span in spans:
+        try:
+            start, end = (operator.index(x) for x in span)
+        except (TypeError, ValueError):
+            raise ValueError(f"got span {span!r:.100}, want two integers (start, end)") from None
+        if not allowed <= start < end <= T:
+            raise ValueError(
+                f"got span {f'({start}, {end})':.100}, want {allowed} <= start < end <= {T} "
+                "(ascending, not empty, no overlap, inside the prompt)"
+            )
+        checked.append((start, end))
+        allowed = end
+    return checked
 
 
 def _cut(tokens: np.ndarray, start: int, end: int, chunker: Chunker, closed: bool) -> list[Piece]:
@@ -82,22 +110,11 @@ def _cut(tokens: np.ndarray, start: int, end: int, chunker: Chunker, closed: boo
     return pieces
 
 
-def _checked(spans: Sequence[tuple[int, int]], T: int) -> list[tuple[int, int]]:
-    checked: list[tuple[int, int]] = []
-    allowed = 0
-    for span in spans:
-        try:
-            start, end = (operator.index(x) for x in span)
-        except (TypeError, ValueError):
-            raise ValueError(f"got span {span!r}, want two integers (start, end)") from None
-        if not allowed <= start < end <= T:
-            raise ValueError(
-                f"got span ({start}, {end}), want {allowed} <= start < end <= {T} "
-                "(ascending, not empty, no overlap, inside the prompt)"
-            )
-        checked.append((start, end))
-        allowed = end
-    return checked
+def _shorter(piece: Piece, longest: int) -> list[Piece]:
+    """A piece in parts of at most `longest` tokens; all but the last are closed."""
+    starts = range(piece.start, piece.end, longest)
+    parts = [Piece(start, min(start + longest, piece.end)) for start in starts]
+    return [*parts[:-1], Piece(parts[-1].start, piece.end, piece.closed)]
 
 
 def _id_bytes(tokens: np.ndarray) -> bytes:

@@ -93,7 +93,7 @@ def calibrate(
                     git_commit=git_commit(),
                     workloads=workloads,
                     prompts=rows[0].prompts,
-                    context=context,
+                    context=context,  # type: ignore[arg-type]
                     rows=rows,
                 )
                 path = out or user_profiles() / profile.file_name

@@ -23,9 +23,7 @@ def cache_dir() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "lmc"
 
 
-def folder_of(
-    model: str, revision: str | None = None, cache: str | os.PathLike[str] | None = None
-) -> Path:
+def folder_of(model: str, revision: str | None = None, cache: str | Path | None = None) -> Path:
     """The folder of a model: itself, or where the cache of the hub has it. Asks no network.
 
     Args:

@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Literal
 
 from lmc.blend import STRATEGIES
+from lmc.blend.encoding import Context
 from lmc.blend.strategy import Strategy
 from lmc.quality.auto import Auto
 from lmc.quality.controlled import Controlled
 from lmc.quality.profile import Blend, Curve, QualityProfile, interpolated, knob_of
+from lmc.store.record import ContextPolicy
 
 Uncalibrated = Literal["refuse", "allow"]
+# How chunks are encoded under a store's context policy, in the words of a profile.
+ENCODED: dict[ContextPolicy, Context] = {
+    "any": "first_seen",
+    "shared_prefix": "anchored",
+    "isolated": "isolated",
+}
 
 
 def admit(
@@ -19,6 +27,7 @@ def admit(
     profile: QualityProfile | None,
     min_recovery: float | None,
     uncalibrated: Uncalibrated = "refuse",
+    context: Context = "isolated",
 ) -> Strategy | str:
     """The strategy to run, an automatic one resolved, or why chunks must not be moved.
 
@@ -32,7 +41,7 @@ def admit(
             return str(error)
     if min_recovery is None:
         return strategy
-    return verdict(blend, strategy, profile, min_recovery, uncalibrated) or strategy
+    return verdict(blend, strategy, profile, min_recovery, uncalibrated, context) or strategy
 
 
 def verdict(
@@ -41,6 +50,7 @@ def verdict(
     profile: QualityProfile | None,
     min_recovery: float,
     uncalibrated: Uncalibrated = "refuse",
+    context: Context = "isolated",
 ) -> str | None:
     """Why chunks must not be moved by this strategy, in one line; None when they may.
 
@@ -51,6 +61,7 @@ def verdict(
         blend: the config that `strategy` was built from.
         profile: of the model, if there is one.
         min_recovery: the least recovery of the full-reuse loss.
+        context: how chunks are encoded here, as the profile must have had them.
         uncalibrated: what becomes of a strategy that the profile says nothing of.
     """
     if strategy.control or not strategy.moves:
@@ -58,7 +69,9 @@ def verdict(
     if isinstance(strategy, Controlled):
         blend, strategy = strategy.least
     if profile is None:
-        why = "no quality profile of this model: run `lmc calibrate MODEL`"
+        option = "" if context == "isolated" else f" --context {context}"
+        why = f"no quality profile of this model with {context} chunks: "
+        why += f"run `lmc calibrate MODEL{option}`"
         return why if uncalibrated == "refuse" else None
     curve = profile.curve(blend, strategy)
     found = interpolated(curve, knob_of(strategy))

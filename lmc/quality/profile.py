@@ -16,6 +16,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lmc.blend import STRATEGIES
+from lmc.blend.encoding import Context
 from lmc.blend.strategy import Strategy
 from lmc.model.weights import cache_dir
 from lmc.registry import one_line
@@ -81,7 +82,7 @@ class QualityProfile(BaseModel):
         lmc_version, git_commit: what measured it.
         workloads: the prompts, as `lmc.workloads.WORKLOADS` names them.
         prompts: of all workloads together.
-        context: how the chunks had been encoded (`lmc.connectors.hf.store.Context`).
+        context: how the chunks had been encoded (`lmc.blend.encoding.Context`).
         rows: one a strategy and value of its knob.
     """
 
@@ -95,7 +96,7 @@ class QualityProfile(BaseModel):
     git_commit: str | None
     workloads: list[dict[str, Any]]
     prompts: int = Field(ge=1)
-    context: str
+    context: Context
     rows: list[Measured] = Field(min_length=1)
 
     @field_validator("rows")
@@ -133,8 +134,8 @@ class QualityProfile(BaseModel):
                 found.append((value, row))
         return sorted(found, key=lambda pair: pair[0] or 0)
 
-    def require(self, weights: bytes, dtype: str, rope: bytes) -> None:
-        """Raise ValueError unless this is the profile of this model in this dtype."""
+    def require(self, weights: bytes, dtype: str, rope: bytes, context: Context) -> None:
+        """Raise ValueError unless this is of this model, this dtype and chunks encoded like this."""
         for what, ours, theirs in (
             ("weights", self.weights, weights.hex()),
             ("dtype", self.dtype, dtype),
@@ -145,13 +146,19 @@ class QualityProfile(BaseModel):
                     f"the quality profile is of another model, {self.model} in {self.dtype}: "
                     f"its {what} is {ours}, this model's {theirs}"
                 )
+        if self.context != context:
+            raise ValueError(
+                f"the quality profile of {self.model} was measured with chunks encoded "
+                f"{self.context}, and here they are {context}: "
+                f"run `lmc calibrate MODEL --context {context}`"
+            )
 
     @property
     def file_name(self) -> str:
         """The name under which `find_profile` finds it."""
         name = "".join(c if c.isalnum() or c in "._" else "-" for c in self.model)
         key = _key(bytes.fromhex(self.weights), self.dtype, bytes.fromhex(self.rope))
-        return f"{name}-{self.dtype}-{key}.yaml"
+        return f"{name}-{self.dtype}-{key}{_suffix(self.context)}.yaml"
 
     def save(self, path: Path) -> None:
         """Write it as YAML; the file is replaced whole or not at all."""
@@ -177,22 +184,33 @@ def load_profile(path: Path | str) -> QualityProfile:
 
 
 def find_profile(
-    weights: bytes, dtype: str, rope: bytes, path: Path | str | None = None
+    weights: bytes,
+    dtype: str,
+    rope: bytes,
+    context: Context = "isolated",
+    path: Path | str | None = None,
 ) -> QualityProfile | None:
     """The profile of a model, or None: `path`, or the user's newest, or the one that lmc ships.
 
-    Raises ValueError for one that cannot be read or is of another model.
+    Args:
+        context: how the chunks are encoded that it must tell of.
+
+    Raises ValueError for one that cannot be read, is of another model or of other chunks.
     """
     if path is not None:
         profile = load_profile(path)
-        profile.require(weights, dtype, rope)
+        profile.require(weights, dtype, rope, context)
         return profile
-    name = f"*-{_key(weights, dtype, rope)}.yaml"
+    name = f"*-{_key(weights, dtype, rope)}{_suffix(context)}.yaml"
     for folder in (user_profiles(), SHIPPED):
         if files := list(folder.glob(name)):
             newest = max(files, key=lambda file: file.stat().st_mtime)
-            return find_profile(weights, dtype, rope, newest)
+            return find_profile(weights, dtype, rope, context, newest)
     return None
+
+
+def _suffix(context: str) -> str:
+    return "" if context == "isolated" else f"-{context}"
 
 
 def user_profiles() -> Path:

@@ -10,6 +10,9 @@ from typing import Literal
 from blake3 import blake3
 
 Origin = Literal["exact", "isolated", "anchored", "blended"]
+# What a moved chunk may have been computed behind: any text, text that stands in front of it here
+# too, or none.
+ContextPolicy = Literal["any", "shared_prefix", "isolated"]
 
 
 def origin_of(start: int, first_piece_end: int, blended_from: int | None, end: int) -> Origin:
@@ -76,8 +79,9 @@ def superseded(
 ) -> list[Record] | None:
     """Of one content, the records that `new` takes the place of; None when it would add nothing.
 
-    Kept of a content: one isolated or anchored variant, the latest `exact_variants` exact ones,
-    and a blended one only while there is no better.
+    Kept of a content: one isolated variant, the latest `exact_variants` anchored ones and as many
+    exact ones, and a blended one only while there is no better. So none of these ways of encoding
+    a text pushes out another, whoever sends it.
 
     Args:
         known: the records of that content, the oldest first; of a tail, the tail of its context.
@@ -98,8 +102,7 @@ def superseded(
         return None
     free = [r for r in same if not leased(r)]
     out = [r for r in free if r.origin == "blended"]
-    if new.origin == "exact":
-        exact = [r for r in same if r.origin == "exact"]
-        oldest = exact[: max(0, len(exact) + 1 - exact_variants)]
-        return out + [r for r in oldest if r in free]
-    return out + [r for r in free if r.origin in ("isolated", "anchored")]
+    kept = 1 if new.origin == "isolated" else exact_variants
+    alike = [r for r in same if r.origin == new.origin]
+    oldest = alike[: max(0, len(alike) + 1 - kept)]
+    return out + [r for r in oldest if r in free]

@@ -18,7 +18,7 @@ from lmc.store.chunks import Attached, Chunks
 from lmc.store.index import Index
 from lmc.store.keep import keep
 from lmc.store.lookup import Found, Known, find
-from lmc.store.record import Record
+from lmc.store.record import ContextPolicy, Record
 from lmc.store.tier import TIERS
 
 Tokens = Sequence[int] | np.ndarray
@@ -33,7 +33,9 @@ class Store:
         memory_bytes: host memory, reserved at once.
         tiers: places behind it, as `lmc.store.tier.TIERS` names them:
             `{"name": "disk", "path": ..., "capacity": "100GiB"}`.
-        chunker, policy, exact_variants: as in the engine's config.
+        chunker, policy, exact_variants, context: as in the engine's config, but for the default of
+            the last: who has a store to himself need not fear what stood before a text.
+        begins: the token that prompts begin with, if the model has one.
         cost: FLOPs of prefill, for policies that weigh what computing a chunk again would take.
         label: the model's name, for people who list a tier.
         patience_s: after so long a chunk that a tier does not bring is a miss.
@@ -53,6 +55,8 @@ class Store:
         chunker: Mapping[str, Any] | str = "cdc",
         policy: Mapping[str, Any] | str = "lru",
         exact_variants: int = 2,
+        context: ContextPolicy = "any",
+        begins: int | None = None,
         cost: PrefillCost | None = None,
         label: str = "",
         patience_s: float = 30.0,
@@ -66,6 +70,7 @@ class Store:
         self.layout = layout
         self.namespace = namespace
         self.chunker = CHUNKERS.build(chunker)
+        self._context, self._begins = context, begins
         self.index = Index(memory_bytes, 1, policy, cost, exact_variants=exact_variants)
         opened = [s.open(layout, exact_variants=exact_variants, label=label) for s in said]
         self.tiers = opened
@@ -97,7 +102,7 @@ class Store:
         Raises:
             ValueError: as `pieces`.
         """
-        known = Known(self.index, self.namespace, self.tiers)
+        known = Known(self.index, self.namespace, self.tiers, self._context, self._begins)
         return find(np.asarray(tokens, np.int64), self.pieces(tokens, spans), known)
 
     def where(self, found: Found | Record) -> str:

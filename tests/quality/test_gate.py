@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from lmc.blend.encoding import Context
 from lmc.model.times import TierSpeed, TTFTModel
 from lmc.quality import BLENDS
-from lmc.quality.gate import admit, verdict
+from lmc.quality.gate import ENCODED, admit, verdict
 from lmc.quality.profile import QualityProfile
+from lmc.store.record import ContextPolicy
 from tests.quality.profiles import FULL
 
 
@@ -32,7 +34,7 @@ def test_what_cannot_lose_quality_passes(blend: Any) -> None:
 
 
 def test_without_a_profile_nothing_is_moved() -> None:
-    words = "no quality profile of this model: run `lmc calibrate MODEL`"
+    words = "no quality profile of this model with isolated chunks: run `lmc calibrate MODEL`"
     assert ask("epic", profile=None) == words
     assert ask("full_reuse", -9.0, None) == words
     assert ask("epic", profile=None, uncalibrated="allow") is None
@@ -123,3 +125,14 @@ def test_without_a_bound_any_strategy_runs() -> None:
         for profile in (FULL, None):
             assert admit(blend, strategy, profile, None) == strategy
             assert isinstance(admit(blend, strategy, profile, 0.3), str)
+
+
+def test_a_missing_profile_is_asked_for_with_the_chunks_that_are_moved_here() -> None:
+    strategy = BLENDS.build("epic")
+    said = admit("epic", strategy, None, 0.2, context=ENCODED["shared_prefix"])
+    assert said == (
+        "no quality profile of this model with anchored chunks: "
+        "run `lmc calibrate MODEL --context anchored`"
+    )
+    assert set(ENCODED) == set(get_args(ContextPolicy))
+    assert set(ENCODED.values()) == set(get_args(Context))

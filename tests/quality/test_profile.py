@@ -122,6 +122,17 @@ def test_a_profile_of_another_model_is_never_used(
         find_profile(*other)
 
 
+def test_a_profile_tells_of_chunks_encoded_as_it_had_them() -> None:
+    other = FULL.model_copy(update={"context": "anchored"})
+    FULL.save(user_profiles() / FULL.file_name)
+    assert find_profile(*MODEL, "anchored") is None
+    other.save(user_profiles() / other.file_name)
+    assert find_profile(*MODEL, "anchored") == other
+    assert find_profile(*MODEL) == FULL
+    with pytest.raises(ValueError, match="encoded anchored, and here they are isolated: run"):
+        find_profile(*MODEL, path=user_profiles() / other.file_name)
+
+
 def test_shipped_profiles_are_whole_and_found_by_their_names() -> None:
     for file in module.SHIPPED.glob("*"):
         one = load_profile(file)

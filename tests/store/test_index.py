@@ -118,15 +118,19 @@ def test_record_larger_than_the_store_evicts_nothing() -> None:
     assert a.slot in index
 
 
-def test_two_latest_exact_and_one_isolated_or_anchored_variant() -> None:
+def test_two_latest_exact_and_anchored_variants_and_one_isolated() -> None:
     index = Index(capacity=1000)
     put_visible(index, b"a", b"1")
     put_visible(index, b"a", b"2")
     put_visible(index, b"a", b"3")
     put_visible(index, b"a", b"4", origin="isolated")
-    put_visible(index, b"a", b"5", origin="anchored")
+    for context in (b"5", b"6", b"7"):
+        put_visible(index, b"a", context, origin="anchored")
+    # No way of encoding a text pushes out another.
     assert [(r.context, r.origin) for r in index.variants(b"a")] == [
-        (b"5", "anchored"),
+        (b"7", "anchored"),
+        (b"6", "anchored"),
+        (b"4", "isolated"),
         (b"3", "exact"),
         (b"2", "exact"),
     ]

@@ -58,6 +58,10 @@ class HFModel:
             if not hasattr(self.inner, part):
                 raise ValueError(f"{type(model).__name__} has no model.{part}: not supported")
         self.shape = shape_of(config)
+        if self.shape.latent:
+            raise ValueError(
+                f"{type(model).__name__}: latent attention (MLA) is not supported; K and V are"
+            )
         self.L: int = self.shape.L
         self.dtype, self.device = model.dtype, model.device
         self.vocabulary: int = config.vocab_size
@@ -176,14 +180,13 @@ class HFModel:
             ) from error
         # Sums are taken in another order; no more than that.
         tolerance = torch.finfo(self.dtype).eps ** 0.5
-        # Keys of the first layer depend on their own token and its position alone.
-        keys = ours.pages.rows(0, T)[0, 0]
         cos, sin = (torch.from_numpy(x).to(self.device) for x in self.rope.angles(shift))
-        turned = rerotate(keys, cos, sin, interleaved=self.rope.interleaved)
-        pairs = {
-            "logits": (whole.logits[0].float(), ours.logits),
-            "re-rotated keys": (moved.pages.rows(0, T)[0, 0], turned),
-        }
+        pairs = {"logits": (whole.logits[0].float(), ours.logits)}
+        # A text that is moved as a whole is the same to every layer but for its keys' rotation.
+        here, there = (prefill.pages.rows(0, T)[:, 0] for prefill in (ours, moved))
+        for layer, keys in enumerate(here):
+            turned = rerotate(keys, cos, sin, interleaved=self.rope.interleaved)
+            pairs[f"re-rotated keys of layer {layer}"] = (there[layer], turned)
         for name, (expected, got) in pairs.items():
             scale = expected.float().abs().max().clamp_min(1e-6)
             worst = float((expected.float() - got.float()).abs().max() / scale)

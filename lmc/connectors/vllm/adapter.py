@@ -12,13 +12,12 @@ import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import set_forward_context
 
-from lmc.blend.evidence import Deviation, Importance, Need, Outline
+from lmc.blend.evidence import Importance, Need, Outline
 from lmc.blend.forward import Outcome, State, selective_forward
 from lmc.blend.strategy import Strategy
-from lmc.connectors.vllm.attention import BackendAttention, Current, Measure, PagedAttention, Rows
+from lmc.connectors.vllm.attention import Current, Measure, PagedAttention, Rows
 from lmc.kernels.gather import gather
 from lmc.kernels.scatter import scatter
-from lmc.model.rope import Rope
 
 
 class VLLMAdapter:
@@ -145,96 +144,3 @@ def _of_all_heads(need: Need, score: torch.Tensor) -> torch.Tensor:
     and with the maximum over heads the mean of the ranks' maxima.
     """
     return score / get_tp_group().world_size if isinstance(need, Importance) else score
-
-
-@torch.inference_mode()
-def self_check(
-    model: Any, attention: PagedAttention, oracle: BackendAttention, vllm_config: Any
-) -> str | None:
-    """Why the layer loop is not the model's own forward on 64 tokens, or None when it is.
-
-    Runs in blocks that no request owns yet, once whole through `model.forward` with the backend's
-    attention and once by the loop in two parts with `attention`, and compares hidden states and
-    the KV left behind. Architectures that do more between their layers than hand on
-    (hidden, residual) are found out here, and pages in which rows cannot be measured.
-    """
-    T, block_size = 64, attention.block_size
-    tokens = np.arange(T, dtype=np.int64) * 7919 % vllm_config.model_config.get_vocab_size()
-    blocks = list(range(1, 1 + -(-T // block_size)))  # block 0 is vLLM's null block
-    rows = np.arange(T, dtype=np.int64)
-    caches = [layer.kv_cache for layer in attention.layers.values()]
-    before = [cache[blocks].clone() for cache in caches]
-    try:
-        checked = oracle.prepare(rows, blocks)
-        names = list(attention.layers)
-        with set_forward_context(
-            dict.fromkeys(names, checked.how),
-            vllm_config,
-            num_tokens=T,
-            slot_mapping=dict.fromkeys(names, checked.page_slots),
-        ):
-            device = attention.device
-            whole = model(
-                input_ids=torch.from_numpy(tokens).to(device),
-                positions=torch.from_numpy(rows).to(device),
-            )
-        kept = [cache[blocks].clone() for cache in caches]
-        for cache, old in zip(caches, before, strict=True):
-            cache[blocks] = old
-        adapter = VLLMAdapter(model, attention, tokens, blocks, T // 2, vllm_config)
-        hidden, residual = adapter.run(rows).state
-        looped, _ = model.model.norm(hidden, residual)
-        pairs = [(whole, looped), *zip(kept, (cache[blocks] for cache in caches), strict=True)]
-        # Sums are taken in another order, and compiled code may fuse; no more than that.
-        tolerance = torch.finfo(whole.dtype).eps ** 0.5
-        worst = max(_relative_error(a, b) for a, b in pairs)
-        wrong = _mismeasured(adapter, T, tolerance)
-    except Exception as error:  # an architecture of another shape may fail in any way
-        return f"the layer loop does not run on this model: {type(error).__name__}: {error}"
-    finally:
-        for cache, old in zip(caches, before, strict=True):
-            cache[blocks] = old
-    if not worst <= tolerance:
-        return f"the layer loop differs from model.forward by {worst:.1e} (at most {tolerance:.1e})"
-    return wrong
-
-
-def rope_as_in_model(rope: Rope, model: Any) -> tuple[Rope, str | None]:
-    """`rope` with the model's own pairing, and how its angles differ from the model's, if so."""
-    for module in model.modules():
-        table = getattr(module, "cos_sin_cache", None)
-        if table is None or not hasattr(module, "is_neox_style"):
-            continue
-        rope = Rope(rope.inv_freq, not module.is_neox_style, rope.kind)
-        R = 2 * len(rope.inv_freq)
-        if table.shape[-1] != R:
-            return rope, f"the model rotates {table.shape[-1]} dims, its config says {R}"
-        positions = [1, min(1000, len(table) - 1)]
-        cos, sin = table[positions].double().cpu().chunk(2, dim=-1)
-        expected = torch.from_numpy(np.outer(positions, rope.inv_freq))
-        error = torch.atan2(sin, cos) - expected
-        worst = float((torch.remainder(error + torch.pi, 2 * torch.pi) - torch.pi).abs().max())
-        # The table is in the model's dtype, and its angles were taken in float32.
-        if worst > 4 * torch.finfo(table.dtype).eps + 1e-3:
-            return rope, f"the model's angles differ from its config's by {worst:.1e} rad"
-        return rope, None
-    return rope, "no rotary embedding of a known kind found in the model"
-
-
-def _mismeasured(adapter: VLLMAdapter, T: int, tolerance: float) -> str | None:
-    """What is wrong with scores of the rows `[T/2, T)` of tokens that are in the pages, if any."""
-    half = T // 2
-    outline = Outline(L=adapter.num_layers, T=T, end=half, moved=((0, half),), new=half)
-    needs = (Deviation(0, "both", "cosine"), Importance((0,), queries="sum"))
-    far, paid = adapter.measure(np.arange(half, T), needs, outline)
-    if far.shape != (half,) or not float(far.max()) <= tolerance:
-        return f"rows that are in their pages deviate from them by {float(far.max()):.1e}"
-    # What one row pays to all keys adds up to 1.
-    if paid.shape != (T,) or not abs(float(paid.sum()) / half - 1) <= tolerance:
-        return f"{half} rows pay {float(paid.sum()):.3f} of attention"
-    return None
-
-
-def _relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:
-    scale = expected.float().abs().max().clamp_min(1e-6)
-    return float((expected.float() - got.float()).abs().max() / scale)

@@ -13,7 +13,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from lmc.blend.evidence import Deviation, Importance, Need, Outline, runs_of
-from lmc.connectors.vllm.layouts import views_of
+from lmc.connectors.vllm.layouts import page_slots_of, views_of
 from lmc.kernels.deviation import deviation
 from lmc.kernels.importance import importance
 from lmc.kernels.paged import PagedKV
@@ -90,9 +90,7 @@ class PagedAttention(ABC):
 
     def page_slots(self, rows: np.ndarray, blocks: list[int]) -> torch.Tensor:
         """Flat page slots `[M]` of rows in the request's blocks."""
-        table = np.asarray(blocks, np.int64)
-        flat = table[rows // self.block_size] * self.block_size + rows % self.block_size
-        return torch.from_numpy(flat).to(self.device)
+        return page_slots_of(rows, blocks, self.block_size, self.device)
 
     def prepare(self, rows: np.ndarray, blocks: list[int]) -> Rows:
         """What is the same in every layer for these rows."""

@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmc.connectors.vllm.config import LMCConfig, parse_request
+from lmc.connectors.vllm.config import LMCConfig
+from lmc.connectors.vllm.request import parse_request
 
 
 def kv_transfer_params(
@@ -16,6 +17,7 @@ def kv_transfer_params(
     blend: Mapping[str, Any] | str | None = None,
     save: bool = True,
     enabled: bool = True,
+    config: LMCConfig | None = None,
 ) -> dict[str, Any]:
     """`kv_transfer_params` of one request: the field of that name of vLLM's OpenAI server, or
     `SamplingParams(extra_args={"kv_transfer_params": ...})`.
@@ -27,6 +29,7 @@ def kv_transfer_params(
         blend: the strategy; None is the engine's own.
         save: whether the request's KV is stored.
         enabled: false serves it without lmc.
+        config: the engine's settings, where they name further strategies or other limits.
 
     Raises:
         ValueError: what the server would answer with a plain prefill and `bad_request`.
@@ -36,7 +39,7 @@ def kv_transfer_params(
         raw["chunks"] = [list(span) for span in chunks]
     if blend is not None:
         raw["blend"] = blend if isinstance(blend, str) else dict(blend)
-    parse_request(raw, prompt_tokens, LMCConfig())
+    parse_request(raw, prompt_tokens, config or LMCConfig())
     return {"lmc": raw}
 
 
@@ -50,12 +53,18 @@ def drain(llm: Any, timeout_s: float = 60.0) -> None:
         TimeoutError: the copies took longer than `timeout_s` seconds.
     """
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    deadline = time.monotonic() + timeout_s
+    late = TimeoutError(f"chunks were still being stored after {timeout_s} s")
     if core is None:
+        # Chunks that are computed once more come in steps of their own.
+        while any(llm.collective_rpc("encodes_left", timeout=timeout_s)):
+            if time.monotonic() > deadline:
+                raise late
+            time.sleep(0.05)
         llm.collective_rpc("finish_saves", timeout=timeout_s)
         time.sleep(0.2)  # the scheduler hears of it with its next step, milliseconds later
         return
-    deadline = time.monotonic() + timeout_s
     while core.scheduler.has_requests():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"chunks were still being stored after {timeout_s} s")
+            raise late
         llm.llm_engine.step()

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lmc.blend.evidence import Outline
 from lmc.blend.strategy import Strategy
 from lmc.chunking import CHUNKERS, Chunker
-from lmc.chunking.pieces import split
 from lmc.quality import BLENDS
 from lmc.registry import one_line
 from lmc.store import Index
+from lmc.store.record import ContextPolicy
 from lmc.store.tier import TIERS, TierConfig
 
 TESTED_VLLM = ("0.32.0",)
+
+
+class Limits(BaseModel):
+    """How much one request may ask for.
+
+    Attributes:
+        spans: of `chunks`.
+        chunk_tokens: longer chunks are cut, whoever made them: each is staged whole.
+        values: numbers, words and lists in `blend`, all together. depth: how deep they nest.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    spans: int = Field(default=1024, ge=1)
+    chunk_tokens: int = Field(default=2048, ge=1)
+    values: int = Field(default=10_000, ge=1)
+    depth: int = Field(default=6, ge=1)
 
 
 class LMCConfig(BaseModel):
@@ -38,7 +53,19 @@ class LMCConfig(BaseModel):
         exact_variants: exact contexts kept of one content. Text that prompts repeat inside
             themselves wants more, or its prefixes are lost (`lmc sim --exact-variants`).
         chunker: cuts prompts whose request gives no spans, and what lies between spans.
+        context: what a chunk that is moved may have been computed behind: `any` text at all,
+            `shared_prefix`: text that the request begins with too, or `isolated`: nothing (but
+            the token a prompt begins with). With `any`, who gets a text stored behind one of their
+            own is read along with it by others of the same cache salt (docs/security.md). With
+            the others the engine computes chunks that came behind other text once more, alone.
+        isolated_tokens: how many such tokens are computed in one step, at most; 0 leaves it to
+            clients, who send documents alone.
         blend: the strategy of requests that name none.
+        blends: further strategies that requests may name, by names of their own; their fields
+            may name files and modules, as `blend` may.
+        controls: whether requests may name strategies that exist to check others
+            (`full_recompute`, `replay`), which pass the quality gate. For trusted clients only.
+        limits: of what a request may ask.
         attention: how recomputed rows attend: `kernels` (lmc's own), `backend` (the engine's, once
             a run of rows), or `auto`: kernels on a GPU, where the backend is the oracle of the
             check at start, and the backend on a CPU.
@@ -61,7 +88,12 @@ class LMCConfig(BaseModel):
     fetch_patience_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     exact_variants: int = Field(default=2, ge=1)
     chunker: dict[str, Any] | str = "cdc"
+    context: ContextPolicy = "isolated"
+    isolated_tokens: int = Field(default=512, ge=0)
     blend: dict[str, Any] | str = "epic"
+    blends: dict[str, dict[str, Any] | str] = Field(default_factory=dict)
+    controls: bool = False
+    limits: Limits = Limits()
     attention: Literal["auto", "kernels", "backend"] = "auto"
     profile: str | None = None
     min_recovery: float | None = Field(default=0.2, allow_inf_nan=False)
@@ -72,6 +104,20 @@ class LMCConfig(BaseModel):
         """A fresh chunker; ValueError for a wrong one."""
         chunker: Chunker = CHUNKERS.build(self.chunker)
         return chunker
+
+    @property
+    def what_context_costs(self) -> str:
+        """The context policy, and its price, in one line."""
+        match self.context:
+            case "any":
+                return "any: who stores a text says what stands in front of it when others read it"
+            case policy if self.isolated_tokens:
+                return (
+                    f"{policy}: new chunks of a prompt are computed once more, alone, at most "
+                    f"{self.isolated_tokens} tokens a step"
+                )
+            case policy:
+                return f"{policy}: only documents that clients send alone can be moved"
 
     def build_tiers(self) -> list[TierConfig]:
         """What is said of each tier; ValueError for a wrong one."""
@@ -99,6 +145,10 @@ def load_config(extra: Mapping[str, Any]) -> LMCConfig:
     config.build_chunker()
     config.build_tiers()
     build_strategy(config.blend)
+    for name, blend in config.blends.items():
+        if name in BLENDS.entries:
+            raise ValueError(f"lmc config: blends.{name}: that is a registered strategy's own name")
+        build_strategy(blend)
     return config
 
 
@@ -140,69 +190,3 @@ def check_memory(memory_bytes: int, bytes_per_token: int, longest: int) -> None:
             f"memory_bytes is {memory_bytes}, less than one chunk of {longest} tokens of this "
             f"model ({need} bytes); allowed: at least {need}"
         )
-
-
-@dataclass(frozen=True)
-class RequestOptions:
-    """Settings of one request, `kv_transfer_params={"lmc": {...}}`.
-
-    Attributes:
-        chunks: spans `(start, end)` the caller knows to be documents, or None.
-        strategy: how moved chunks are blended.
-        blend: its name. config: what it was built from.
-        save: whether this request's KV is stored.
-        enabled: false makes the request one that lmc never saw.
-    """
-
-    chunks: Sequence[tuple[int, int]] | None
-    strategy: Strategy
-    blend: str
-    config: Mapping[str, Any] | str
-    save: bool = True
-    enabled: bool = True
-
-
-def _said(blend: Any) -> Mapping[str, Any] | str:
-    """What a client says of a strategy: a registered name, or a mapping; no text to parse."""
-    if isinstance(blend, Mapping) or (isinstance(blend, str) and blend in BLENDS.entries):
-        return blend
-    raise ValueError(
-        f"lmc parameter blend: got {blend!r:.200}, want a name or {{name: ..., field: value}}; "
-        f"valid: {', '.join(BLENDS.names())}"
-    )
-
-
-_KEYS = {"chunks", "blend", "save", "enabled"}
-
-
-def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
-    """Read `kv_transfer_params["lmc"]` of a prompt of T tokens; all keys are optional.
-
-    Raises:
-        ValueError: unknown keys, a wrong strategy, or spans that overlap or lie outside.
-    """
-    raw = {} if raw is None else raw
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"lmc parameters must be an object, got {type(raw).__name__}")
-    if unknown := sorted(map(str, raw.keys() - _KEYS)):
-        raise ValueError(
-            f"unknown lmc parameter {', '.join(unknown)}; valid: {', '.join(sorted(_KEYS))}"
-        )
-    for key in ("save", "enabled"):
-        if not isinstance(raw.get(key, True), bool):
-            raise ValueError(f"lmc parameter {key} must be true or false, got {raw[key]!r}")
-    chunks = raw.get("chunks")
-    if chunks is not None:
-        if not isinstance(chunks, list | tuple):
-            raise ValueError(f"lmc parameter chunks must be a list of spans, got {chunks!r}")
-        # Cutting checks the spans, whatever the tokens are.
-        split(np.zeros(T, np.int64), config.build_chunker(), chunks)
-    blend = config.blend if raw.get("blend") is None else _said(raw["blend"])
-    return RequestOptions(
-        chunks=chunks,
-        strategy=build_strategy(blend),
-        blend=BLENDS.parse(blend)["name"],
-        config=blend,
-        save=raw.get("save", True),
-        enabled=raw.get("enabled", True),
-    )

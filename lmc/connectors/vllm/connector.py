@@ -55,7 +55,7 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         if self._scheduler:
-            self._scheduler.kv_cache_manager = kv_cache_manager
+            self._scheduler.local.manager = kv_cache_manager
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
@@ -86,6 +86,9 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler and isinstance(report, WorkerReport):
             self._scheduler.heard(report)
 
+    def has_pending_push_work(self) -> bool:
+        return self._scheduler is not None and self._scheduler.idle_work
+
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -104,15 +107,15 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker:
             self._worker.register()
 
-    def enable_blending(self, model: Any) -> None:
+    def take_model(self, model: Any) -> None:
         """Called by LMCWorker once the model is ready."""
         if self._worker:
-            self._worker.enable_blending(model)
+            self._worker.take_model(model)
 
-    def finish_saves(self) -> None:
-        """Called by LMCWorker for `drain`."""
-        if self._worker:
-            self._worker.finish_saves()
+    @property
+    def worker(self) -> WorkerSide | None:
+        """The worker's side, where this is one that stores anything."""
+        return self._worker
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._worker.hello() if self._worker else None
@@ -127,8 +130,7 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.load(self._step())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        if self._worker:
-            self._worker.wait_for_layer(layer_name)
+        return  # all that is claimed is in place before the forward
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
@@ -140,13 +142,13 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.save(self._step())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return (self._worker.finished() if self._worker else None), None
+        return (self._worker.copies.released() if self._worker else None), None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_failed_blocks() if self._worker else set()
 
     def build_connector_worker_meta(self) -> WorkerReport | None:
-        return self._worker.report() if self._worker else None
+        return self._worker.told.take() if self._worker else None
 
     def shutdown(self) -> None:
         if self._worker:

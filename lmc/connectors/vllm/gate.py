@@ -11,15 +11,15 @@ from lmc.blend.baselines import Prefix
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import (
     LMCConfig,
-    RequestOptions,
     build_strategy,
     check_layers,
     check_runs,
 )
+from lmc.connectors.vllm.request import RequestOptions
 from lmc.model.layout import KVLayout
 from lmc.model.rope import Rope
 from lmc.quality.auto import Auto
-from lmc.quality.gate import admit
+from lmc.quality.gate import ENCODED, admit
 from lmc.quality.profile import Blend, QualityProfile, find_profile
 
 logger = init_logger(__name__)
@@ -27,6 +27,9 @@ logger = init_logger(__name__)
 
 class QualityGate:
     """What this engine's profile says of a strategy.
+
+    Attributes:
+        moves_by_default: whether requests that name no strategy move chunks.
 
     Raises:
         ValueError: a profile that cannot be read or is of another model, or a strategy of the
@@ -40,7 +43,8 @@ class QualityGate:
         self.profile: QualityProfile | None = None
         weights = identity.weights_of(vllm_config)
         if weights is not None and isinstance(rope, Rope):
-            self.profile = find_profile(weights, layout.dtype, rope.fingerprint, config.profile)
+            model = (weights, layout.dtype, rope.fingerprint)
+            self.profile = find_profile(*model, ENCODED[config.context], config.profile)
         elif config.profile is not None:
             raise ValueError(
                 f"profile: got {config.profile!r}, but this model's weights are in no files that "
@@ -48,8 +52,10 @@ class QualityGate:
             )
         strategy = build_strategy(config.blend)
         check_layers(strategy, self._L)
-        if isinstance(refusal := self._admit(config.blend, strategy), str):
-            logger.warning("lmc does not move chunks by default: %s", refusal)
+        admitted = self._admit(config.blend, strategy)
+        self.moves_by_default = not isinstance(admitted, str) and bool(admitted.moves)
+        if isinstance(admitted, str):
+            logger.warning("lmc does not move chunks by default: %s", admitted)
 
     def admit(self, options: RequestOptions) -> tuple[RequestOptions, str | None]:
         """The request's options with the strategy that runs, and why it is exact reuse only.
@@ -64,8 +70,10 @@ class QualityGate:
         return replace(options, strategy=found), None
 
     def _admit(self, blend: Blend, strategy: Any) -> Any:
+        config = self._config
+        context = ENCODED[config.context]
         found = admit(
-            blend, strategy, self.profile, self._config.min_recovery, self._config.uncalibrated
+            blend, strategy, self.profile, config.min_recovery, config.uncalibrated, context
         )
         if isinstance(strategy, Auto) and not isinstance(found, str):
             check_runs(blend, found)

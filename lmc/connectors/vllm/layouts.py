@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from lmc.kernels.paged import PagedKV
@@ -62,6 +63,15 @@ def views_of(layer: Any) -> KV:
     if backend == "CPU_ATTN" and layer.isa not in CPU_ISAS:
         raise ValueError(f"KV layout of CPU ISA {layer.isa!r} is unknown; known: {CPU_ISAS}")
     return LAYOUTS[backend](layer.kv_cache)
+
+
+def page_slots_of(
+    rows: np.ndarray, blocks: list[int], block_size: int, device: torch.device
+) -> torch.Tensor:
+    """Flat page slots `[M]` of rows of a request in its blocks (vLLM's slot mapping)."""
+    table = np.asarray(blocks, np.int64)
+    flat = table[rows // block_size] * block_size + rows % block_size
+    return torch.from_numpy(flat).to(device)
 
 
 def paged_kv(layers: list[Any]) -> PagedKV:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lmc.connectors.vllm.attention import PagedAttention
+from lmc.connectors.vllm.layouts import page_slots_of
 from lmc.connectors.vllm.messages import ChunkLoad
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.scatter import scatter
@@ -54,13 +54,13 @@ class Placement:
 
 
 def placed(
-    load: ChunkLoad, blocks: list[int], attention: PagedAttention, rope: object
+    load: ChunkLoad, blocks: list[int], block_size: int, device: torch.device, rope: object
 ) -> Placement:
     """Where the tokens of `load` go in a request that owns `blocks`."""
-    page_slots = torch.full((load.T,), -1, dtype=torch.int64, device=attention.device)
+    page_slots = torch.full((load.T,), -1, dtype=torch.int64, device=device)
     first = load.start - load.at
     wanted = np.arange(load.start, load.end, dtype=np.int64)
-    page_slots[first : first + len(wanted)] = attention.page_slots(wanted, blocks)
+    page_slots[first : first + len(wanted)] = page_slots_of(wanted, blocks, block_size, device)
     cos = sin = None
     if load.delta:
         assert isinstance(rope, Rope)
@@ -102,11 +102,6 @@ class LayeredLoad:
                 assert arrival.parts is not None
                 placement.put([part[some] for part in arrival.parts], pages)
             self._done = end
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything is in place."""
-        return self._done == self._pages.L
 
     def all(self) -> None:
         """Return when everything is in place."""

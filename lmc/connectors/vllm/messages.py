@@ -42,7 +42,7 @@ class Claim:
     """One request's claim: chunks to load, then rows to compute, into its own blocks.
 
     Attributes:
-        end: end of the claim.
+        start, end: tokens `[start, end)` are claimed; whole blocks lie before `start`.
         tokens: token ids, int64: `[end]`, or `[T]` with a strategy, whose probe runs the suffix.
         blocks: the request's block ids, in order.
         rows: ascending positions that all layers compute.
@@ -51,6 +51,7 @@ class Claim:
     """
 
     request_id: str
+    start: int
     end: int
     tokens: np.ndarray
     blocks: list[int]
@@ -71,25 +72,65 @@ class ChunkSave:
     blocks: list[int]
 
 
+@dataclass(frozen=True)
+class Encode:
+    """A chunk to be computed once more, alone, in blocks that no request owns.
+
+    Attributes:
+        tokens: token ids `[T]`, int64, computed from position 0 on.
+        save: which of them are kept, out of those blocks.
+    """
+
+    tokens: np.ndarray
+    save: ChunkSave
+
+
+@dataclass(frozen=True)
+class WeightsTold:
+    """What a worker says of its weights when they have changed.
+
+    Attributes:
+        changes: how often they have. step: in whose load it was noticed.
+        version: which they are now: "" those of the model's files, else a name that the operator
+            gave, or None when nobody can say.
+    """
+
+    changes: int
+    step: int
+    version: str | None
+
+
 @dataclass
 class StepMetadata(KVConnectorMetadata):
     """Scheduler to workers.
 
     Attributes:
+        number: of the step.
         freed: slots whose bytes go; before this step's fetches, loads and saves.
         fetches: records that a tier behind host memory has, to be brought into their slots.
         claims: in order of admission, each complete before the step's forward.
         saves: copied out after the forward.
         released: requests that wait for their saves before their blocks are freed.
         preempted: blocks of running requests were freed, so pending saves must finish first.
+        encodes: computed and copied out after the forward; `encodes_left` wait for later steps.
+        forgiven: blocks that a claim failed on, and that no save reads from now on, but for this
+            step's.
+        weights: by rank, how many changes of its weights are known.
+        look: whether weights must be looked at closely, since vLLM's own cache was reset.
     """
 
+    number: int = 0
     freed: list[int] = field(default_factory=list)
     fetches: list[Record] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     saves: list[ChunkSave] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     preempted: bool = False
+    encodes: list[Encode] = field(default_factory=list)
+    encodes_left: int = 0
+    forgiven: list[int] = field(default_factory=list)
+    weights: dict[int, int] = field(default_factory=dict)
+    look: bool = False
 
 
 @dataclass
@@ -101,12 +142,16 @@ class WorkerReport(KVConnectorWorkerMetadata):
         lost: slots that this rank does not hold although the index says so.
         recomputed: positions, by request, computed because their chunk failed to load.
         late: whether a chunk was waited for in vain, so that a tier is slow or gone.
+        failed: blocks of claims that failed: what is in them, and behind them, is of no use.
+        weights: by rank, of those whose weights are not the ones that the step was made for.
     """
 
     saved: list[tuple[int, int]] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     recomputed: dict[str, list[int]] = field(default_factory=dict)
     late: bool = False
+    failed: set[int] = field(default_factory=set)
+    weights: dict[int, WeightsTold] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
@@ -115,6 +160,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.lost + other.lost,
             self.recomputed | other.recomputed,  # every rank recomputes the same rows
             self.late or other.late,
+            self.failed | other.failed,
+            self.weights | other.weights,
         )
 
 
@@ -124,9 +171,13 @@ class WorkerHello(KVConnectorHandshakeMetadata):
 
     Attributes:
         refusal: why rows cannot be recomputed on this worker, or None.
+        kv_refusal: why its pages cannot even be read, so that nothing is stored or reused.
+        watched: whether it notices when its weights change.
     """
 
     refusal: str | None
+    kv_refusal: str | None = None
+    watched: bool = False
 
 
 @dataclass

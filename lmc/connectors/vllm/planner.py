@@ -8,22 +8,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from lmc.blend.baselines import Prefix
 from lmc.blend.evidence import positions, without
 from lmc.blend.plan import Plan, make_plan
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import LMCConfig
+from lmc.connectors.vllm.messages import ChunkLoad, Claim
 from lmc.connectors.vllm.tracked import Tracked
 from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
 from lmc.store import Index, Record
-from lmc.store.lookup import Directory
+from lmc.store.lookup import Directory, Known
 
 TIERS_REST_S = 10.0  # after a fetch that was waited for in vain
 
 
 class Planner:
     """Owns the index of host memory, and asks the tiers behind it what they have.
+
+    Args:
+        begins: the token that the model's prompts begin with, or None.
 
     Attributes:
         index: of host memory, on every rank.
@@ -40,6 +46,7 @@ class Planner:
         cost: PrefillCost,
         ranks: int,
         vllm_config: Any,
+        begins: int | None,
     ) -> None:
         self.index = Index(
             config.memory_bytes, ranks, config.policy, cost, exact_variants=config.exact_variants
@@ -47,6 +54,7 @@ class Planner:
         self.back_at = 0.0
         self._config = config
         self._layout = layout
+        self._begins = begins
         # Of these only what they know is asked here; the workers have their bytes.
         opened = identity.open_tiers(config, layout, 0, ranks, vllm_config)
         self._tiers = [tier for _, tier in opened]
@@ -59,7 +67,7 @@ class Planner:
         Args:
             refusal: why rows cannot be recomputed here, or None.
         """
-        tiers = self._tiers if time.monotonic() >= self.back_at else []
+        tiers = self._asked()
         # Where host memory has no room for what a tier has, only what it holds itself is planned.
         for asked in (tiers, []):
             plan, reason = self._chosen(tracked, local, asked, refusal)
@@ -67,6 +75,10 @@ class Planner:
             if self._take(tracked, plan):
                 break
         tracked.reason = reason
+
+    def known(self, namespace: bytes) -> Known:
+        """What one namespace has, in host memory and in the tiers that are asked now."""
+        return Known(self.index, namespace, self._asked(), self._config.context, self._begins)
 
     def waits(self, tracked: Tracked, others: bool) -> bool:
         """Whether chunks are on their way, and others would stand still for them.
@@ -134,6 +146,9 @@ class Planner:
 
     # -- parts -------------------------------------------------------------------------------
 
+    def _asked(self) -> Sequence[Directory]:
+        return self._tiers if time.monotonic() >= self.back_at else []
+
     def _chosen(
         self, tracked: Tracked, local: int, tiers: Sequence[Directory], refusal: str | None
     ) -> tuple[Plan, str | None]:
@@ -149,6 +164,8 @@ class Planner:
             contiguous=refusal is not None,
             L=self._layout.L,
             tiers=tiers,
+            context=self._config.context,
+            begins=self._begins,
         )
         if tracked.gate:
             return plan, f"quality_gate:{tracked.gate}"
@@ -186,3 +203,16 @@ class Planner:
                 names = zip(adopted.values(), held, strict=True)
                 tracked.fetched |= {r.slot: tier.name for r, has in names if has} | tracked.fetched
         return True
+
+
+def claim_of(request_id: str, tokens: np.ndarray, blocks: list[int], plan: Plan) -> Claim:
+    """What the workers must do for a request that was admitted with these blocks."""
+    loads = [
+        ChunkLoad(s.record.slot, s.start, s.end, s.at, s.record.T,
+                  s.delta if plan.strategy.rotate else 0)
+        for s in plan.found
+    ]  # fmt: skip
+    claim = (request_id, plan.local, plan.end)
+    if not plan.selective:
+        return Claim(*claim, tokens[: plan.end], blocks, loads, plan.rows)
+    return Claim(*claim, tokens, blocks, loads, plan.rows, plan.strategy, plan.outline)

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 from vllm.logger import init_logger
 
-from lmc.blend.plan import Plan
-from lmc.chunking.pieces import split
+from lmc.blend.evidence import positions
 from lmc.connectors.vllm import identity
-from lmc.connectors.vllm.config import LMCConfig, check_memory, parse_request
+from lmc.connectors.vllm.config import LMCConfig, check_memory
 from lmc.connectors.vllm.gate import QualityGate
-from lmc.connectors.vllm.keeping import chunks_to_keep
+from lmc.connectors.vllm.isolating import Isolation
+from lmc.connectors.vllm.keeping import Keeping
+from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import (
-    ChunkLoad,
-    ChunkSave,
     Claim,
     LMCStats,
     StepMetadata,
     WorkerHello,
     WorkerReport,
 )
-from lmc.connectors.vllm.planner import Planner
-from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, rechain
-from lmc.connectors.vllm.tracked import Tracked, report_of, unblendable
+from lmc.connectors.vllm.namespaces import Namespace
+from lmc.connectors.vllm.planner import Planner, claim_of
+from lmc.connectors.vllm.reading import Reader, survive
+from lmc.connectors.vllm.taint import ChainMap, rechain, untaint
+from lmc.connectors.vllm.tracked import Tracked, report_of
 from lmc.model.shape import shape_of
 
 logger = init_logger(__name__)
@@ -37,57 +36,111 @@ logger = init_logger(__name__)
 class SchedulerSide:
     """Decides for every request what is reused and what is kept.
 
+    Whatever goes wrong for one request, here, is its own affair: it is served as if lmc were not
+    there, and counted.
+
     Raises:
         ValueError: memory for less than one chunk, and what `QualityGate` raises.
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, config: LMCConfig) -> None:
         self.config = config
-        self.chunker = config.build_chunker()
         rope = identity.rope_of(vllm_config)
         self._rope_refusal = rope if isinstance(rope, str) else None
         self.blend_refusal: str | None = self._rope_refusal or "no worker has reported yet"
+        self.kv_refusal: str | None = "no worker has reported yet"
         self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.layout = identity.layout_of(vllm_config, kv_cache_config)
         self.cost = shape_of(vllm_config.model_config.hf_text_config).cost
-        self.namespace = identity.namespace_of(vllm_config, kv_cache_config, rope)
-        check_memory(
-            config.memory_bytes, self.layout.bytes_per_token, self.chunker.longest_chunk or 1
-        )
-        self.prefix_caching = bool(vllm_config.cache_config.enable_prefix_caching)
+        self.namespace = Namespace(vllm_config, kv_cache_config, rope)
+        longest = min(config.build_chunker().longest_chunk or 1, config.limits.chunk_tokens)
+        check_memory(config.memory_bytes, self.layout.bytes_per_token, longest)
         self.ranks = vllm_config.parallel_config.world_size
-        self.planner = Planner(config, self.layout, self.cost, self.ranks, vllm_config)
+        begins = identity.first_token(vllm_config)
+        self.planner = Planner(config, self.layout, self.cost, self.ranks, vllm_config, begins)
         self.index = self.planner.index
         self.gate = QualityGate(vllm_config, self.layout, rope, config)
-        self.chains = ChainMap()
+        self.reader = Reader(config, self.gate, self.namespace)
+        caching = bool(vllm_config.cache_config.enable_prefix_caching)
+        self.local = LocalCache(self.block_size, caching)
+        self.isolation = Isolation(
+            config,
+            self.index,
+            begins,
+            self.layout.bytes_per_token,
+            self.block_size,
+            vllm_config.scheduler_config.max_num_batched_tokens,
+        )
+        self.keeping = Keeping(config, self.index, self.layout.bytes_per_token, self.ranks)
         self.requests: dict[str, Tracked] = {}
-        self.saving: dict[int, Tracked] = {}  # by slot
         self.just_finished: dict[str, Tracked] = {}  # in the step that the workers report on
         self.claims: list[Claim] = []
-        self.saves: list[ChunkSave] = []
         self.released: list[str] = []
+        self.forgiven: set[int] = set()
         self.counts: Counter[str] = Counter()
-        self.kv_cache_manager: Any = None
+        self._watched = False  # whether workers notice when weights change
+        self._step = 0
+
+    def greet(self, hellos: list[WorkerHello]) -> None:
+        """Learn from the workers what can be reused, and whether rows can be recomputed."""
+        refusals = [hello.refusal for hello in hellos if hello.refusal]
+        unread = [hello.kv_refusal for hello in hellos if hello.kv_refusal]
+        self.kv_refusal = unread[0] if unread else None
+        self.blend_refusal = self._rope_refusal or (refusals[0] if refusals else None)
+        self._watched = bool(hellos) and all(hello.watched for hello in hellos)
+        if self.kv_refusal:
+            logger.warning("lmc neither stores nor reuses KV here: %s", self.kv_refusal)
+        elif self.blend_refusal:
+            logger.warning("lmc reuses exact prefixes only: %s", self.blend_refusal)
+        else:
+            logger.info("lmc moves chunks; context policy: %s", self.config.what_context_costs)
 
     # -- admission ---------------------------------------------------------------------------
 
-    def greet(self, hellos: list[WorkerHello]) -> None:
-        """Learn from the workers whether rows can be recomputed."""
-        refusals = [hello.refusal for hello in hellos if hello.refusal]
-        self.blend_refusal = self._rope_refusal or (refusals[0] if refusals else None)
-        if self.blend_refusal:
-            logger.warning("lmc reuses exact prefixes only: %s", self.blend_refusal)
-
     def on_new_request(self, request: Any) -> None:
         """Plan, and taint, before vLLM looks into its own cache."""
-        tracked = self._read(request)
+        try:
+            self._arrived(request)
+        except BaseException as error:
+            self._give_up(request, error, block=0)
+
+    def matched_tokens(self, request: Any, local: int) -> int | None:
+        """Tokens beyond vLLM's own `local` that are claimed; None to be asked again later."""
+        try:
+            return self._claimed(request, local)
+        except BaseException as error:
+            self._give_up(request, error, block=local // self.block_size)
+            return 0
+
+    def allocated(self, request: Any, blocks: list[int], claimed: int) -> None:
+        """vLLM admitted `request` with these blocks and `claimed` tokens of ours."""
+        tracked = self.requests.get(request.request_id)
+        if tracked is None:
+            return
+        if self.local.mixed and tracked.local:
+            tracked.unsaved = True
+        plan = tracked.admitted
+        if plan is not None and tracked.blended_from is None:
+            # Also when nothing is claimed: vLLM may hold all of an equal recipe's blocks.
+            tracked.blended_from = plan.first_moved
+        if plan is not None and claimed:
+            assert plan.claimed == claimed, (plan.claimed, claimed)
+            self.claims.append(claim_of(request.request_id, tracked.tokens, blocks, plan))
+            for slot in {s.record.slot for s in plan.found}:
+                self.index.touch(slot)
+        if tracked.report is None:
+            self._report(tracked)
+
+    def _arrived(self, request: Any) -> None:
+        tracked = self.reader.read(request, self.kv_refusal)
         self.requests[request.request_id] = tracked
         if tracked.options is None:
             self.counts[f"plain:{(tracked.reason or '').split(':')[0]}"] += 1
             return
-        local = self._peek(tracked)
+        local = self.local.peek(tracked)
         known: list[bytes] = []
-        if chain := self._earlier_turn(tracked, local):
+        chain = None if self.blend_refusal else self.local.earlier_turn(tracked, local)
+        if chain:
             known = chain.hashes
             local = (chain.first + len(known)) * self.block_size
             tracked.blended_from = chain.blended_from
@@ -98,23 +151,27 @@ class SchedulerSide:
             first = chain.first if chain else min(recipes)
             rechain(request, self.block_size, first, known, recipes)
 
-    def matched_tokens(self, request: Any, local: int) -> int | None:
-        """Tokens beyond vLLM's own `local` that are claimed; None to be asked again later."""
+    def _claimed(self, request: Any, local: int) -> int | None:
         tracked = self.requests.get(request.request_id)
         if tracked is None:
             return 0
         tracked.local = local
         if tracked.plan is None:
             return 0
-        grown = len(tracked.tokens) != request.num_tokens
-        running = (r for r in self.requests.values() if r.request.num_computed_tokens)
-        if self.planner.waits(tracked, others=any(r is not tracked for r in running)):
+        others = [r for r in self.requests.values() if r is not tracked]
+        # Without rows to compute in its place, a chunk must be there before it is counted on.
+        running = any(r.request.num_computed_tokens for r in others)
+        if self.planner.waits(tracked, running or self.blend_refusal is not None):
             return None
-        if grown or local < tracked.plan.local or not self.planner.still_held(tracked):
+        grown = len(tracked.tokens) != request.num_tokens
+        outdated = tracked.namespace != self.namespace.of(request.cache_salt)
+        held = self.planner.still_held(tracked)
+        if grown or outdated or local < tracked.plan.local or not held:
             self._replan(tracked, local)
         self.planner.lease(tracked)  # a preempted request's lease ended with its first admission
         plan = tracked.admitted = tracked.plan.after(local)
-        if (len(plan.rows) or plan.selective) and self._hits_uncomputed(tracked, local):
+        computes = len(plan.rows) or plan.selective
+        if computes and self.local.hits_uncomputed(tracked, local, others):
             self.counts["deferred"] += 1
             return None
         if plan.selective and plan.first_moved is not None and local > plan.first_moved:
@@ -123,66 +180,82 @@ class SchedulerSide:
             rechain(request, self.block_size, local // self.block_size, [], recipes)
         return plan.claimed
 
-    def allocated(self, request: Any, blocks: list[int], claimed: int) -> None:
-        """vLLM admitted `request` with these blocks and `claimed` tokens of ours."""
+    def _give_up(self, request: Any, error: BaseException, block: int) -> None:
+        """Serve a request without lmc, with vLLM's own hashes from index `block` on."""
+        survive(error)
+        self.counts["requests_given_up"] += 1
         tracked = self.requests.get(request.request_id)
         if tracked is None:
-            return
-        plan = tracked.admitted
-        if plan is not None and tracked.blended_from is None:
-            # Also when nothing is claimed: vLLM may hold all of an equal recipe's blocks.
-            tracked.blended_from = plan.first_moved
-        if plan is not None and claimed:
-            assert plan.claimed == claimed, (plan.claimed, claimed)
-            self.claims.append(_claim_of(request.request_id, tracked.tokens, blocks, plan))
-            for slot in {s.record.slot for s in plan.found}:
-                self.index.touch(slot)
-        if tracked.report is None:
-            self._report(tracked)
+            tracked = self.requests[request.request_id] = Tracked(request, None, None)
+        self.planner.release(tracked)
+        tracked.options = tracked.plan = tracked.admitted = None
+        tracked.reason = f"failed:{type(error).__name__}"
+        untaint(request, self.block_size, block)
 
     # -- once a step -------------------------------------------------------------------------
 
     def step(self, scheduler_output: Any) -> StepMetadata:
         """All that the workers must do in this step."""
+        self._step += 1
+        reset = self.local.stepped(self._step)
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             tracked = self.requests.get(request_id)
-            if tracked is None or tracked.prompt_saved or not _saves(tracked):
+            if tracked is None or tracked.prompt_saved or not tracked.saves:
                 continue
             request = tracked.request
             if request.num_computed_tokens + scheduled >= request.num_prompt_tokens:
                 tracked.prompt_saved = True
-                blocks = self.kv_cache_manager.get_block_ids(request_id)[0]
-                self._save(tracked, request.num_prompt_tokens, blocks)
+                self._save(tracked, request.num_prompt_tokens, self.local.blocks(request_id))
+        encodes = self.isolation.take(
+            self.local.manager.block_pool, scheduler_output.total_num_scheduled_tokens
+        )
         metadata = StepMetadata(
+            number=self._step,
             freed=self.index.take_freed(),
             fetches=self.planner.take_fetches(),
             claims=self.claims,
-            saves=self.saves,
+            saves=self.keeping.take(),
             released=self.released,
             preempted=bool(scheduler_output.preempted_req_ids),
+            encodes=encodes,
+            encodes_left=self.isolation.pending,
+            forgiven=sorted(self.forgiven),
+            weights=dict(self.namespace.known),
+            look=reset,
         )
         # The workers handle messages in order, so a slot that is freed from now on is freed
         # behind these loads: their leases may end.
         for claim in self.claims:
             self.planner.release(self.requests[claim.request_id])
-        self.claims, self.saves, self.released = [], [], []
+        self.claims, self.released = [], []
+        self.forgiven = set()
         self.just_finished = {}
         return metadata
+
+    @property
+    def idle_work(self) -> bool:
+        """Whether steps are wanted although no request is there."""
+        return self.isolation.pending > 0
 
     def heard(self, report: WorkerReport) -> None:
         """Take in what the workers did in a step."""
         for slot, rank in report.saved:
             self.index.acknowledge(slot, rank)
-            self._settle(slot)
         for slot in report.lost:
             self.counts["chunks_lost"] += 1
             self.index.drop(slot)
-            self._settle(slot)
+        for slot in [*(slot for slot, _ in report.saved), *report.lost]:
+            self.isolation.settle(slot, self.local.manager.block_pool)
+            self.keeping.settle(slot)
         if report.late:
             self.planner.leave_tiers_alone()
+        if report.failed:
+            self._claims_failed(report.failed)
         for request_id, rows in report.recomputed.items():
             if hit := self.requests.get(request_id) or self.just_finished.get(request_id):
                 self._retaint_after_loss(hit, rows)
+        if (step := self.namespace.heard(report.weights)) is not None:
+            self._weights_changed(step)
 
     def finish(self, request: Any, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over: keep what it decoded, and tell its client what happened."""
@@ -193,14 +266,10 @@ class SchedulerSide:
         self.planner.release(tracked)
         self.claims = [c for c in self.claims if c.request_id != request.request_id]
         computed = request.num_computed_tokens - request.num_in_flight_tokens
-        if _saves(tracked) and computed >= request.num_prompt_tokens:
+        if tracked.saves and computed >= request.num_prompt_tokens:
             self._save(tracked, computed, blocks)
-        if tracked.blended_from is not None:
-            first = tracked.blended_from // self.block_size
-            hashes = list(request.block_hashes[first : computed // self.block_size])
-            tokens = np.asarray(request.all_token_ids, np.int64)
-            chain = Chain(tracked.blended_from, first, hashes)
-            self.chains.add(tracked.scope, tokens, self.block_size, chain)
+        if tracked.blended_from is not None and not tracked.unsaved:
+            self.local.leave_chain(tracked, computed)
         if tracked.report is None:
             self._report(tracked)
         if tracked.unacknowledged:
@@ -208,10 +277,16 @@ class SchedulerSide:
         return bool(tracked.unacknowledged), {"lmc": tracked.report}
 
     def reset(self) -> None:
-        """Forget all that is stored; what tiers behind memory have is never found again."""
+        """Forget what host memory holds.
+
+        What tiers behind it have stays, if the workers notice when weights change; else it might
+        be of weights that are gone, and is never found again.
+        """
         self.index.clear()
-        self.namespace = blake3(self.namespace + os.urandom(32)).digest()
-        self.chains = ChainMap()
+        self.isolation.clear()
+        self.local.chains = ChainMap()
+        if not self._watched:
+            self.namespace.forget()
 
     def close(self) -> None:
         """Let go of the tiers."""
@@ -220,56 +295,12 @@ class SchedulerSide:
     def take_stats(self) -> LMCStats | None:
         """Counters since the last call."""
         self.counts.update(self.planner.take_counts())
+        self.counts.update(self.isolation.counts)
+        self.isolation.counts.clear()
         counts, self.counts = self.counts, Counter()
         return LMCStats(data=dict(counts)) if counts else None
 
     # -- parts -------------------------------------------------------------------------------
-
-    def _read(self, request: Any) -> Tracked:
-        """The request's options, or why it is served as if lmc were not there."""
-        raw = (request.kv_transfer_params or {}).get("lmc")
-        if reason := unblendable(request):
-            return Tracked(request, None, reason)
-        try:
-            options = parse_request(raw, request.num_prompt_tokens, self.config)
-            options, gate = self.gate.admit(options)
-        except Exception as error:  # nothing that a client sends may end the engine
-            return Tracked(request, None, f"bad_request:{error!s:.500}")
-        if not options.enabled:
-            return Tracked(request, None, "disabled")
-        salt = (request.cache_salt or "").encode()
-        namespace = self.namespace + salt
-        scope = namespace + repr(options.strategy).encode()
-        tracked = Tracked(request, options, None, namespace, scope, gate=gate)
-        self._read_tokens(tracked)
-        return tracked
-
-    def _read_tokens(self, tracked: Tracked) -> None:
-        assert tracked.options is not None
-        tracked.tokens = np.asarray(tracked.request.all_token_ids, np.int64)
-        tracked.pieces = split(tracked.tokens, self.chunker, tracked.options.chunks)
-
-    def _peek(self, tracked: Tracked) -> int:
-        """Tokens that vLLM holds of the exact chain; the last token is never among them."""
-        if not self.prefix_caching:
-            return 0
-        usable = (len(tracked.tokens) - 1) // self.block_size
-        hashes = tracked.request.block_hashes[:usable]
-        return len(cached_blocks(self.kv_cache_manager.block_pool, hashes)) * self.block_size
-
-    def _earlier_turn(self, tracked: Tracked, local: int) -> Chain | None:
-        """The blended blocks of an earlier turn that vLLM still holds, if they reach further."""
-        if not self.prefix_caching or self.blend_refusal:
-            return None
-        tokens = tracked.tokens[:-1]
-        chain = self.chains.find(tracked.scope, tokens, self.block_size)
-        if chain is None:
-            return None
-        pool, exact = self.kv_cache_manager.block_pool, tracked.request.block_hashes[: chain.first]
-        held = len(cached_blocks(pool, [*exact, *chain.hashes]))
-        if held * self.block_size <= local or held <= chain.first:
-            return None
-        return replace(chain, hashes=chain.hashes[: held - chain.first])
 
     def _plan(self, tracked: Tracked, local: int) -> None:
         """Plan from `local` on, and count why a request does not blend."""
@@ -280,7 +311,7 @@ class SchedulerSide:
     def _replan(self, tracked: Tracked, local: int) -> None:
         """Admission is not what was planned for: plan anew, under hashes nobody else has."""
         self.counts["replanned"] += 1
-        self._read_tokens(tracked)
+        self.reader.read_tokens(tracked)
         self._plan(tracked, local)
         assert tracked.plan is not None
         if tracked.blended_from is not None and tracked.blended_from >= local:
@@ -288,37 +319,20 @@ class SchedulerSide:
         recipes = tracked.plan.recipes(self.block_size, nonce=os.urandom(16))
         rechain(tracked.request, self.block_size, local // self.block_size, [], recipes)
 
-    def _hits_uncomputed(self, tracked: Tracked, local: int) -> bool:
-        """Whether a local block is still being filled by another request of this step.
-
-        vLLM shares a block as soon as it is allocated, since its own forward fills it before
-        anybody attends to it. Recomputed rows attend before that forward.
-        """
-        hashes = tracked.request.block_hashes[: local // self.block_size]
-        hits = set(cached_blocks(self.kv_cache_manager.block_pool, hashes))
-        for request_id, other in self.requests.items():
-            if other is tracked or not hits:
-                continue
-            first = other.request.num_computed_tokens // self.block_size
-            if hits.intersection(self.kv_cache_manager.get_block_ids(request_id)[0][first:]):
-                return True
-        return False
-
     def _save(self, tracked: Tracked, computed: int, blocks: list[int]) -> None:
         """Have the workers keep every chunk of the first `computed` tokens that is not stored."""
-        per_token = self.layout.bytes_per_token
-        saves = chunks_to_keep(tracked, self.chunker, self.index, computed, blocks, per_token)
-        self.saves += saves
-        for save in saves:
-            tracked.unacknowledged[save.record.slot] = self.ranks
-            self.saving[save.record.slot] = tracked
-
-    def _settle(self, slot: int) -> None:
-        """One more rank has saved `slot`, or failed to; behind the last one nobody reads pages."""
-        if tracked := self.saving.get(slot):
-            tracked.unacknowledged[slot] -= 1
-            if tracked.unacknowledged[slot] == 0:
-                del tracked.unacknowledged[slot], self.saving[slot]
+        assert tracked.options is not None
+        try:
+            self.keeping.keep(tracked, computed, blocks)
+            if self.blend_refusal is None and (
+                tracked.options.strategy.moves or self.gate.moves_by_default
+            ):
+                known = self.planner.known(tracked.namespace)
+                self.isolation.want(known, tracked.tokens, tracked.pieces)
+        except BaseException as error:
+            survive(error)
+            self.counts["saves_given_up"] += 1
+            tracked.unsaved = True
 
     def _retaint_after_loss(self, tracked: Tracked, rows: list[int]) -> None:
         """Rows that a lost chunk made computed are not what the recipe's hashes say."""
@@ -327,8 +341,7 @@ class SchedulerSide:
         self.counts["rows_recomputed_for_lost_chunks"] += len(rows)
         if plan.first_moved is not None:
             block = plan.first_moved // self.block_size
-            held = cached_blocks(self.kv_cache_manager.block_pool, request.block_hashes)
-            self.kv_cache_manager.evict_blocks(set(held[block:]))
+            self.local.evict_from(tracked, block)
             recipes = plan.recipes(self.block_size, nonce=os.urandom(16))
             rechain(request, self.block_size, block, [], recipes)
         # A request of one token has its report sent already, since the chunk was lost in the
@@ -336,23 +349,33 @@ class SchedulerSide:
         tracked.admitted = plan.recomputing(np.array(rows, np.int64))
         tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
 
+    def _claims_failed(self, failed: set[int]) -> None:
+        """What was computed over these blocks, and goes on behind them, serves nobody else."""
+        self.forgiven |= failed
+        for request_id, tracked in self.requests.items():
+            blocks = self.local.blocks(request_id)
+            first = next((i for i, block in enumerate(blocks) if block in failed), None)
+            if first is not None:
+                tracked.unsaved = True
+                self.local.manager.evict_blocks(set(blocks[first:]))
+                self.counts["requests_over_failed_claims"] += 1
+                if plan := tracked.admitted:  # vLLM computes all of it
+                    rows = positions([(s.start, s.end) for s in plan.found])
+                    tracked.admitted = plan.recomputing(rows)
+                    tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
+
+    def _weights_changed(self, step: int) -> None:
+        """What is stored, and what is under way, was computed with other weights."""
+        self.counts["weights_changed"] += 1
+        logger.warning("lmc: the model's weights have changed; what was stored is left behind")
+        self.index.clear()
+        self.isolation.clear()
+        self.local.weights_changed(step)
+        for tracked in self.requests.values():
+            if tracked.report is not None:  # it has begun
+                tracked.unsaved = True
+
     def _report(self, tracked: Tracked) -> None:
         tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
         for kind, n in tracked.report["kinds"].items():
             self.counts[f"tokens:{kind}"] += n
-
-
-def _saves(tracked: Tracked) -> bool:
-    return tracked.options is not None and tracked.options.save
-
-
-def _claim_of(request_id: str, tokens: np.ndarray, blocks: list[int], plan: Plan) -> Claim:
-    loads = [
-        ChunkLoad(s.record.slot, s.start, s.end, s.at, s.record.T,
-                  s.delta if plan.strategy.rotate else 0)
-        for s in plan.found
-    ]  # fmt: skip
-    claim = (request_id, plan.end)
-    if not plan.selective:
-        return Claim(*claim, tokens[: plan.end], blocks, loads, plan.rows)
-    return Claim(*claim, tokens, blocks, loads, plan.rows, plan.strategy, plan.outline)

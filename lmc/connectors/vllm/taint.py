@@ -72,6 +72,12 @@ def rechain(
     request.update_block_hashes()
 
 
+def untaint(request: Any, block_size: int, first: int) -> None:
+    """Give a request vLLM's own hashes from block `first` on, if it has others."""
+    if isinstance(request._block_hasher, TaintedHasher):
+        rechain(request, block_size, first, [], {})
+
+
 def cached_blocks(block_pool: Any, hashes: list[bytes]) -> list[int]:
     """Ids of the blocks that vLLM holds for the longest known start of `hashes`."""
     ids = []

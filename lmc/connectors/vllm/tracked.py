@@ -11,7 +11,7 @@ import numpy as np
 
 from lmc.blend.plan import KINDS, Plan
 from lmc.chunking.pieces import Piece
-from lmc.connectors.vllm.config import RequestOptions
+from lmc.connectors.vllm.request import RequestOptions
 from lmc.model.cost import PrefillCost
 
 
@@ -36,6 +36,7 @@ class Tracked:
         blended_from: the first token whose KV is not exact, or None.
         unacknowledged: slots being saved, and how many ranks have yet to say so.
         prompt_saved: whether the prompt's chunks have been given to the workers.
+        unsaved: its KV is, or may be, of no use to others: nothing of it is stored any more.
         report: what the client is told.
     """
 
@@ -56,11 +57,19 @@ class Tracked:
     blended_from: int | None = None
     unacknowledged: dict[int, int] = field(default_factory=dict)
     prompt_saved: bool = False
+    unsaved: bool = False
     report: dict[str, Any] | None = None
+
+    @property
+    def saves(self) -> bool:
+        """Whether its KV is stored."""
+        return self.options is not None and self.options.save and not self.unsaved
 
 
 def unblendable(request: Any) -> str | None:
     """Why this request's KV is not lmc's business, whatever its parameters say."""
+    if request.prompt_embeds is not None or request.prompt_is_token_ids is not None:
+        return "prompt_embeds"  # zeros stand for them among the token ids
     if request.prompt_token_ids is None or request.mm_features:
         return "multimodal"
     if request.lora_request is not None:

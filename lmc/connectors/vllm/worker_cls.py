@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
@@ -14,15 +16,76 @@ else:
 
 
 class LMCWorker(Worker):
-    """vLLM's worker of this platform; after warm-up the connector gets the model and checks it."""
+    """vLLM's worker of this platform.
+
+    After warm-up the connector gets the model and checks it; and it is told of each way in which
+    vLLM changes the model's weights, before KV of the old ones can be taken for the new ones'.
+    """
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
         if has_kv_transfer_group():
-            get_kv_transfer_group().enable_blending(self.model_runner.get_model())
+            get_kv_transfer_group().take_model(self.model_runner.get_model())
         return result
 
     def finish_saves(self) -> None:
         """Return when every chunk computed so far is stored (`collective_rpc("finish_saves")`)."""
-        if has_kv_transfer_group():
-            get_kv_transfer_group().finish_saves()
+        if side := _side():
+            side.finish_saves()
+
+    def encodes_left(self) -> int:
+        """How many chunks the scheduler has yet to have computed alone."""
+        side = _side()
+        return side.encodes_left if side else 0
+
+    def name_weights(self, version: str) -> None:
+        """Say which weights these are now, after an update (`collective_rpc("name_weights", ...)`).
+
+        Engines on the same files that are told the same name share what they store.
+        """
+        if not version:
+            raise ValueError("version: got an empty name")
+        self._weights_changed(version)
+
+    def reload_weights(self, *arguments: Any, **options: Any) -> None:
+        with self._changing(None if arguments or options else ""):  # "": from the model's files
+            super().reload_weights(*arguments, **options)
+
+    def update_weights(self, *arguments: Any, **options: Any) -> None:
+        with self._changing():
+            super().update_weights(*arguments, **options)
+
+    def finish_weight_update(self) -> None:
+        with self._changing():
+            super().finish_weight_update()
+
+    def reset_weights(self) -> None:
+        with self._changing():
+            super().reset_weights()
+
+    def sleep(self, level: int = 1) -> None:
+        if side := _side():
+            side.copies.finish()  # out of pages that are about to go
+        super().sleep(level)
+        if level > 1:
+            self._weights_changed(None)
+
+    @contextmanager
+    def _changing(self, version: str | None = None) -> Iterator[None]:
+        """Around what changes weights, perhaps in part where it fails."""
+        try:
+            yield
+        except BaseException:
+            self._weights_changed(None)
+            raise
+        self._weights_changed(version)
+
+    def _weights_changed(self, version: str | None) -> None:
+        side = _side()
+        if side and side.watch:
+            side.watch.changed(version)
+
+
+def _side() -> Any:
+    """The worker's side of the connector, if it stores anything."""
+    return get_kv_transfer_group().worker if has_kv_transfer_group() else None

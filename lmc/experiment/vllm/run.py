@@ -75,10 +75,10 @@ class Session:
             if isinstance(arm, StockArm):
                 continue
             for document in self.documents:
-                options = _options(arm, document.spans, save=True)
+                options = _options(name, arm, document.spans, save=True)
                 self.engines["lmc"].ask(Request(document.token_ids, name, lmc=options))
             self.engines["lmc"].drain()
-            options = _options(arm, first.reusable, save=False)
+            options = _options(name, arm, first.reusable, save=False)
             self.engines["lmc"].ask(Request(tokens, name, lmc=options, reset=True))
 
     def measure(self, key: Key) -> None:
@@ -90,7 +90,7 @@ class Session:
             engine, request = self.engines["stock"], self._prepare(key, arm, prompt)
         else:
             engine = self.engines["lmc"]
-            options = _options(arm, sample.reusable, save=False)
+            options = _options(name, arm, sample.reusable, save=False)
             request = Request(prompt.token_ids, name, lmc=options, reset=True)
         answer = engine.ask(request)
         quality: dict[str, float | None] = NO_QUALITY
@@ -166,11 +166,24 @@ class Session:
         )
 
 
-def _options(arm: BlendArm, spans: Sequence[tuple[int, int]], save: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {"blend": arm.blend, "save": save}
+def _options(
+    name: str, arm: BlendArm, spans: Sequence[tuple[int, int]], save: bool
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"blend": _listed(name), "save": save}
     if arm.spans:
         options["chunks"] = [list(span) for span in spans]
     return options
+
+
+def _listed(arm: str) -> str:
+    """The name under which the engine's config lists an arm's strategy, which may be anything."""
+    return f"arm:{arm}"
+
+
+def _settings(config: VLLMExperiment) -> dict[str, Any]:
+    """The connector's, with the arms' strategies listed, since no request may name some of them."""
+    arms = {_listed(n): a.blend for n, a in config.arms.items() if isinstance(a, BlendArm)}
+    return config.lmc | {"blends": config.lmc.get("blends", {}) | arms}
 
 
 def _what_was_computed(answer: Answer, T: int, engine: Engine) -> Row:
@@ -233,6 +246,7 @@ def _check_lengths(config: VLLMExperiment, model: str, samples: Sequence[Sample]
     chunk = settings.build_chunker().longest_chunk or 1
     if any(arm.spans for arm in blends):
         chunk = max(chunk, *(end - start for s in samples for start, end in s.reusable))
+    chunk = min(chunk, settings.limits.chunk_tokens)
     check_memory(settings.memory_bytes, layout.bytes_per_token, chunk)
 
 
@@ -259,7 +273,7 @@ def _measure_all(
     folder = file.path.parent
     with ExitStack() as stack:
         step("starting the engines")
-        settings = {"stock": None, "lmc": config.lmc} if blends else {"stock": None}
+        settings = {"stock": None, "lmc": _settings(config)} if blends else {"stock": None}
         engines = {
             name: stack.enter_context(Engine(model, config.engine, lmc, folder / f"{name}.log"))
             for name, lmc in settings.items()

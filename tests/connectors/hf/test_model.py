@@ -27,6 +27,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 256}  # fmt: skip
 
+NOPE = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_is_the_models_own(family: str) -> None:
@@ -78,7 +80,10 @@ def test_scaled_rope_that_is_still_a_rotation_is_taken(rope: dict[str, Any]) -> 
         ),
         # Their layers run, but what comes out is not what the model makes of it.
         ("Granite", {"logits_scaling": 8.0}, "GraniteForCausalLM: logits differ from the model's"),
-        ("Ernie4_5", {}, "Ernie4_5ForCausalLM: re-rotated keys differ from the model's own"),
+        ("Ernie4_5", {}, "Ernie4_5ForCausalLM: re-rotated keys of layer 0 differ"),
+        # All layers but the last rotate keys.
+        ("SmolLM3", NOPE | {"no_rope_layers": [1, 1, 1, 0]}, "re-rotated keys of layer 3"),
+        ("SmolLM3", NOPE | {"no_rope_layers": [0, 1, 1, 1]}, "re-rotated keys of layer 0"),
         ("StableLm", {}, "layers do not hand keyword arguments on to their attention"),
         ("Phi", {}, "PhiForCausalLM has no model.norm: not supported"),
     ],
@@ -99,6 +104,20 @@ def test_a_model_without_rope_is_refused() -> None:
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64))
     with pytest.raises(ValueError, match=r"'gpt2' has no RoPE.*rotatable types: default, linear"):
+        HFModel(model)
+
+
+def test_latent_attention_is_refused() -> None:
+    model = decoder(
+        "DeepseekV3",
+        first_k_dense_replace=4,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+    )
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM: latent attention"):
         HFModel(model)
 
 

@@ -11,11 +11,27 @@ import os
 import pickle
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
 BLOCK = 32
+# Nothing is refused for its quality, nobody is mistrusted, and two strategies are of the tests.
+OPEN: dict[str, Any] = {
+    "memory_bytes": 64 << 20,
+    "min_recovery": None,
+    "context": "any",
+    "controls": True,
+    "blends": {
+        "all_by_deviation": {
+            "name": "tests.connectors.vllm.selective:CheckedCacheBlend",
+            "ratio": 1.0,
+            "tensor": "both",
+        },
+        "all_by_query": {"name": "tests.connectors.vllm.selective:CheckedQuery", "ratio": 1.0},
+    },
+}
 
 
 def run_scenario(
@@ -26,11 +42,20 @@ def run_scenario(
     separate_worker: bool = False,
     interpret: bool = False,
     lmc: dict[str, Any] | None = None,
+    given: tuple[Any, ...] = (),
+    timeout: float = 280,
     **engine: Any,
 ) -> Any:
-    """What scenario `name` returns for an LMC engine on `model`; the child's output if it fails."""
+    """What scenario `name` returns for an LMC engine on `model`; the child's output if it fails.
+
+    Args:
+        name: of a function of `scenarios.py`, or `module:function`.
+        given: what it takes beside the session.
+    """
     arguments = {"name": name, "model": str(model), "lmc": lmc or {}, "engine": engine}
-    sent, received = tmp_path / f"{name}-arguments", tmp_path / f"{name}-result"
+    arguments["given"] = given
+    file = name.replace(":", ".")
+    sent, received = tmp_path / f"{file}-arguments", tmp_path / f"{file}-result"
     sent.write_bytes(pickle.dumps(arguments))
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(separate_worker))}
     if interpret:
@@ -40,7 +65,7 @@ def run_scenario(
     child = subprocess.run(
         [sys.executable, __file__, str(sent), str(received)],
         env=environment, capture_output=True, text=True, check=False,
-        timeout=800 if interpret else 280,
+        timeout=800 if interpret else timeout,
     )  # fmt: skip
     if child.returncode:
         raise AssertionError(f"scenario {name}:\n{child.stdout[-4000:]}\n{child.stderr[-8000:]}")
@@ -67,9 +92,7 @@ def engine_of(model: str, lmc: dict[str, Any], engine: dict[str, Any]) -> Any:
             kv_connector_module_path="lmc.connectors.vllm",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config={
-                "lmc": {"memory_bytes": 64 << 20, "min_recovery": None} | lmc
-            },
+            kv_connector_extra_config={"lmc": OPEN | lmc},
         ),
     }
     return LLM(model=model, **settings | engine)
@@ -81,5 +104,7 @@ if __name__ == "__main__":
 
     arguments = pickle.loads(Path(sys.argv[1]).read_bytes())
     llm = engine_of(arguments["model"], arguments["lmc"], arguments["engine"])
-    result = getattr(scenarios, arguments["name"])(scenarios.Session(llm))
+    module, _, function = arguments["name"].rpartition(":")
+    scenario = getattr(import_module(module) if module else scenarios, function)
+    result = scenario(scenarios.Session(llm), *arguments.get("given", ()))
     Path(sys.argv[2]).write_bytes(pickle.dumps(result))

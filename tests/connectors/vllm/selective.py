@@ -10,6 +10,7 @@ import numpy as np
 from lmc.blend.cacheblend import CacheBlend
 from lmc.blend.query import Query
 from lmc.connectors.vllm.taint import ChainMap, cached_blocks
+from tests.connectors.vllm.engine import OPEN
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ QUERY = {"name": "query", "ratio": 0.1, "layers": "all", "queries": "sum"}
 UNION = {"name": "union", "first": {"name": "epic", "link_tokens": 8}, "second": {"name": "query"}}
 # Layer 0 of fresh rows is that of reused ones, and behind it none goes on.
 NONE = {"name": "cacheblend", "ratio": 0.0, "write": "selected"}
-ALL_BY_DEVIATION = {"name": f"{__name__}:CheckedCacheBlend", "ratio": 1.0, "tensor": "both"}
-ALL_BY_QUERY = {"name": f"{__name__}:CheckedQuery", "ratio": 1.0}
+# Of the engine's config (`engine.OPEN`).
+ALL_BY_DEVIATION = "all_by_deviation"
+ALL_BY_QUERY = "all_by_query"
 
 
 def arms(session: Any, parts: list[list[int]], gap: list[int], suffix: list[int]) -> dict[str, Any]:
@@ -75,12 +77,12 @@ def parted(session: Any, parts: list[list[int]]) -> dict[str, Any]:
     """A blend of which vLLM holds the first two blocks only, twice."""
     session.fresh(parts, CACHEBLEND, save=False)
     side = session.scheduler.connector._scheduler
-    chain, _ = next(reversed(side.chains._chains.values()))
-    held = cached_blocks(side.kv_cache_manager.block_pool, chain.hashes)
-    side.kv_cache_manager.evict_blocks(set(held[2:]))
+    chain, _ = next(reversed(side.local.chains._chains.values()))
+    held = cached_blocks(side.local.manager.block_pool, chain.hashes)
+    side.local.manager.evict_blocks(set(held[2:]))
     results = {}
     for name in ("parted", "parted_again"):
-        side.chains = ChainMap()  # as if the blend had not been answered yet
+        side.local.chains = ChainMap()  # as if the blend had not been answered yet
         results[name] = session.ask(parts, CACHEBLEND, save=False)
     return results
 
@@ -118,22 +120,22 @@ def measured(session: Any, tokens: np.ndarray, blocks: list[int]) -> dict[str, A
         return VLLMAdapter(*arguments, worker.vllm_config)
 
     adapter().run(np.arange(T))
-    dense = gather(worker._paged, slots).clone()
+    dense = gather(worker._pages, slots).clone()
     # Rows that were seen elsewhere: the later, the farther from what they should be.
     stale = dense.clone()
     for position in outline.candidates:
         stale[:, :, position] *= 1 + position / T
 
     def blended(blend: dict[str, Any], **options: Any) -> tuple[Any, np.ndarray]:
-        scatter(stale, worker._paged, slots)
+        scatter(stale, worker._pages, slots)
         outcome = adapter(**options).run(np.arange(100, 110), STRATEGIES.build(blend), outline)
-        return outcome, gather(worker._paged, slots).numpy().copy()
+        return outcome, gather(worker._pages, slots).numpy().copy()
 
     suffix_in_part = blocks[: -(-(end + 5) // 32)]
     return {
         "dense": dense.numpy(),
         "stale": stale.numpy(),
-        "all": blended(ALL_BY_DEVIATION),
+        "all": blended(OPEN["blends"][ALL_BY_DEVIATION]),
         "deviation": blended(CACHEBLEND | {"tensor": "both"}),
         "deviation_sliced": blended(CACHEBLEND | {"tensor": "both"}, max_rows=7),
         "selected": blended(CACHEBLEND | {"write": "selected"}),
@@ -159,11 +161,11 @@ def by_itself(session: Any, tokens: np.ndarray, other: np.ndarray) -> dict[str, 
         VLLMAdapter(
             worker._model, worker._attention, ids, blocks, max_rows, worker.vllm_config
         ).run(chosen)
-        return gather(worker._paged, slots).clone()
+        return gather(worker._pages, slots).clone()
 
     def poison_rows(chosen: np.ndarray) -> None:
         where = worker._attention.page_slots(chosen, blocks)
-        for k, v in zip(worker._paged.k, worker._paged.v, strict=True):
+        for k, v in zip(worker._pages.k, worker._pages.v, strict=True):
             k[where // 32, where % 32] = 50.0
             v[where // 32, where % 32] = 50.0
 

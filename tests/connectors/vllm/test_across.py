@@ -29,7 +29,7 @@ def results(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> A
         "model": "tiny",
     }
     made = profile(epic(4, 0.2), epic(16, 0.5), epic(32, 0.6))
-    made.model_copy(update=of_this_model).save(folder / "profile.yaml")
+    made.model_copy(update=of_this_model | {"context": "first_seen"}).save(folder / "profile.yaml")
     lmc = {"profile": str(folder / "profile.yaml"), "min_recovery": 0.4}
     return run_scenario("across_and_gated", tiny_llama_dir, folder, lmc=lmc)
 

@@ -217,7 +217,7 @@ def test_bad_requests_are_served_plainly_with_the_reason(shared: Any) -> None:
     reasons = {
         "unknown_strategy": "bad_request:.*'cachblend'.*epic",
         "unknown_layer": r"bad_request:.*\[7\], want layers of 0 to 2",
-        "unknown_key": "bad_request:.*chunk; valid",
+        "unknown_key": "bad_request:.*'chunk'; valid",
         "deep_text": "bad_request:.*want a name or {name: ...",
         "deep_mapping": "bad_request:",
         "long_name": "bad_request:.*want a name or {name: ...",

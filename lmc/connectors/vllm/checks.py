@@ -1,0 +1,214 @@
+"""What a worker makes sure of at start, before it touches a request: pages, positions, layers.
+
+Each check compares with the engine itself. What fails is refused, and no more than that: pages that
+cannot be read rule out everything, keys that cannot be moved or rows that cannot be computed only
+blending.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.forward_context import set_forward_context
+
+from lmc.blend.evidence import Deviation, Importance, Outline
+from lmc.connectors.vllm.adapter import VLLMAdapter
+from lmc.connectors.vllm.attention import BackendAttention, PagedAttention
+from lmc.connectors.vllm.layouts import page_slots_of
+from lmc.kernels.gather import gather
+from lmc.kernels.paged import PagedKV
+from lmc.kernels.rerotate import rerotate
+from lmc.model.rope import Rope
+
+T = 64  # tokens of a check
+SHIFT = 100  # positions that keys are moved by
+
+
+@torch.inference_mode()
+def misread(layers: list[Any], pages: PagedKV, block_size: int) -> str | None:
+    """How what is read from pages is not what the engine's backend wrote there, or None.
+
+    In every layer the backend writes K and V of rows here and there, in blocks that no request owns
+    yet; they are read as chunks are.
+    """
+    rows = np.array([0, 1, block_size - 1, block_size, 2 * block_size - 2], np.int64)
+    blocks = [2, 1]  # block 0 is vLLM's null block
+    slots = page_slots_of(rows, blocks, block_size, pages.k[0].device)
+    for i, layer in enumerate(layers):
+        cache = layer.kv_cache
+        before = cache[blocks].clone()
+        one = PagedKV(pages.k[i : i + 1], pages.v[i : i + 1])
+        # Small whole numbers: exact in every dtype.
+        shape = (2, len(rows), layer.num_kv_heads, layer.head_size)
+        kv = torch.randint(-8, 9, shape, device=slots.device).to(pages.k[0].dtype)
+        try:
+            layer.impl.do_kv_cache_update(layer, kv[0], kv[1], cache, slots)
+            got = gather(one, slots)[0]
+        finally:
+            cache[blocks] = before
+        if not torch.equal(got, kv):
+            return f"what layer {i} wrote into pages is not what is read from them"
+    return None
+
+
+@torch.inference_mode()
+def mismoved(
+    rope: Rope, model: Any, oracle: BackendAttention, vllm_config: Any
+) -> tuple[Rope, str | None]:
+    """The rotation with the model's own pairing, and why keys cannot be moved by it, or None.
+
+    Every layer's keys of a text are moved and compared with those of the same text further on:
+    layers without a rotation, with another one, or with logits that depend on the position are
+    found out here.
+    """
+    rope, mismatch = rope_as_in_model(rope, model)
+    if mismatch is not None:
+        return rope, mismatch
+    shift = min(SHIFT, vllm_config.model_config.max_model_len - T)
+    if shift < 1:
+        return rope, f"the model is too short ({shift + T} tokens) for keys to be moved"
+    names = list(oracle.layers.values())
+    try:
+        with Scratch(oracle, vllm_config) as scratch:
+            kept = []
+            for first in (0, shift):
+                scratch.forward(model, np.arange(T) + first)
+                kept.append([_keys(oracle, layer, scratch) for layer in names])
+    except Exception as error:  # an architecture of another shape may fail in any way
+        return rope, f"the model does not run by itself: {type(error).__name__}: {error}"
+    cos, sin = (torch.from_numpy(x).to(oracle.device) for x in rope.angles(shift))
+    for i, (here, there) in enumerate(zip(*kept, strict=True)):
+        tolerance = 4 * torch.finfo(here.dtype).eps ** 0.5
+        turned = rerotate(here, cos, sin, interleaved=rope.interleaved)
+        worst = relative_error(there, turned)
+        if not worst <= tolerance:
+            return rope, (
+                f"keys of layer {i} moved by {shift} positions differ from the model's own there "
+                f"by {worst:.1e} (at most {tolerance:.1e})"
+            )
+    return rope, None
+
+
+@torch.inference_mode()
+def self_check(
+    model: Any, attention: PagedAttention, oracle: BackendAttention, vllm_config: Any
+) -> str | None:
+    """Why the layer loop is not the model's own forward, or None when it is.
+
+    Runs in blocks that no request owns yet, once whole through `model.forward` with the backend's
+    attention and once by the loop in two parts with `attention`, and compares hidden states and
+    the KV left behind. Architectures that do more between their layers than hand on
+    (hidden, residual) are found out here, and pages in which rows cannot be measured.
+    """
+    rows = np.arange(T, dtype=np.int64)
+    try:
+        with Scratch(oracle, vllm_config) as scratch:
+            whole = scratch.forward(model, rows)
+            kept = scratch.contents()
+            scratch.restore()
+            arguments = (scratch.tokens, scratch.blocks, T // 2, vllm_config)
+            adapter = VLLMAdapter(model, attention, *arguments)
+            hidden, residual = adapter.run(rows).state
+            looped, _ = model.model.norm(hidden, residual)
+            pairs = [(whole, looped), *zip(kept, scratch.contents(), strict=True)]
+            # Sums are taken in another order, and compiled code may fuse; no more than that.
+            tolerance = torch.finfo(whole.dtype).eps ** 0.5
+            worst = max(relative_error(a, b) for a, b in pairs)
+            wrong = _mismeasured(adapter, tolerance)
+    except Exception as error:  # an architecture of another shape may fail in any way
+        return f"the layer loop does not run on this model: {type(error).__name__}: {error}"
+    if not worst <= tolerance:
+        return f"the layer loop differs from model.forward by {worst:.1e} (at most {tolerance:.1e})"
+    return wrong
+
+
+class Scratch:
+    """A short text in blocks that no request owns yet, whose contents are put back in the end."""
+
+    def __init__(self, attention: BackendAttention, vllm_config: Any) -> None:
+        self.tokens = np.arange(T, dtype=np.int64) * 7919
+        self.tokens %= vllm_config.model_config.get_vocab_size()
+        self.blocks = list(range(1, 1 + -(-T // attention.block_size)))
+        self._attention, self._vllm_config = attention, vllm_config
+        self._caches = [layer.kv_cache for layer in attention.layers.values()]
+
+    def __enter__(self) -> Scratch:
+        self._before = self.contents()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def contents(self) -> list[torch.Tensor]:
+        """What is in the blocks, by layer."""
+        return [cache[self.blocks].clone() for cache in self._caches]
+
+    def restore(self) -> None:
+        """Put back what was in them at first."""
+        for cache, before in zip(self._caches, self._before, strict=True):
+            cache[self.blocks] = before
+
+    def forward(self, model: Any, at: np.ndarray) -> Any:
+        """Hidden states of the text at these positions, by the model itself."""
+        checked = self._attention.prepare(np.arange(T, dtype=np.int64), self.blocks)
+        names = list(self._attention.layers)
+        device = self._attention.device
+        with set_forward_context(
+            dict.fromkeys(names, checked.how),
+            self._vllm_config,
+            num_tokens=T,
+            slot_mapping=dict.fromkeys(names, checked.page_slots),
+        ):
+            return model(
+                input_ids=torch.from_numpy(self.tokens).to(device),
+                positions=torch.from_numpy(at).to(device),
+            )
+
+
+def rope_as_in_model(rope: Rope, model: Any) -> tuple[Rope, str | None]:
+    """`rope` with the model's own pairing, and how its angles differ from the model's, if so."""
+    for module in model.modules():
+        table = getattr(module, "cos_sin_cache", None)
+        if table is None or not hasattr(module, "is_neox_style"):
+            continue
+        rope = Rope(rope.inv_freq, not module.is_neox_style, rope.kind)
+        R = 2 * len(rope.inv_freq)
+        if table.shape[-1] != R:
+            return rope, f"the model rotates {table.shape[-1]} dims, its config says {R}"
+        positions = [1, min(1000, len(table) - 1)]
+        cos, sin = table[positions].double().cpu().chunk(2, dim=-1)
+        expected = torch.from_numpy(np.outer(positions, rope.inv_freq))
+        error = torch.atan2(sin, cos) - expected
+        worst = float((torch.remainder(error + torch.pi, 2 * torch.pi) - torch.pi).abs().max())
+        # The table is in the model's dtype, and its angles were taken in float32.
+        if worst > 4 * torch.finfo(table.dtype).eps + 1e-3:
+            return rope, f"the model's angles differ from its config's by {worst:.1e} rad"
+        return rope, None
+    return rope, "no rotary embedding of a known kind found in the model"
+
+
+def _mismeasured(adapter: VLLMAdapter, tolerance: float) -> str | None:
+    """What is wrong with scores of the rows `[T/2, T)` of tokens that are in the pages, if any."""
+    half = T // 2
+    outline = Outline(L=adapter.num_layers, T=T, end=half, moved=((0, half),), new=half)
+    needs = (Deviation(0, "both", "cosine"), Importance((0,), queries="sum"))
+    far, paid = adapter.measure(np.arange(half, T), needs, outline)
+    if far.shape != (half,) or not float(far.max()) <= tolerance:
+        return f"rows that are in their pages deviate from them by {float(far.max()):.1e}"
+    # What one row pays to all keys adds up to 1.
+    if paid.shape != (T,) or not abs(float(paid.sum()) / half - 1) <= tolerance:
+        return f"{half} rows pay {float(paid.sum()):.3f} of attention"
+    return None
+
+
+def _keys(oracle: BackendAttention, layer: Any, scratch: Scratch) -> torch.Tensor:
+    """One layer's keys `[T, G, D]` of the text."""
+    slots = oracle.page_slots(np.arange(T, dtype=np.int64), scratch.blocks)
+    return gather(oracle.pages(layer), slots)[0, 0]
+
+
+def relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:
+    scale = expected.float().abs().max().clamp_min(1e-6)
+    return float((expected.float() - got.float()).abs().max() / scale)

@@ -1,0 +1,157 @@
+"""Chunks that came behind other text, computed once more, alone, so that they may be moved.
+
+Where the store's context policy lets a chunk be moved only if nothing foreign stood before it, most
+of what prompts leave could be used as prefixes alone. So each new chunk of a prompt is computed a
+second time behind nothing: in blocks borrowed from vLLM's pool, a bounded number of tokens a step,
+and in steps that leave room for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lmc.chunking.pieces import Piece, chunk_key, context_digests
+from lmc.connectors.vllm.config import LMCConfig
+from lmc.connectors.vllm.messages import ChunkSave, Encode
+from lmc.store import Index
+from lmc.store.lookup import Known, Place
+
+SHORTEST = 16  # tokens; less is not worth a chunk's bookkeeping
+WAITING = 1 << 16  # tokens that may wait; the oldest are dropped
+SPARE = 8  # one block in so many stays free for requests
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    namespace: bytes
+    front: tuple[int, ...]
+    content: np.ndarray  # [T]
+
+
+class Isolation:
+    """What is to be computed alone, and the blocks lent for it.
+
+    Args:
+        index: of host memory.
+        begins: the token that prompts begin with, if the model has one; kept in front of a chunk
+            of a prompt that had it.
+        bytes_per_token: of one rank.
+        block_size: tokens of a block.
+        max_rows: tokens that a step of the engine carries.
+    """
+
+    def __init__(
+        self,
+        config: LMCConfig,
+        index: Index,
+        begins: int | None,
+        bytes_per_token: int,
+        block_size: int,
+        max_rows: int,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._policy = config.context
+        self._rate = 0 if config.context == "any" else config.isolated_tokens
+        self._most = max(config.isolated_tokens, config.limits.chunk_tokens)
+        self._index, self._begins = index, begins
+        self._bytes_per_token, self._block_size = bytes_per_token, block_size
+        self._max_rows = max_rows
+        self._credit = 0
+        self._waiting: OrderedDict[bytes, _Wanted] = OrderedDict()
+        self._tokens = 0
+        self._lent: dict[int, list[Any]] = {}  # blocks, by slot
+
+    @property
+    def pending(self) -> int:
+        """How many chunks wait to be computed."""
+        return len(self._waiting)
+
+    def want(self, known: Known, tokens: np.ndarray, pieces: Sequence[Piece]) -> None:
+        """Every chunk of a prompt that no variant is known of that could be moved.
+
+        Args:
+            known: what the request's namespace has.
+            tokens: `[T]`. pieces: its chunks.
+        """
+        if not self._rate:
+            return
+        begins = self._begins is not None and int(tokens[0]) == self._begins
+        front = (int(tokens[0]),) if begins else ()
+        anchored = pieces[0].end if self._policy == "shared_prefix" and pieces else -1
+        place = Place(0, b"", None, known.alone, chained=False, moves=True)
+        for piece in pieces:
+            T = piece.end - piece.start
+            if not piece.closed or T < SHORTEST or piece.start in (0, len(front), anchored):
+                continue
+            content = np.ascontiguousarray(tokens[piece.start : piece.end], "<i8")
+            key = chunk_key(known.namespace, content)
+            if key in self._waiting or known.variants(key, content.tobytes(), place):
+                continue
+            self._waiting[key] = _Wanted(known.namespace, front, content)
+            self._tokens += T
+        while self._tokens > WAITING:
+            self._drop(next(iter(self._waiting)))
+
+    def take(self, pool: Any, scheduled: int) -> list[Encode]:
+        """What this step computes beside its `scheduled` tokens; `pool` is vLLM's block pool."""
+        if not self._waiting:
+            self._credit = 0
+            return []
+        self._credit = min(self._credit + self._rate, self._most)
+        left = self._max_rows - scheduled
+        encodes: list[Encode] = []
+        while self._waiting:
+            key, wanted = next(iter(self._waiting.items()))
+            T = len(wanted.front) + len(wanted.content)
+            blocks = -(-T // self._block_size)
+            # A chunk longer than a step has a step that computes nothing else to itself.
+            if self._credit + len(wanted.front) < T or (left < T and scheduled):
+                break
+            if pool.get_num_free_blocks() < blocks + pool.num_gpu_blocks // SPARE:
+                break
+            self._drop(key)
+            if (encode := self._lend(key, wanted, pool, blocks)) is not None:
+                encodes.append(encode)
+                self._credit -= len(wanted.content)
+                left -= T
+                self.counts["tokens_computed_alone"] += len(wanted.content)
+        return encodes
+
+    def settle(self, slot: int, pool: Any) -> None:
+        """The workers are done with what `slot` was to hold."""
+        if blocks := self._lent.pop(slot, None):
+            pool.free_blocks(blocks)
+
+    def clear(self) -> None:
+        """Nothing that waits is of use any more."""
+        self._waiting.clear()
+        self._tokens = 0
+
+    def _drop(self, key: bytes) -> None:
+        self._tokens -= len(self._waiting.pop(key).content)
+
+    def _lend(self, key: bytes, wanted: _Wanted, pool: Any, blocks: int) -> Encode | None:
+        """Room in the index, and blocks to compute in; None where the index takes no more."""
+        front, content = wanted.front, wanted.content
+        tokens = np.concatenate([np.array(front, np.int64), content])
+        context, after = context_digests(tokens, [len(front), len(tokens)])
+        record = self._index.put(
+            namespace=wanted.namespace,
+            key=key,
+            tokens=content.tobytes(),
+            start=len(front),
+            context=context,
+            context_after=after,
+            origin="isolated",
+            nbytes=len(content) * self._bytes_per_token,
+        )
+        if record is None:
+            return None
+        lent = self._lent[record.slot] = pool.get_new_blocks(blocks)
+        ids = [block.block_id for block in lent]
+        return Encode(tokens, ChunkSave(record, "", len(front), len(tokens), ids))

@@ -1,0 +1,57 @@
+"""What stored KV must be compatible with, and how that changes while an engine runs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from blake3 import blake3
+
+from lmc.connectors.vllm import identity
+from lmc.connectors.vllm.messages import WeightsTold
+from lmc.model.rope import Rope
+
+
+class Namespace:
+    """The model's namespace, and the epoch of its weights.
+
+    While a worker's weights are those of the model's files there is no epoch. Of weights that an
+    operator named, it is the name; of others, fresh random bits: never a counter, since two engines
+    may have come to different weights by as many updates.
+
+    Attributes:
+        known: by rank, how many changes of its weights are taken into account.
+    """
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, rope: Rope | str) -> None:
+        self._of = (vllm_config, kv_cache_config, rope)
+        self._files = identity.namespace_of(*self._of)
+        self._epoch = b""
+        self.known: dict[int, int] = {}
+
+    def of(self, salt: str | None) -> bytes:
+        """Of the requests of one tenant."""
+        namespace = blake3(self._files + self._epoch).digest() if self._epoch else self._files
+        return namespace + (salt or "").encode()
+
+    def heard(self, told: dict[int, WeightsTold]) -> int | None:
+        """Take in what workers say of their weights; the step in which news of them was noticed."""
+        news = {rank: t for rank, t in told.items() if self.known.get(rank, 0) != t.changes}
+        if not news:
+            return None
+        self.known |= {rank: t.changes for rank, t in news.items()}
+        versions = {t.version for t in news.values()}
+        version = versions.pop() if len(versions) == 1 else None
+        if version is None:
+            self._epoch = os.urandom(16)
+        elif version:
+            self._epoch = b"named " + version.encode()
+        else:
+            # Read from the files again, which may be others than before.
+            self._files = identity.namespace_of(*self._of)
+            self._epoch = b""
+        return min(t.step for t in news.values())
+
+    def forget(self) -> None:
+        """Never find again what is stored."""
+        self._epoch = os.urandom(16)

@@ -1,0 +1,71 @@
+"""A request as lmc reads it, and what of an error in doing so concerns others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vllm.logger import init_logger
+
+from lmc.chunking.pieces import split
+from lmc.connectors.vllm.config import LMCConfig
+from lmc.connectors.vllm.gate import QualityGate
+from lmc.connectors.vllm.namespaces import Namespace
+from lmc.connectors.vllm.request import parse_request
+from lmc.connectors.vllm.tracked import Tracked, unblendable
+
+logger = init_logger(__name__)
+
+FATAL = (KeyboardInterrupt, SystemExit, GeneratorExit)  # meant for the process, not for a request
+
+
+class Reader:
+    """Reads requests as they come."""
+
+    def __init__(self, config: LMCConfig, gate: QualityGate, namespace: Namespace) -> None:
+        self._config, self._gate, self._namespace = config, gate, namespace
+        self._chunker = config.build_chunker()
+
+    def read(self, request: Any, refusal: str | None) -> Tracked:
+        """The request's options, or why it is served as if lmc were not there.
+
+        Args:
+            refusal: why nothing is stored or reused in this engine, or None.
+        """
+        if refusal:
+            return Tracked(request, None, f"engine:{refusal}")
+        if reason := unblendable(request):
+            return Tracked(request, None, reason)
+        try:
+            raw = (request.kv_transfer_params or {}).get("lmc")
+            options = parse_request(raw, request.num_prompt_tokens, self._config)
+            options, gate = self._gate.admit(options)
+        except BaseException as error:
+            survive(error, quiet=True)
+            return Tracked(request, None, f"bad_request:{error!s:.500}")
+        if not options.enabled:
+            return Tracked(request, None, "disabled")
+        tracked = Tracked(request, options, None, gate=gate)
+        self.read_tokens(tracked)
+        return tracked
+
+    def read_tokens(self, tracked: Tracked) -> None:
+        """Take in the tokens that a request has by now, and what its KV must be compatible with."""
+        assert tracked.options is not None
+        options, request = tracked.options, tracked.request
+        tracked.namespace = self._namespace.of(request.cache_salt)
+        tracked.scope = tracked.namespace + repr(options.strategy).encode()
+        tracked.tokens = np.asarray(request.all_token_ids, np.int64)
+        longest = self._config.limits.chunk_tokens
+        tracked.pieces = split(tracked.tokens, self._chunker, options.chunks, longest)
+
+
+def survive(error: BaseException, quiet: bool = False) -> None:
+    """Raise what is meant for the process; of all else, one request's affair, say what it was.
+
+    A library may panic, which is no Exception.
+    """
+    if isinstance(error, FATAL):
+        raise error
+    if not quiet:
+        logger.error("lmc leaves a request to vLLM", exc_info=error)

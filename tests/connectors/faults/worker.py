@@ -1,0 +1,129 @@
+"""A worker that does what a test tells it to: pages of noise, and faults where chunks come from."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+import lmc.connectors.vllm.loading as loading
+from lmc.connectors.vllm.worker_cls import LMCWorker, _side
+
+PATIENCE_S = 0.4  # of the engines under test
+
+
+class FaultyWorker(LMCWorker):
+    """Faults are set by `collective_rpc`, on all ranks or on one."""
+
+    _mend: Callable[[], None] | None = None
+
+    def noise(self, seed: int) -> None:
+        """Fill every page: what is not written before it is read shows."""
+        generator = torch.Generator().manual_seed(seed)
+        pages = _side()._pages
+        for view in (*pages.k, *pages.v):
+            view.copy_(torch.randn(view.shape, generator=generator) * 3)
+
+    def fault(self, kind: str, tokens: bytes, rank: int | None = None) -> None:
+        """What happens to the chunk of these tokens, on one rank or on all."""
+        if rank in (None, _side().rank):
+            self._mend = getattr(self, f"_{kind}")(tokens)
+
+    def mend(self) -> None:
+        """All is well again; what hung goes on."""
+        if self._mend is not None:
+            self._mend()
+        self._mend = None
+
+    def held(self) -> list[int]:
+        """Slots that host memory holds."""
+        return sorted(_side().chunks.memory._held)
+
+    # -- kinds -------------------------------------------------------------------------------
+
+    def _lost(self, tokens: bytes) -> Callable[[], None]:
+        """Its bytes are gone, in memory and behind it."""
+        chunks = _side().chunks
+        for slot, record in list(chunks._records.items()):
+            if record.tokens == tokens and chunks.arrival(slot) is None:
+                chunks.memory.release(slot)
+        return self._got(tokens, lambda *_: None)
+
+    def _damaged(self, tokens: bytes) -> Callable[[], None]:
+        """Its first layer is right and told of, the others are not."""
+
+        def damaged(get: Any, record: Any, into: Any, deadline: Any, arrived: Any) -> None:
+            get(record, into, deadline, lambda layers: None)
+            for rows in into:
+                np.asarray(rows)[1:] = 77
+            arrived(1)
+            time.sleep(PATIENCE_S / 8)
+
+        return self._got(tokens, damaged)
+
+    def _late(self, tokens: bytes) -> Callable[[], None]:
+        """It comes, but too late: so does all that a tier is asked for."""
+
+        def late(get: Any, *arguments: Any) -> Any:
+            time.sleep(2 * PATIENCE_S)
+            return get(*arguments)
+
+        return self._got(None, late)
+
+    def _hung(self, tokens: bytes) -> Callable[[], None]:
+        """The tier never answers, and has told of a layer before."""
+        over = threading.Event()
+
+        def hung(get: Any, record: Any, into: Any, deadline: Any, arrived: Any) -> None:
+            arrived(1) if record.tokens == tokens else None
+            over.wait(60)
+
+        back = self._got(None, hung)
+        return lambda: (over.set(), back())[1]
+
+    def _memory(self, tokens: bytes) -> Callable[[], None]:
+        """The device has no room to put chunks in place."""
+        scatter = loading.scatter
+
+        def none_left(*arguments: Any, **options: Any) -> None:
+            raise torch.OutOfMemoryError("out of memory")
+
+        loading.scatter = none_left
+
+        def back() -> None:
+            loading.scatter = scatter
+
+        return back
+
+    def _got(self, tokens: bytes | None, instead: Callable[..., Any]) -> Callable[[], None]:
+        """Have the tiers answer otherwise for a chunk, or for all."""
+        tiers = [attached.tier for attached in _side().chunks.tiers]
+        gets = [tier.get for tier in tiers]
+        for tier, get in zip(tiers, gets, strict=True):
+
+            def faulty(
+                record: Any, into: Any = None, deadline: Any = None,
+                arrived: Any = lambda layers: None, get: Any = get,
+            ) -> Any:  # fmt: skip
+                if tokens in (None, record.tokens):
+                    return instead(get, record, into, deadline, arrived)
+                return get(record, into, deadline, arrived)
+
+            tier.get = faulty
+
+        def back() -> None:
+            for tier, get in zip(tiers, gets, strict=True):
+                tier.get = get
+
+        return back
+
+
+class BlindWorker(FaultyWorker):
+    """One that does not hand on the model, as vLLM's own would not."""
+
+    def compile_or_warm_up_model(self) -> Any:
+        return super(LMCWorker, self).compile_or_warm_up_model()

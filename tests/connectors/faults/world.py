@@ -1,0 +1,242 @@
+"""Every fault against every kind of claim, in one engine; `run` is what the engine's process does.
+
+The answer of a request that met a fault is compared with that of vLLM alone, or with that of the
+same request alone in an engine that lacks what was lost. Nothing that it leaves behind, in vLLM's
+cache or in the store, may be wrong for anybody else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from tests.connectors.vllm import scenarios as s
+
+FAULTS = (
+    "none", "lost", "late", "damaged", "hung", "memory",  # in a worker
+    "evicted", "aborted", "preempted", "reset",  # in the scheduler
+)  # fmt: skip
+IN_WORKER = FAULTS[1:6]
+BEHIND = ("late", "damaged", "hung")  # of what a tier behind host memory brings
+CLAIMS: dict[str, Any] = {
+    "exact": "prefix",
+    "moved": {"name": "epic", "link_tokens": 8},
+    "all_moved": "full_recompute",
+    "selective": {"name": "cacheblend", "ratio": 0.2},
+    "all_selective": "all_by_deviation",
+}
+SOURCES = ("memory", "disk")
+ORDERS = {"exact": (0, 1, 2), "moved": (2, 0, 1)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """company: whether another request runs meanwhile. rank: where the fault is; None: on all."""
+
+    fault: str
+    claim: str
+    source: str
+    company: bool
+    rank: int | None = None
+
+    @property
+    def name(self) -> str:
+        where = "" if self.rank is None else f", rank {self.rank}"
+        beside = ", beside another" if self.company else ""
+        return f"{self.fault}: {self.claim} from {self.source}{beside}{where}"
+
+
+def cases(ranks: int, claims: Sequence[str] = tuple(CLAIMS)) -> list[Case]:
+    """All that make sense.
+
+    What is reset in the midst of a blended answer goes on over other KV, so that nothing is left
+    to compare it with, unless all is computed again.
+    """
+    everywhere: list[int | None] = [None, 1] if ranks > 1 else [None]
+    every = [Case(*c) for c in product(FAULTS, claims, SOURCES, (False, True), everywhere)]
+    return [
+        case
+        for case in every
+        if (case.source == "disk" or case.fault not in BEHIND)
+        and (case.rank is None or case.fault in IN_WORKER)
+        and not (case.fault == "reset" and case.claim in ("moved", "selective"))
+    ]
+
+
+def pairwise(every: list[Case]) -> list[Case]:
+    """Few of them in which each two settings that go together do so."""
+
+    def pairs(case: Case) -> set[tuple[Any, ...]]:
+        values = list(enumerate((case.fault, case.claim, case.source, case.company, case.rank)))
+        return {(a, b) for i, a in enumerate(values) for b in values[i + 1 :]}
+
+    chosen: list[Case] = []
+    missing = set().union(*map(pairs, every))
+    while missing:
+        best = max(every, key=lambda case: len(pairs(case) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def run(session: s.Session, which: list[Case]) -> dict[str, Any]:
+    """What became of each case, by its name, and whether index and workers agree in the end."""
+    world = World(session)
+    outcomes = {case.name: world.outcome(case) for case in which}
+    return {"outcomes": outcomes, "agree": world.agree(), "counts": dict(world.counts)}
+
+
+class World:
+    """An engine whose store has the same documents before each case."""
+
+    def __init__(self, session: s.Session) -> None:
+        self.session = session
+        self.side = session.scheduler.connector._scheduler
+        self.counts: Counter[str] = Counter()
+        self._count()
+        self.seed = 0
+        self.salt = ""
+        self.other = s.plain(session, [s.text(70, 50)], tokens=24)
+        self.plain = {order: s.plain(session, s.prompt(*order)) for order in ORDERS.values()}
+        self.rpc("noise", 0)
+
+    def _count(self) -> None:
+        take = self.side.take_stats
+
+        def taken() -> Any:
+            if stats := take():
+                self.counts.update(stats.data)
+            return stats
+
+        self.side.take_stats = taken
+
+    def rpc(self, method: str, *arguments: Any) -> list[Any]:
+        return self.session.llm.collective_rpc(method, args=arguments)  # type: ignore[no-any-return]
+
+    def outcome(self, case: Case) -> dict[str, Any]:
+        """The answer, what it should be, and what others are answered afterwards."""
+        moved = case.claim != "exact"
+        order = ORDERS["moved" if moved else "exact"]
+        parts, blend = s.prompt(*order), CLAIMS[case.claim]
+        plain = self.plain[order]
+        self._stored(case, moved)
+        # In the midst of what is exact, and the last of what is moved: without that one the claim
+        # ends before it, and is the same otherwise.
+        lost = np.array(s.DOCUMENTS[1], "<i8").tobytes()
+        saves = case.claim == "exact"  # what a failed claim leaves must not be stored
+        got, beside = self._met(case, parts, blend, lost, saves)
+        # Nobody is served anything wrong by vLLM's own cache, nor out of the store.
+        after = self.session.ask(parts, enabled=False, salt=self.salt)
+        stored = self.session.fresh(parts, "prefix", save=False, salt=self.salt)
+        if case.claim in ("moved", "selective") and case.fault not in ("late", "hung", "memory"):
+            expected = self._alone(case, parts, blend, lost)
+        else:
+            expected = plain
+        self._unhide()
+        return {
+            "got": got,
+            "expected": expected,
+            "beside": beside,
+            "other": self.other,
+            "plain": plain,
+            "after": after,
+            "stored": stored,
+        }
+
+    def agree(self) -> bool:
+        """Whether each slot that the index has is held by each rank, and no other."""
+        self._settle()
+        return all(held == sorted(self.side.index._entries) for held in self.rpc("held"))
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _stored(self, case: Case, moved: bool) -> None:
+        """What the case finds in the store, and noise in all pages."""
+        self.side.planner.back_at = 0.0
+        self.salt = case.name  # so that nothing of other cases is found
+        self.side.index.clear()
+        self._settle()
+        if moved:
+            for i in ORDERS["moved"]:
+                behind = [s.SYSTEM, s.DOCUMENTS[i]]
+                self.session.fresh(behind, "prefix", tokens=1, salt=self.salt)
+        else:
+            whole = s.prompt(*ORDERS["exact"])
+            self.session.fresh(whole, "prefix", tokens=1, salt=self.salt)
+        self.rpc("finish_saves")
+        if case.source == "disk":
+            self.side.index.clear()
+            self._settle()
+        self.session.llm.reset_prefix_cache()
+        self.seed += 1
+        self.rpc("noise", self.seed)
+
+    def _settle(self) -> None:
+        """A request of nothing stored, so that the workers hear what was freed."""
+        self.session.ask([s.text(9, 20)], enabled=False, tokens=1)
+        self.session.llm.reset_prefix_cache()
+
+    def _met(
+        self, case: Case, parts: list[list[int]], blend: Any, lost: bytes, save: bool
+    ) -> tuple[s.Answer | None, s.Answer | None]:
+        session, scheduler = self.session, self.session.scheduler
+        other = None
+        if case.company:
+            other = session.add([s.text(70, 50)], enabled=False, tokens=24)
+            session.engine.step()
+        in_worker = case.fault in IN_WORKER
+        if in_worker:
+            self.rpc("fault", case.fault, lost, case.rank)
+        request = session.add(parts, blend, save=save, salt=self.salt)
+        tracked = next(t for i, t in self.side.requests.items() if i.split("-")[0] == request)
+        if case.fault == "evicted":
+            slots = [f.record.slot for f in tracked.plan.found if f.record.tokens == lost]
+            for slot in slots:
+                self.side.index.drop(slot)
+        if case.fault in ("aborted", "preempted", "reset"):
+            session.engine.step()
+            session.engine.step()
+        if case.fault == "aborted":
+            session.engine.abort_request([tracked.request.request_id], internal=True)
+        if case.fault == "preempted":
+            running = tracked.request
+            if running in scheduler.running:
+                scheduler.running.remove(running)
+                scheduler._preempt_request(running, time.monotonic())
+                scheduler.prev_step_scheduled_req_ids.discard(running.request_id)
+        if case.fault == "reset":
+            scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        answers = session.finish()
+        if in_worker:
+            self.rpc("mend")
+            time.sleep(0.05)
+        beside = answers[other] if other is not None else None
+        return answers.get(request), beside
+
+    def _alone(self, case: Case, parts: list[list[int]], blend: Any, lost: bytes) -> s.Answer:
+        """The same request in an engine that lacks what was lost."""
+        gone = case.fault in ("lost", "damaged")  # what was evicted is on disk still
+        for slot, entry in list(self.side.index._entries.items()):
+            if gone and entry.record.tokens == lost:
+                self.side.index.drop(slot)
+        if gone:
+            for tier in self.side.planner._tiers:
+                tier.find = hiding(tier.find, lost)
+        return self.session.fresh(parts, blend, save=False, salt=self.salt)
+
+    def _unhide(self) -> None:
+        for tier in self.side.planner._tiers:
+            vars(tier).pop("find", None)
+
+
+def hiding(find: Any, tokens: bytes) -> Any:
+    def found(*arguments: Any) -> Any:
+        return [record for record in find(*arguments) if record.tokens != tokens]
+
+    return found
