@@ -135,7 +135,7 @@ class QualityProfile(BaseModel):
         return sorted(found, key=lambda pair: pair[0] or 0)
 
     def require(self, weights: bytes, dtype: str, rope: bytes, context: Context) -> None:
-        """Raise ValueError unless this is of this model, this dtype and chunks encoded like this."""
+        """Raise ValueError unless it is of this model and dtype, and of chunks encoded so."""
         for what, ours, theirs in (
             ("weights", self.weights, weights.hex()),
             ("dtype", self.dtype, dtype),

@@ -18,6 +18,14 @@ from lmc.store.record import Record
 Rows = np.ndarray
 
 
+def taken(counts: Counter[str]) -> dict[str, int]:
+    """What a counter holds, by kind; it starts anew, while other threads go on counting."""
+    gathered = dict(counts)  # in one go: to walk through it is not
+    for kind, n in gathered.items():
+        counts[kind] -= n
+    return {kind: n for kind, n in gathered.items() if n}
+
+
 class Tier(Protocol):
     """One place that holds chunks.
 

@@ -152,7 +152,7 @@ def test_a_calibrated_model_is_found_again(smollm2_dir: Path, cache: Path) -> No
     from lmc.model.rope import from_config
 
     rope = from_config(AutoConfig.from_pretrained(smollm2_dir)).fingerprint
-    assert find_profile(weights_digest(smollm2_dir), "float32", rope) == profile
+    assert find_profile(weights_digest(smollm2_dir), "float32", rope, "anchored") == profile
 
 
 @pytest.mark.heavy

@@ -19,6 +19,7 @@ from lmc.connectors.hf.model import HFModel
 from lmc.model.layout import KVLayout
 from lmc.store import Record, Store
 from lmc.store.lookup import Found
+from lmc.store.record import ContextPolicy
 
 QUERIES = 256  # rows whose attention is looked at together, so that it fits into memory
 
@@ -30,6 +31,7 @@ class HFStore:
         model: whose KV it holds.
         memory_bytes: how much of it in host memory.
         tiers: places behind host memory, as `Store` takes them.
+        policy: what a chunk that is moved may have been computed behind, as an engine's `context`.
 
     Raises:
         ValueError, OSError: as `Store`.
@@ -40,17 +42,23 @@ class HFStore:
         model: HFModel,
         memory_bytes: int = 4 << 30,
         tiers: Sequence[Mapping[str, Any] | str] = (),
+        policy: ContextPolicy = "any",
     ) -> None:
         self.model = model
         shape = model.shape
         layout = KVLayout(model.L, shape.G, shape.D, str(model.dtype).removeprefix("torch."))
         # What is kept in memory alone is this model's alone; what outlives it must say which.
         self.namespace = model.namespace() if tiers else b"hf"
+        self._policy: ContextPolicy = policy
+        begins = getattr(model.model.config.get_text_config(), "bos_token_id", None)
+        self._begins = begins = begins if isinstance(begins, int) else None
         self.store = Store(
             layout,
             self.namespace,
             memory_bytes=memory_bytes,
             tiers=tiers,
+            context=policy,
+            begins=begins,
             cost=shape.cost,
             label=f"{model.name} {layout.dtype}",
         )
@@ -147,6 +155,7 @@ class HFStore:
                 plan = make_plan(
                     ids, pieces, index, self.namespace, strategy,
                     L=self.model.L, decline=False, tiers=tiers,
+                    context=self._policy, begins=self._begins,
                 )  # fmt: skip
                 behind = {s.record.id: s.record for s in plan.found if s.record.slot < 0}
                 if not behind:

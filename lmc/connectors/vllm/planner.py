@@ -21,6 +21,7 @@ from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
 from lmc.store import Index, Record
 from lmc.store.lookup import Directory, Known
+from lmc.store.tier import taken
 
 TIERS_REST_S = 10.0  # after a fetch that was waited for in vain
 
@@ -132,11 +133,9 @@ class Planner:
     def take_counts(self) -> Counter[str]:
         """Counters since the last call."""
         counts, self._counts = self._counts, Counter()
-        counts.update({f"store:{kind}": n for kind, n in self.index.counts.items()})
-        self.index.counts.clear()
+        counts.update({f"store:{kind}": n for kind, n in taken(self.index.counts).items()})
         for tier in self._tiers:
-            counts.update({f"{tier.name}:{kind}": n for kind, n in tier.counts.items() if n})
-            tier.counts.clear()
+            counts.update({f"{tier.name}:{kind}": n for kind, n in taken(tier.counts).items()})
         return counts
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.scatter import scatter
 from lmc.store.chunks import Attached, Chunks
+from lmc.store.tier import taken
 
 logger = init_logger(__name__)
 
@@ -184,10 +185,8 @@ class WorkerSide:
         counts, self.counts = self.counts, Counter()
         for behind in self.chunks.tiers:
             tier = behind.tier
-            counts.update({f"{tier.name}:{kind}": n for kind, n in tier.counts.items() if n})
-            tier.counts.clear()
-        counts.update(self.chunks.counts)
-        self.chunks.counts.clear()
+            counts.update({f"{tier.name}:{kind}": n for kind, n in taken(tier.counts).items()})
+        counts.update(taken(self.chunks.counts))
         return LMCStats(data=dict(counts)) if counts else None
 
     def finish_saves(self) -> None:

@@ -8,7 +8,6 @@ cache or in the store, may be wrong for anybody else.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -98,23 +97,12 @@ class World:
     def __init__(self, session: s.Session) -> None:
         self.session = session
         self.side = session.scheduler.connector._scheduler
-        self.counts: Counter[str] = Counter()
-        self._count()
+        self.counts = s.persistent.counting(session, worker=False)
         self.seed = 0
         self.salt = ""
         self.other = s.plain(session, [s.text(70, 50)], tokens=24)
         self.plain = {order: s.plain(session, s.prompt(*order)) for order in ORDERS.values()}
         self.rpc("noise", 0)
-
-    def _count(self) -> None:
-        take = self.side.take_stats
-
-        def taken() -> Any:
-            if stats := take():
-                self.counts.update(stats.data)
-            return stats
-
-        self.side.take_stats = taken
 
     def rpc(self, method: str, *arguments: Any) -> list[Any]:
         return self.session.llm.collective_rpc(method, args=arguments)  # type: ignore[no-any-return]

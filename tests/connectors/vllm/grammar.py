@@ -63,14 +63,26 @@ def spans(T: int) -> st.SearchStrategy[Any]:
     return st.one_of(right, right, st.lists(pair, max_size=4), leaves)
 
 
-def parameters(T: int) -> st.SearchStrategy[Any]:
-    """`kv_transfer_params["lmc"]` of a prompt of T tokens."""
+WORKING: list[Any] = [
+    "epic", "full_reuse", "lmc", "uniform", {"name": "epic", "link_tokens": 3},
+    {"name": "cacheblend", "ratio": 0.3}, {"name": "query", "ratio": 0.2, "layers": "all"},
+    {"name": "random", "seed": 3}, {"name": "full_reuse", "rotate": False},
+    {"name": "union", "first": "epic", "second": {"name": "query", "asking": 4}},
+]  # fmt: skip
+
+
+def parameters(T: int, documents: list[list[int]] | None = None) -> st.SearchStrategy[Any]:
+    """`kv_transfer_params["lmc"]` of a prompt of T tokens, whose documents lie at these spans."""
     keys = {
-        "blend": st.one_of(blends, st.integers(0, 400).map(nested)),
-        "chunks": spans(T),
+        "blend": st.one_of(st.sampled_from(WORKING), blends, st.integers(0, 400).map(nested)),
+        "chunks": st.one_of(st.just(documents), spans(T)) if documents else spans(T),
         "save": st.one_of(st.booleans(), leaves),
         "enabled": st.one_of(st.just(True), st.just(True), leaves),
         "chunk": leaves,
     }
     known = st.fixed_dictionaries({}, optional={k: keys[k] for k in keys if k != "chunk"})
-    return st.one_of(known, known, st.fixed_dictionaries({}, optional=keys), leaves)
+    working = st.fixed_dictionaries(
+        {"blend": st.sampled_from(WORKING), "save": st.booleans()},
+        optional={"chunks": st.just(documents)},
+    )
+    return st.one_of(working, known, known, st.fixed_dictionaries({}, optional=keys), leaves)

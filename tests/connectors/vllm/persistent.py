@@ -39,10 +39,14 @@ def forget_memory(session: Session) -> None:
     session.scheduler.connector._scheduler.index.clear()
 
 
-def counting(session: Session) -> Counter[str]:
-    """All that both sides will count; each step's counters go to vLLM's logger and are gone."""
+def counting(session: Session, worker: bool = True) -> Counter[str]:
+    """All that both sides will count; each step's counters go to vLLM's logger and are gone.
+
+    worker: whether it is in this process.
+    """
     counts: Counter[str] = Counter()
-    for side in (session.scheduler.connector._scheduler, session.lmc_worker):
+    sides = [session.scheduler.connector._scheduler, *([session.lmc_worker] if worker else [])]
+    for side in sides:
         take = side.take_stats
 
         def taken(take: Any = take) -> Any:

@@ -1,0 +1,157 @@
+"""What may be moved where: a chunk carries what stood before it when it was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmc.chunking.pieces import Piece
+from lmc.store import Index
+from lmc.store.keep import keep
+from lmc.store.lookup import Found, Known, find
+from lmc.store.record import ContextPolicy
+
+NS = b"namespace"
+BOS = 7
+SYSTEM, EVIL, A, B, QUESTION = (
+    np.random.default_rng(i).integers(10, 500, n) for i, n in enumerate((12, 20, 30, 40, 9))
+)
+
+
+def cut(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, list[Piece]]:
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    return np.concatenate(parts), [Piece(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def stored(*prompts: Sequence[np.ndarray], blended_from: int | None = None) -> Index:
+    index = Index(1 << 20)
+    for parts in prompts:
+        for _, record in keep(index, NS, *cut(parts), blended_from, 1):
+            index.acknowledge(record.slot, 0)
+    return index
+
+
+def moved(
+    index: Index, *parts: np.ndarray, policy: ContextPolicy, begins: int | None = None
+) -> list[int]:
+    """Lengths of the moved chunks of a prompt."""
+    known = Known(index, NS, policy=policy, begins=begins)
+    return [f.end - f.start for f in find(*cut(parts), known) if f.kind == "moved"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "allowed"),
+    [
+        # Behind another's text.
+        ([(EVIL, A)], {"any"}),
+        ([(SYSTEM, B, A)], {"any"}),
+        # Behind what the request begins with, too.
+        ([(SYSTEM, A)], {"any", "shared_prefix"}),
+        # Alone.
+        ([(A,)], {"any", "shared_prefix", "isolated"}),
+        ([(A, QUESTION)], {"any", "shared_prefix", "isolated"}),
+        # One that may not be moved takes nothing from one that may.
+        ([(A,), (EVIL, A)], {"any", "shared_prefix", "isolated"}),
+        ([(EVIL, A), (A,)], {"any", "shared_prefix", "isolated"}),
+        ([(SYSTEM, A), *((np.array([i]), A) for i in range(20, 23))], {"any"}),
+    ],
+)
+def test_what_may_be_moved(
+    prompts: list[Sequence[np.ndarray]], allowed: set[ContextPolicy]
+) -> None:
+    index = stored(*prompts)
+    for policy in get_args(ContextPolicy):
+        found = moved(index, SYSTEM, QUESTION, A, policy=policy)
+        assert (30 in found) == (policy in allowed), policy
+
+
+def test_alone_is_behind_the_token_that_prompts_begin_with_too() -> None:
+    begin = np.array([BOS])
+    index = stored((begin, A))
+    prompt = (SYSTEM, QUESTION, A)
+    assert moved(index, *prompt, policy="isolated", begins=BOS) == [30]
+    assert moved(index, *prompt, policy="isolated") == []
+    assert moved(index, *prompt, policy="isolated", begins=BOS + 1) == []
+    # Another text of one token is no such token.
+    assert moved(stored((np.array([8]), A)), *prompt, policy="isolated", begins=BOS) == []
+
+
+def test_a_chunk_may_follow_the_one_it_was_computed_behind() -> None:
+    index = stored((A, B))
+    for policy in get_args(ContextPolicy):
+        assert moved(index, SYSTEM, A, B, policy=policy) == [30, 40]
+        assert moved(index, SYSTEM, B, A, policy=policy) == ([40, 30] if policy == "any" else [30])
+        # Not where something else stands between them.
+        between = moved(index, SYSTEM, A, QUESTION, B, policy=policy)
+        assert between == ([30, 40] if policy == "any" else [30])
+    # And not behind one that may not be moved itself.
+    assert moved(stored((EVIL, A, B)), SYSTEM, A, B, policy="shared_prefix") == []
+
+
+def test_what_was_blended_is_moved_only_where_anything_is() -> None:
+    index = stored((A,), blended_from=0)
+    assert moved(index, SYSTEM, A, policy="any") == [30]
+    assert moved(index, SYSTEM, A, policy="shared_prefix") == []
+    assert moved(index, SYSTEM, A, policy="isolated") == []
+
+
+class Shelf:
+    """A tier that has what another index has."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+
+    def find(self, namespace: bytes, key: bytes) -> list[Any]:
+        return list(reversed(list(self.index.variants(key))))
+
+    def tail(self, namespace: bytes, context: bytes) -> None:
+        return None
+
+
+def test_a_tier_is_asked_where_memory_has_only_what_may_not_be_moved() -> None:
+    here, behind = stored((EVIL, A)), Shelf(stored((A,)))
+    for policy in get_args(ContextPolicy):
+        known = Known(here, NS, [behind], policy)
+        found = [f for f in find(*cut((SYSTEM, QUESTION, A)), known) if f.kind == "moved"]
+        # With `any` what memory has does.
+        assert [f.record.start for f in found] == [20 if policy == "any" else 0]
+
+
+texts = [np.random.default_rng(10 + i).integers(10, 500, 16 + i) for i in range(5)]
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), max_size=5),
+    prompt=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    policy=st.sampled_from(["shared_prefix", "isolated"]),
+)
+@settings(max_examples=300)
+def test_nothing_that_a_moved_chunk_saw_is_missing_in_front_of_it(
+    prompts: list[list[int]], prompt: list[int], policy: ContextPolicy
+) -> None:
+    """Whatever was stored: all tokens that a moved chunk attended to stand in the prompt too."""
+    index = Index(1 << 20)
+    saw: dict[tuple[bytes, bytes], list[int]] = {}  # by content and context: the text before it
+    for parts in prompts:
+        tokens, pieces = cut([texts[i] for i in parts])
+        for piece, record in keep(index, NS, tokens, pieces, None, 1):
+            saw[record.key, record.context] = tokens[: piece.start].tolist()
+            index.acknowledge(record.slot, 0)
+    tokens, pieces = cut([texts[i] for i in prompt])
+    found: list[Found] = find(tokens, pieces, Known(index, NS, policy=policy))
+    for f in found:
+        before = saw[f.record.key, f.record.context]
+        here = tokens[: f.start].tolist()
+        if f.kind == "exact":
+            assert before == here
+        elif policy == "isolated":
+            assert here[len(here) - len(before) :] == before
+        else:
+            assert here[: len(before)] == before or here[len(here) - len(before) :] == before \
+                or any(here[-n:] == before[-n:] and here[: len(before) - n] == before[:-n]
+                       for n in range(len(before)))  # fmt: skip
