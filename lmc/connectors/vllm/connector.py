@@ -22,7 +22,7 @@ from lmc.connectors.vllm.messages import LMCStats, StepMetadata, WorkerHello, Wo
 from lmc.connectors.vllm.scheduler import SchedulerSide
 from lmc.connectors.vllm.worker import WorkerSide
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
 
 class LMCConnector(KVConnectorBase_V1, SupportsHMA):

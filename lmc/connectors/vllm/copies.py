@@ -18,7 +18,7 @@ from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
 from lmc.store.chunks import Chunks
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
 
 class Told:

@@ -22,7 +22,7 @@ from lmc.quality.auto import Auto
 from lmc.quality.gate import ENCODED, admit
 from lmc.quality.profile import Blend, QualityProfile, find_profile
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
 
 class QualityGate:

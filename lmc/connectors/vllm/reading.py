@@ -14,7 +14,7 @@ from lmc.connectors.vllm.namespaces import Namespace
 from lmc.connectors.vllm.request import parse_request
 from lmc.connectors.vllm.tracked import Tracked, unblendable
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
 FATAL = (KeyboardInterrupt, SystemExit, GeneratorExit)  # meant for the process, not for a request
 

@@ -30,7 +30,7 @@ from lmc.connectors.vllm.taint import ChainMap, rechain, untaint
 from lmc.connectors.vllm.tracked import Tracked, report_of
 from lmc.model.shape import shape_of
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
 
 class SchedulerSide:

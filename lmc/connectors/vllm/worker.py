@@ -37,7 +37,7 @@ from lmc.kernels.scatter import scatter
 from lmc.store.chunks import Attached, Chunks
 from lmc.store.tier import taken
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
 
 class WorkerSide:
