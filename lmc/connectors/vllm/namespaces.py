@@ -11,6 +11,8 @@ from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.messages import WeightsTold
 from lmc.model.rope import Rope
 
+LONGEST = 64  # bytes of a salt that is taken as it is
+
 
 class Namespace:
     """The model's namespace, and the epoch of its weights.
@@ -32,7 +34,9 @@ class Namespace:
     def of(self, salt: str | None) -> bytes:
         """Of the requests of one tenant."""
         namespace = blake3(self._files + self._epoch).digest() if self._epoch else self._files
-        return namespace + (salt or "").encode()
+        tenant = (salt or "").encode()
+        # It goes into the key of each chunk, and a client may send any.
+        return namespace + (tenant if len(tenant) <= LONGEST else blake3(tenant).digest())
 
     def heard(self, told: dict[int, WeightsTold]) -> int | None:
         """Take in what workers say of their weights; the step in which news of them was noticed."""

@@ -52,10 +52,8 @@ def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
     raw = {} if raw is None else raw
     if not isinstance(raw, Mapping):
         raise ValueError(f"lmc parameters must be an object, got {type(raw).__name__}")
-    if unknown := sorted(_shown(key) for key in raw if key not in KEYS):
-        raise ValueError(
-            f"unknown lmc parameter {', '.join(unknown[:5])}; valid: {', '.join(KEYS)}"
-        )
+    if unknown := [key for key in raw if key not in KEYS]:
+        raise ValueError(f"unknown lmc parameter {_shown(unknown[0])}; valid: {', '.join(KEYS)}")
     for key in ("save", "enabled"):
         if not isinstance(raw.get(key, True), bool):
             raise ValueError(f"lmc parameter {key} must be true or false, got {_shown(raw[key])}")

@@ -123,11 +123,8 @@ class SchedulerSide:
         if plan is not None and tracked.blended_from is None:
             # Also when nothing is claimed: vLLM may hold all of an equal recipe's blocks.
             tracked.blended_from = plan.first_moved
-        if plan is not None and claimed:
-            assert plan.claimed == claimed, (plan.claimed, claimed)
-            self.claims.append(claim_of(request.request_id, tracked.tokens, blocks, plan))
-            for slot in {s.record.slot for s in plan.found}:
-                self.index.touch(slot)
+        if claimed:
+            self.claims.append(self._claim(tracked, blocks, claimed))
         if tracked.report is None:
             self._report(tracked)
 
@@ -179,6 +176,22 @@ class SchedulerSide:
             recipes = plan.recipes(self.block_size, nonce=os.urandom(16))
             rechain(request, self.block_size, local // self.block_size, [], recipes)
         return plan.claimed
+
+    def _claim(self, tracked: Tracked, blocks: list[int], claimed: int) -> Claim:
+        """What the workers do for it; what vLLM counts on is there, whatever goes wrong here."""
+        request_id, start = tracked.request.request_id, tracked.local
+        try:
+            plan = tracked.admitted
+            assert plan is not None and plan.claimed == claimed, (plan, claimed)
+            for slot in {s.record.slot for s in plan.found}:
+                self.index.touch(slot)
+            return claim_of(request_id, tracked.tokens, blocks, plan)
+        except BaseException as error:
+            survive(error)
+            self.counts["claims_given_up"] += 1
+            end = start + claimed
+            tokens = np.asarray(tracked.request.all_token_ids[:end], np.int64)
+            return Claim(request_id, start, end, tokens, blocks, [], np.arange(start, end))
 
     def _give_up(self, request: Any, error: BaseException, block: int) -> None:
         """Serve a request without lmc, with vLLM's own hashes from index `block` on."""

@@ -1,0 +1,178 @@
+"""What is computed alone: which chunks, how many at a time, and that what is lent comes back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lmc.chunking.pieces import Piece
+from lmc.connectors.vllm.config import LMCConfig
+from lmc.connectors.vllm.isolating import WAITING, Isolation
+from lmc.connectors.vllm.messages import Encode
+from lmc.store import Index
+from lmc.store.keep import keep
+from lmc.store.lookup import Known
+
+BLOCK, BOS = 32, 7
+
+
+class Pool:
+    """vLLM's block pool, as far as blocks are taken and given back."""
+
+    def __init__(self, blocks: int = 400) -> None:
+        self.num_gpu_blocks = blocks
+        self.free = [SimpleNamespace(block_id=i) for i in range(blocks)]
+
+    def get_num_free_blocks(self) -> int:
+        return len(self.free)
+
+    def get_new_blocks(self, n: int) -> list[SimpleNamespace]:
+        taken, self.free = self.free[:n], self.free[n:]
+        return taken
+
+    def free_blocks(self, blocks: list[SimpleNamespace]) -> None:
+        self.free += blocks
+
+
+def text(seed: int, T: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(10, 500, T)
+
+
+class World:
+    def __init__(self, rows: int = 512, capacity: int = 1 << 20, **config: object) -> None:
+        self.config = LMCConfig.model_validate(config)
+        self.index, self.pool = Index(capacity), Pool()
+        self.isolation = Isolation(self.config, self.index, BOS, 1, BLOCK, rows)
+
+    def prompt(self, *parts: np.ndarray, closed: bool = True) -> None:
+        ends = np.cumsum([len(part) for part in parts]).tolist()
+        pieces = [Piece(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+        pieces[-1] = Piece(pieces[-1].start, pieces[-1].end, closed)
+        tokens = np.concatenate(parts)
+        known = Known(self.index, b"n", (), self.config.context, BOS)
+        self.isolation.want(known, tokens, pieces)
+
+    def stored(self, *parts: np.ndarray) -> None:
+        ends = np.cumsum([len(part) for part in parts]).tolist()
+        pieces = [Piece(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+        for _, record in keep(self.index, b"n", np.concatenate(parts), pieces, None, 1):
+            self.index.acknowledge(record.slot, 0)
+
+    def step(self, scheduled: int = 0) -> list[Encode]:
+        encodes = self.isolation.take(self.pool, scheduled)
+        for encode in encodes:
+            assert len(encode.save.blocks) * BLOCK >= len(encode.tokens)
+        return encodes
+
+    def done(self, encodes: list[Encode]) -> None:
+        for encode in encodes:
+            self.index.acknowledge(encode.save.record.slot, 0)
+            self.isolation.settle(encode.save.record.slot, self.pool)
+
+
+def lengths(encodes: list[Encode]) -> list[int]:
+    return [encode.save.end - encode.save.start for encode in encodes]
+
+
+def test_each_new_chunk_behind_another_is_computed_once() -> None:
+    world = World()
+    world.prompt(text(0, 40), text(1, 70), text(2, 80), text(3, 12), text(4, 30), closed=False)
+    world.prompt(text(5, 40), text(1, 70))  # waits already
+    encodes = world.step()
+    # Not what stands first, is too short, or may still grow.
+    assert lengths(encodes) == [70, 80]
+    for encode, part in zip(encodes, (text(1, 70), text(2, 80)), strict=True):
+        record = encode.save.record
+        assert (record.origin, record.start) == ("isolated", 0)
+        assert np.array_equal(encode.tokens, part)
+    assert world.pool.get_num_free_blocks() == 400 - 3 - 3
+    world.done(encodes)
+    assert world.pool.get_num_free_blocks() == 400
+    world.prompt(text(0, 40), text(2, 80), text(1, 70))  # known by now
+    assert world.isolation.pending == 0
+
+
+def test_the_token_that_prompts_begin_with_stays_in_front() -> None:
+    world = World()
+    begin = np.array([BOS])
+    world.prompt(begin, text(1, 70), np.concatenate([text(2, 80)]))
+    (encode,) = world.step()  # the first document is behind nothing else as it is
+    assert np.array_equal(encode.tokens, [BOS, *text(2, 80)])
+    assert (encode.save.start, encode.save.record.start) == (1, 1)
+    # Of a prompt that does not begin with it, none is put there.
+    other = World()
+    other.prompt(text(0, 40), text(2, 80))
+    assert other.step()[0].save.record.start == 0
+
+
+def test_what_clients_sent_alone_is_not_computed_again() -> None:
+    world = World()
+    world.stored(text(1, 70))
+    world.prompt(text(0, 40), text(1, 70), text(2, 80))
+    assert lengths(world.step()) == [80]
+
+
+@pytest.mark.parametrize("config", [{"context": "any"}, {"isolated_tokens": 0}])
+def test_nothing_is_computed_where_nothing_is_gained_or_wanted(config: dict[str, object]) -> None:
+    world = World(**config)
+    world.prompt(text(0, 40), text(1, 70))
+    assert world.isolation.pending == 0
+
+
+def test_behind_a_shared_prefix_is_good_enough_where_the_policy_says_so() -> None:
+    world = World(context="shared_prefix")
+    world.prompt(text(0, 40), text(1, 70), text(2, 80))
+    assert lengths(world.step()) == [80]
+
+
+def test_so_many_tokens_a_step_on_average_and_no_more() -> None:
+    world = World(isolated_tokens=50)
+    parts = [text(i, 100) for i in range(12)]
+    world.prompt(*parts)
+    taken = [sum(lengths(world.step(scheduled=8))) for _ in range(40)]
+    assert sum(taken) == 1100
+    for steps in range(1, 41):
+        assert sum(taken[:steps]) <= 50 * steps
+    assert world.isolation.pending == 0
+
+
+def test_steps_that_are_full_are_left_alone() -> None:
+    world = World(rows=256)
+    world.prompt(text(0, 40), text(1, 70), text(2, 80))
+    assert world.step(scheduled=256) == world.step(scheduled=190) == []
+    assert lengths(world.step(scheduled=180)) == [70]
+    assert lengths(world.step(scheduled=0)) == [80]
+
+
+def test_a_chunk_longer_than_a_step_waits_for_one_of_its_own() -> None:
+    world = World(rows=128, isolated_tokens=400)
+    world.prompt(text(0, 40), text(1, 300))
+    assert world.step(scheduled=1) == []
+    assert lengths(world.step()) == [300]
+
+
+def test_blocks_are_left_for_requests() -> None:
+    world = World()
+    world.prompt(text(0, 40), text(1, 70))
+    world.pool.free = world.pool.free[: 400 // 8 + 2]
+    assert world.step() == []
+    world.pool.free += [SimpleNamespace(block_id=399)]
+    assert lengths(world.step()) == [70]
+
+
+def test_without_room_in_the_store_nothing_is_lent() -> None:
+    world = World(capacity=60)
+    world.prompt(text(0, 40), text(1, 70))
+    assert world.step() == []
+    assert (world.isolation.pending, world.pool.get_num_free_blocks()) == (0, 400)
+
+
+def test_what_waits_is_bounded_and_the_oldest_goes() -> None:
+    world = World()
+    parts = [text(i, 2000) for i in range(2 * WAITING // 2000)]
+    world.prompt(*parts)
+    assert world.isolation.pending == WAITING // 2000
+    world.isolation.clear()
+    assert world.step() == []
