@@ -3,7 +3,7 @@
 Where the store's context policy lets a chunk be moved only if nothing foreign stood before it, most
 of what prompts leave could be used as prefixes alone. So each new chunk of a prompt is computed a
 second time behind nothing: in blocks borrowed from vLLM's pool, a bounded number of tokens a step,
-and in steps that leave room for it.
+while answers are decoded or nothing runs at all, and seldom beside other prompts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lmc.store.lookup import Known, Place
 SHORTEST = 16  # tokens; less is not worth a chunk's bookkeeping
 WAITING = 1 << 16  # tokens that may wait; the oldest are dropped
 SPARE = 8  # one block in so many stays free for requests
+PATIENT = 8  # steps that compute prompts are left alone, but for one in so many
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Isolation:
         self._bytes_per_token, self._block_size = bytes_per_token, block_size
         self._max_rows = max_rows
         self._credit = 0
+        self._waited = 0  # steps, since something was computed
         self._waiting: OrderedDict[bytes, _Wanted] = OrderedDict()
         self._tokens = 0
         self._lent: dict[int, list[Any]] = {}  # blocks, by slot
@@ -96,13 +98,22 @@ class Isolation:
             self._tokens += T
         while self._tokens > WAITING:
             self._drop(next(iter(self._waiting)))
+            self.counts["chunks_not_computed_alone"] += 1
 
-    def take(self, pool: Any, scheduled: int) -> list[Encode]:
-        """What this step computes beside its `scheduled` tokens; `pool` is vLLM's block pool."""
+    def take(self, pool: Any, scheduled: int, prompts: bool) -> list[Encode]:
+        """What this step computes beside its `scheduled` tokens.
+
+        Args:
+            pool: vLLM's block pool.
+            prompts: whether the step computes prompts, whose first tokens somebody waits for.
+        """
         if not self._waiting:
-            self._credit = 0
+            self._credit = self._waited = 0
             return []
         self._credit = min(self._credit + self._rate, self._most)
+        self._waited += 1
+        if prompts and self._waited < PATIENT:
+            return []
         left = self._max_rows - scheduled
         encodes: list[Encode] = []
         while self._waiting:
@@ -118,6 +129,7 @@ class Isolation:
             if (encode := self._lend(key, wanted, pool, blocks)) is not None:
                 encodes.append(encode)
                 self._credit -= len(wanted.content)
+                self._waited = 0
                 left -= T
                 self.counts["tokens_computed_alone"] += len(wanted.content)
         return encodes

@@ -219,9 +219,9 @@ class SchedulerSide:
             if request.num_computed_tokens + scheduled >= request.num_prompt_tokens:
                 tracked.prompt_saved = True
                 self._save(tracked, request.num_prompt_tokens, self.local.blocks(request_id))
-        encodes = self.isolation.take(
-            self.local.manager.block_pool, scheduler_output.total_num_scheduled_tokens
-        )
+        scheduled = scheduler_output.num_scheduled_tokens.values()
+        pool, prompts = self.local.manager.block_pool, any(n > 1 for n in scheduled)
+        encodes = self.isolation.take(pool, sum(scheduled), prompts)
         metadata = StepMetadata(
             number=self._step,
             freed=self.index.take_freed(),

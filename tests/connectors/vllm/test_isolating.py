@@ -60,8 +60,8 @@ class World:
         for _, record in keep(self.index, b"n", np.concatenate(parts), pieces, None, 1):
             self.index.acknowledge(record.slot, 0)
 
-    def step(self, scheduled: int = 0) -> list[Encode]:
-        encodes = self.isolation.take(self.pool, scheduled)
+    def step(self, scheduled: int = 0, prompts: bool = False) -> list[Encode]:
+        encodes = self.isolation.take(self.pool, scheduled, prompts)
         for encode in encodes:
             assert len(encode.save.blocks) * BLOCK >= len(encode.tokens)
         return encodes
@@ -144,6 +144,15 @@ def test_steps_that_are_full_are_left_alone() -> None:
     assert world.step(scheduled=256) == world.step(scheduled=190) == []
     assert lengths(world.step(scheduled=180)) == [70]
     assert lengths(world.step(scheduled=0)) == [80]
+
+
+def test_prompts_come_first_and_what_waits_is_not_starved() -> None:
+    world = World(isolated_tokens=100)
+    world.prompt(text(0, 40), *(text(i, 70) for i in range(1, 8)))
+    taken = [lengths(world.step(scheduled=300, prompts=True)) for _ in range(16)]
+    assert taken == [[]] * 7 + [[70, 70, 70]] + [[]] * 7 + [[70, 70, 70]]
+    # As soon as nobody waits for a first token, the rest is done.
+    assert lengths(world.step(scheduled=4)) == [70]
 
 
 def test_a_chunk_longer_than_a_step_waits_for_one_of_its_own() -> None:
