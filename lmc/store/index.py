@@ -205,7 +205,9 @@ class Index:
         return [self._entries[slot].record for slot in slots]
 
     def _leased(self, record: Record) -> bool:
-        return self._entries[record.slot].leases > 0
+        """Whether a record must stay; one that is on its way would be held by nobody."""
+        entry = self._entries[record.slot]
+        return bool(entry.leases or entry.missing)
 
     def _item(self, record: Record) -> Item:
         # Not the slot: a policy that remembers what it evicted must know it when it comes back.

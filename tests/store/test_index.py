@@ -265,3 +265,16 @@ def test_what_a_tier_has_is_found_before_it_is_here_and_kept_until_it_is() -> No
     assert taken.slot in index
     index.acknowledge(taken.slot, 1)
     assert not index.arriving(taken.slot)
+
+
+def test_what_is_on_its_way_is_not_replaced() -> None:
+    """Text that a prompt repeats: its saves are told together, and each is held by somebody."""
+    index = Index(capacity=1000, exact_variants=2)
+    records = [put(index, b"a", bytes([i])) for i in range(5)]
+    assert None not in records
+    assert index.take_freed() == []
+    for record in records:
+        assert record is not None
+        index.acknowledge(record.slot, 0)
+    put_visible(index, b"a", b"later")
+    assert len(list(index.variants(b"a"))) == 2

@@ -120,11 +120,16 @@ class Isolation:
             key, wanted = next(iter(self._waiting.items()))
             T = len(wanted.front) + len(wanted.content)
             blocks = -(-T // self._block_size)
-            # A chunk longer than a step has a step that computes nothing else to itself.
-            if self._credit + len(wanted.front) < T or (left < T and scheduled):
+            # What is longer than a step takes one in which nothing else is computed, or has waited.
+            busy = scheduled > 0 and self._waited < PATIENT
+            if self._credit + len(wanted.front) < T or (left < T and busy):
                 break
             if pool.get_num_free_blocks() < blocks + pool.num_gpu_blocks // SPARE:
-                break
+                if scheduled:
+                    break
+                self._drop(key)  # nothing runs, so that no more will be free
+                self.counts["chunks_not_computed_alone"] += 1
+                continue
             self._drop(key)
             if (encode := self._lend(key, wanted, pool, blocks)) is not None:
                 encodes.append(encode)

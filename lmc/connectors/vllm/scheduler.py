@@ -167,8 +167,8 @@ class SchedulerSide:
             self._replan(tracked, local)
         self.planner.lease(tracked)  # a preempted request's lease ended with its first admission
         plan = tracked.admitted = tracked.plan.after(local)
-        computes = len(plan.rows) or plan.selective
-        if computes and self.local.hits_uncomputed(tracked, local, others):
+        # Also where nothing is to be computed: a chunk may be lost.
+        if plan.claimed and self.local.hits_uncomputed(tracked, local, others):
             self.counts["deferred"] += 1
             return None
         if plan.selective and plan.first_moved is not None and local > plan.first_moved:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-SAMPLED = 64  # elements of each weight that a close look reads
+SAMPLED = 4096  # elements of each weight that a close look reads; of smaller ones all
 
 
 class WeightsWatch:
@@ -15,7 +15,8 @@ class WeightsWatch:
     vLLM's own ways (`reload_weights`, `update_weights`, sleep) are told by the worker class, and
     `load_weights` of the model is listened to, which is what a worker extension of a trainer calls.
     What writes into weights directly is noticed by PyTorch's count of writes, or by a sample of
-    their values once vLLM's prefix cache is reset, as it must be then.
+    their values and of all buffers once vLLM's prefix cache is reset, as it must be then. Not
+    noticed: a module that computes otherwise, with the weights it had.
 
     Attributes:
         changes: how often they changed.
@@ -59,7 +60,7 @@ class WeightsWatch:
     def _sampled(self) -> list[torch.Tensor]:
         """A few elements of every weight, spread over it, on the host."""
         parts: dict[Any, list[torch.Tensor]] = {}
-        for weight in self._model.parameters():
+        for weight in (*self._model.parameters(), *self._model.buffers()):
             if weight.numel() and not weight.is_meta:
                 flat = weight.detach()
                 flat = flat.view(-1) if flat.is_contiguous() else flat[..., :1].reshape(-1)

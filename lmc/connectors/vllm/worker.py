@@ -157,9 +157,11 @@ class WorkerSide:
 
     def save(self, metadata: StepMetadata) -> None:
         """After the forward: copy new chunks out of the pages, behind the model's back."""
+        freed = set(metadata.freed)  # before they were saved: nobody would ever let go of them
         for save in metadata.saves:
             read = save.blocks[: -(-save.end // self.spec.block_size)]
-            if self._stale or not self._spoilt.keys().isdisjoint(read):
+            spoilt = self._stale or not self._spoilt.keys().isdisjoint(read)
+            if spoilt or save.record.slot in freed:
                 self.counts["saves_refused"] += 1
                 self.told.held(save.record.slot, whole=False)
             else:

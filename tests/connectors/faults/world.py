@@ -31,24 +31,26 @@ CLAIMS: dict[str, Any] = {
     "all_selective": "all_by_deviation",
 }
 SOURCES = ("memory", "disk")
+# Another one runs, or is admitted in the same step and fills blocks that this one is given too.
+COMPANY = ("alone", "beside another", "behind one that begins alike")
+OTHER, ALIKE = [s.text(70, 50)], [s.SYSTEM, s.text(71, 30)]
 ORDERS = {"exact": (0, 1, 2), "moved": (2, 0, 1)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """company: whether another request runs meanwhile. rank: where the fault is; None: on all."""
+    """company: what else runs meanwhile. rank: where the fault is; None: on all."""
 
     fault: str
     claim: str
     source: str
-    company: bool
+    company: str
     rank: int | None = None
 
     @property
     def name(self) -> str:
         where = "" if self.rank is None else f", rank {self.rank}"
-        beside = ", beside another" if self.company else ""
-        return f"{self.fault}: {self.claim} from {self.source}{beside}{where}"
+        return f"{self.fault}: {self.claim} from {self.source}, {self.company}{where}"
 
 
 def cases(ranks: int, claims: Sequence[str] = tuple(CLAIMS)) -> list[Case]:
@@ -58,7 +60,7 @@ def cases(ranks: int, claims: Sequence[str] = tuple(CLAIMS)) -> list[Case]:
     to compare it with, unless all is computed again.
     """
     everywhere: list[int | None] = [None, 1] if ranks > 1 else [None]
-    every = [Case(*c) for c in product(FAULTS, claims, SOURCES, (False, True), everywhere)]
+    every = [Case(*c) for c in product(FAULTS, claims, SOURCES, COMPANY, everywhere)]
     return [
         case
         for case in every
@@ -100,7 +102,10 @@ class World:
         self.counts = s.persistent.counting(session, worker=False)
         self.seed = 0
         self.salt = ""
-        self.other = s.plain(session, [s.text(70, 50)], tokens=24)
+        self.others = {
+            company: s.plain(session, parts, tokens=24)
+            for company, parts in zip(COMPANY[1:], (OTHER, ALIKE), strict=True)
+        }
         self.plain = {order: s.plain(session, s.prompt(*order)) for order in ORDERS.values()}
         self.rpc("noise", 0)
 
@@ -131,7 +136,7 @@ class World:
             "got": got,
             "expected": expected,
             "beside": beside,
-            "other": self.other,
+            "other": self.others.get(case.company),
             "plain": plain,
             "after": after,
             "stored": stored,
@@ -139,6 +144,8 @@ class World:
 
     def agree(self) -> bool:
         """Whether each slot that the index has is held by each rank, and no other."""
+        for i in range(4):  # text that a prompt repeats
+            self.session.fresh([s.text(80 + i, 33), *[s.text(55, 40)] * 7], "prefix", tokens=1)
         self._settle()
         return all(held == sorted(self.side.index._entries) for held in self.rpc("held"))
 
@@ -175,10 +182,12 @@ class World:
     ) -> tuple[s.Answer | None, s.Answer | None]:
         session, scheduler = self.session, self.session.scheduler
         other = None
-        if case.company:
-            other = session.add([s.text(70, 50)], enabled=False, tokens=24)
-            session.engine.step()
         in_worker = case.fault in IN_WORKER
+        if case.company == COMPANY[1]:
+            other = session.add(OTHER, enabled=False, tokens=24)
+            session.engine.step()
+        elif case.company == COMPANY[2]:
+            other = session.add(ALIKE, enabled=False, tokens=24, salt=self.salt)
         if in_worker:
             self.rpc("fault", case.fault, lost, case.rank)
         request = session.add(parts, blend, save=save, salt=self.salt)

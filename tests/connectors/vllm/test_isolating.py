@@ -160,15 +160,28 @@ def test_a_chunk_longer_than_a_step_waits_for_one_of_its_own() -> None:
     world.prompt(text(0, 40), text(1, 300))
     assert world.step(scheduled=1) == []
     assert lengths(world.step()) == [300]
+    # Where there is never such a step, it is not starved.
+    world.prompt(text(0, 40), text(2, 300))
+    assert [lengths(world.step(scheduled=1)) for _ in range(8)] == [[]] * 7 + [[300]]
 
 
 def test_blocks_are_left_for_requests() -> None:
     world = World()
     world.prompt(text(0, 40), text(1, 70))
     world.pool.free = world.pool.free[: 400 // 8 + 2]
-    assert world.step() == []
+    assert world.step(scheduled=1) == []
     world.pool.free += [SimpleNamespace(block_id=399)]
-    assert lengths(world.step()) == [70]
+    assert lengths(world.step(scheduled=1)) == [70]
+
+
+def test_what_will_never_fit_is_not_waited_for() -> None:
+    world = World()
+    world.prompt(text(0, 40), text(1, 70))
+    world.pool.free = world.pool.free[:50]
+    assert world.step(scheduled=1) == []
+    # Nothing runs that could give blocks back: an engine would step for ever.
+    assert world.step() == []
+    assert world.isolation.pending == 0
 
 
 def test_without_room_in_the_store_nothing_is_lent() -> None:

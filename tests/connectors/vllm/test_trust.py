@@ -145,3 +145,4 @@ def test_reloaded_weights_find_what_was_stored_before(trust: Any) -> None:
 def test_kv_of_two_weights_is_kept_by_nobody(trust: Any) -> None:
     same(*trust["weights"]["running"])
     same(*trust["weights"]["unreset"])
+    same(*trust["weights"]["ended"])

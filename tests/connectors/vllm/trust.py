@@ -322,6 +322,7 @@ def weights(session: s.Session) -> dict[str, Any]:
     results["reloading"] = session.fresh(parts, s.EPIC, save=False)
     results["reloaded"] = session.fresh(parts, "prefix", save=False)
     results["running"] = running(session, parts, longer, behind_the_back)
+    results["ended"] = ended(session, behind_the_back)
     results["unreset"] = unreset(session, parts, longer, in_place)
     return results
 
@@ -338,6 +339,29 @@ def running(session: s.Session, parts: Any, longer: Any, change: Callable[[int],
     tokens = session.finish()[request].tokens
     session.llm.reset_prefix_cache()
     turn = [*long, tokens, s.text(72, 12)]
+    return session.fresh(turn, "prefix", save=False), s.plain(session, turn)
+
+
+def ended(session: s.Session, change: Callable[[int], None]) -> Any:
+    """A request that ends in the very step that notices other weights leaves nothing on disk."""
+    session.llm.collective_rpc("reload_weights")
+    session.llm.reset_prefix_cache()
+    session.fresh([s.text(9, 20)], enabled=False)
+    text = [s.text(73, 40)]
+    request = session.add(text, "prefix", tokens=24)
+    side = session.scheduler.connector._scheduler
+    tracked = next(t for i, t in side.requests.items() if i.split("-")[0] == request)
+    while len(tracked.request.output_token_ids) < 23:
+        session.engine.step()
+    change(22)
+    session.lmc_worker.watch.changed()
+    session.add([s.text(74, 30)], "prefix", tokens=3)
+    tokens = session.finish()[request].tokens
+    session.llm.collective_rpc("finish_saves")
+    session.llm.collective_rpc("reload_weights")
+    session.llm.reset_prefix_cache()
+    session.fresh([s.text(9, 21)], enabled=False)
+    turn = [*text, tokens, s.text(75, 12)]
     return session.fresh(turn, "prefix", save=False), s.plain(session, turn)
 
 
