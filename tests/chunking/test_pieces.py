@@ -85,6 +85,35 @@ def test_no_tail_behind_a_last_span_or_cut() -> None:
     assert split(np.arange(3), chunker) == [Piece(0, 3, closed=False)]
 
 
+@given(
+    T=st.integers(0, 300),
+    longest=st.integers(1, 80),
+    name=st.sampled_from(["explicit", "cdc:8", "fixed:50", "separator:[7]"]),
+    data=st.data(),
+)
+def test_no_piece_is_longer_than_allowed(
+    T: int, longest: int, name: str, data: st.DataObject
+) -> None:
+    tokens = np.random.default_rng(T).integers(0, 60, T)
+    cuts = sorted(data.draw(st.sets(st.integers(0, T), max_size=6)))
+    spans = list(pairwise(cuts))[::2]
+    chunker = CHUNKERS.build(name)
+    whole, cut = split(tokens, chunker, spans), split(tokens, chunker, spans, longest)
+    assert [p.start for p in cut] == [0, *(p.end for p in cut)][: len(cut)]
+    assert sum(p.end - p.start for p in cut) == T
+    assert all(1 <= p.end - p.start <= longest for p in cut)
+    # Every border stays, and what is open is the last one at most.
+    assert {p.end for p in whole} <= {p.end for p in cut}
+    assert [p.closed for p in cut[:-1]] == [True] * (len(cut) - 1)
+    assert [p.closed for p in cut[-1:]] == [p.closed for p in whole[-1:]]
+    # A text has the same pieces wherever it stands.
+    if spans:
+        start, end = spans[-1]
+        alone = split(tokens[start:end], CHUNKERS.build("explicit"), [(0, end - start)], longest)
+        moved = [(p.start - start, p.end - start) for p in cut if start <= p.start < end]
+        assert moved == [(p.start, p.end) for p in alone]
+
+
 def test_spans_as_json_gives_them() -> None:
     pieces = split(np.arange(5), CHUNKERS.build("cdc"), [[0, 2], [np.int64(2), 4]])
     assert pieces == [Piece(0, 2), Piece(2, 4), Piece(4, 5, closed=False)]

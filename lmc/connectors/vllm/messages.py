@@ -173,11 +173,13 @@ class WorkerHello(KVConnectorHandshakeMetadata):
         refusal: why rows cannot be recomputed on this worker, or None.
         kv_refusal: why its pages cannot even be read, so that nothing is stored or reused.
         watched: whether it notices when its weights change.
+        computes: whether it computes rows at all, if only in place of chunks that are lost.
     """
 
     refusal: str | None
     kv_refusal: str | None = None
     watched: bool = False
+    computes: bool = False
 
 
 @dataclass

@@ -61,8 +61,9 @@ class SchedulerSide:
         self.index = self.planner.index
         self.gate = QualityGate(vllm_config, self.layout, rope, config)
         self.reader = Reader(config, self.gate, self.namespace)
-        caching = bool(vllm_config.cache_config.enable_prefix_caching)
-        self.local = LocalCache(self.block_size, caching)
+        self.local = LocalCache(
+            self.block_size, bool(vllm_config.cache_config.enable_prefix_caching)
+        )
         self.isolation = Isolation(
             config,
             self.index,
@@ -79,6 +80,8 @@ class SchedulerSide:
         self.forgiven: set[int] = set()
         self.counts: Counter[str] = Counter()
         self._watched = False  # whether workers notice when weights change
+        self._computes = False  # whether they compute rows in place of chunks that are lost
+        self._overlaps = bool(vllm_config.scheduler_config.async_scheduling)
         self._step = 0
 
     def greet(self, hellos: list[WorkerHello]) -> None:
@@ -88,6 +91,12 @@ class SchedulerSide:
         self.kv_refusal = unread[0] if unread else None
         self.blend_refusal = self._rope_refusal or (refusals[0] if refusals else None)
         self._watched = bool(hellos) and all(hello.watched for hello in hellos)
+        self._computes = bool(hellos) and all(hello.computes for hello in hellos)
+        if self._overlaps and not (self._computes or self.kv_refusal):
+            self.kv_refusal = (
+                "with async scheduling vLLM cannot take back what was computed over a chunk that "
+                f"is lost, and rows cannot be computed in its place: {self.blend_refusal}"
+            )
         if self.kv_refusal:
             logger.warning("lmc neither stores nor reuses KV here: %s", self.kv_refusal)
         elif self.blend_refusal:
@@ -158,7 +167,7 @@ class SchedulerSide:
         others = [r for r in self.requests.values() if r is not tracked]
         # Without rows to compute in its place, a chunk must be there before it is counted on.
         running = any(r.request.num_computed_tokens for r in others)
-        if self.planner.waits(tracked, running or self.blend_refusal is not None):
+        if self.planner.waits(tracked, running or not self._computes):
             return None
         grown = len(tracked.tokens) != request.num_tokens
         outdated = tracked.namespace != self.namespace.of(request.cache_salt)
@@ -236,8 +245,7 @@ class SchedulerSide:
             weights=dict(self.namespace.known),
             look=reset,
         )
-        # The workers handle messages in order, so a slot that is freed from now on is freed
-        # behind these loads: their leases may end.
+        # A slot that is freed from now on is freed behind these loads: their leases may end.
         for claim in self.claims:
             self.planner.release(self.requests[claim.request_id])
         self.claims, self.released = [], []

@@ -108,6 +108,7 @@ class WorkerSide:
     def take_model(self, model: Any) -> None:
         """Watch the model's weights, and blend by its layers unless they do not work as it does."""
         self.watch = WeightsWatch(model)
+        self._model = None
         if self.kv_refusal is not None or self._attention is None:
             return
         oracle = self._attention
@@ -117,9 +118,10 @@ class WorkerSide:
             self.refusal = self._rope
         else:
             self._rope, self.refusal = mismoved(self._rope, model, oracle, self.vllm_config)
-        if self.refusal is None:
-            self.refusal = self_check(model, self._attention, oracle, self.vllm_config)
-        self._model = model if self.refusal is None else None
+        # Where keys cannot be moved, rows can still be computed in place of what is lost.
+        other = self_check(model, self._attention, oracle, self.vllm_config)
+        self._model = model if other is None else None
+        self.refusal = self.refusal or other
         # Kernels are compiled when first launched: better now than within a request.
         page = self._attention.page_slots(np.arange(self.spec.block_size), blocks=[1])
         pages = self._known_pages
@@ -127,7 +129,8 @@ class WorkerSide:
 
     def hello(self) -> WorkerHello:
         """What the scheduler must know before the first request."""
-        return WorkerHello(self.refusal, self.kv_refusal, self.watch is not None)
+        computes = self._model is not None
+        return WorkerHello(self.refusal, self.kv_refusal, self.watch is not None, computes)
 
     # -- once a step, in this order ----------------------------------------------------------
 

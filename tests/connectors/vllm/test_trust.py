@@ -106,6 +106,15 @@ def test_what_rules_out_blending_leaves_exact_reuse(trust: Any, spoilt: str, rea
         raise ValueError(result[spoilt].report["reason"])
 
 
+def test_where_steps_overlap_nothing_is_claimed_that_could_not_be_mended(trust: Any) -> None:
+    result = trust["degraded"]
+    same(result["overlapping"], result["plain"])
+    assert result["overlapping"].kinds == {"new": 200}
+    assert "engine:with async scheduling" in result["overlapping"].report["reason"]
+    # Rows can be computed here, if not moved.
+    assert result["overlapping_unrotated"].kinds == {"exact": 110, "new": 90}
+
+
 def test_all_is_well_once_nothing_is_spoilt(trust: Any) -> None:
     result = trust["degraded"]
     assert result["refusal"] == (None, None)

@@ -204,6 +204,15 @@ def degraded(session: s.Session) -> dict[str, Any]:
         with spoilt:
             started(worker, side, model)
             results[name] = session.fresh(parts, s.EPIC, save=False)
+    side._overlaps = True  # as on a GPU, where steps are scheduled ahead
+    for name, spoilt in {
+        "overlapping": replaced(vars(worker_side), "paged_attention", no_way),
+        "overlapping_unrotated": unrotated(model.model.layers[1].self_attn),
+    }.items():
+        with spoilt:
+            started(worker, side, model)
+            results[name] = session.fresh(parts, s.EPIC, save=False)
+    side._overlaps = False
     started(worker, side, model)
     results["mended"] = session.fresh(parts, s.EPIC, save=False)
     results["refusal"] = (worker.refusal, worker.kv_refusal)
