@@ -64,15 +64,11 @@ class SchedulerSide:
         self.local = LocalCache(
             self.block_size, bool(vllm_config.cache_config.enable_prefix_caching)
         )
-        self.isolation = Isolation(
-            config,
-            self.index,
-            begins,
-            self.layout.bytes_per_token,
-            self.block_size,
-            vllm_config.scheduler_config.max_num_batched_tokens,
-        )
-        self.keeping = Keeping(config, self.index, self.layout.bytes_per_token, self.ranks)
+        rows = vllm_config.scheduler_config.max_num_batched_tokens
+        per_token = self.layout.bytes_per_token
+        sizes = (per_token, self.block_size, rows)
+        self.isolation = Isolation(config, self.index, begins, *sizes)
+        self.keeping = Keeping(config, self.index, per_token, self.ranks)
         self.requests: dict[str, Tracked] = {}
         self.just_finished: dict[str, Tracked] = {}  # in the step that the workers report on
         self.claims: list[Claim] = []
