@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 
 from lmc.connectors.vllm.layouts import page_slots_of
 from lmc.connectors.vllm.messages import ChunkLoad
@@ -106,3 +107,13 @@ class LayeredLoad:
     def all(self) -> None:
         """Return when everything is in place."""
         self.until(self._pages.L - 1)
+
+
+def on_any_rank(slots: list[int], failed: bool) -> tuple[set[int], bool]:
+    """Slots that any tensor-parallel rank named, and whether any failed: all compute the same."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return set(slots), failed
+    said: list[tuple[list[int], bool]] = [([], False)] * group.world_size
+    torch.distributed.all_gather_object(said, (slots, failed), group=group.cpu_group)
+    return {slot for named, _ in said for slot in named}, any(f for _, f in said)

@@ -60,6 +60,11 @@ class Claim:
     strategy: Strategy | None = None
     outline: Outline | None = None
 
+    @property
+    def computes(self) -> bool:
+        """Whether rows of it are computed before the engine's own forward."""
+        return len(self.rows) > 0 or self.strategy is not None
+
 
 @dataclass(frozen=True)
 class ChunkSave:

@@ -30,7 +30,9 @@ class WeightsWatch:
         self._model = model
         self._stamp: list[tuple[int, int]] | None = self._stamped()
         self._sample = self._sampled()
-        load = model.load_weights
+        load = getattr(model, "load_weights", None)
+        if load is None:
+            return
 
         def load_weights(*arguments: Any, **options: Any) -> Any:
             self.changed()

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
@@ -20,7 +19,13 @@ from lmc.connectors.vllm.checks import mismoved, misread, self_check
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.copies import Copies, Told
 from lmc.connectors.vllm.layouts import paged_kv
-from lmc.connectors.vllm.loading import LayeredLoad, LostError, Placement, placed
+from lmc.connectors.vllm.loading import (
+    LayeredLoad,
+    LostError,
+    Placement,
+    on_any_rank,
+    placed,
+)
 from lmc.connectors.vllm.messages import (
     ChunkLoad,
     Claim,
@@ -111,21 +116,30 @@ class WorkerSide:
         self._model = None
         if self.kv_refusal is not None or self._attention is None:
             return
+        try:
+            self.refusal = self._checked(model)
+        except Exception as error:  # a model of another shape may fail in any way
+            self.refusal = f"the model cannot be checked: {type(error).__name__}: {error}"
+
+    def _checked(self, model: Any) -> str | None:
+        """Why chunks cannot be moved on this model; takes it, if its rows can be computed."""
+        assert self._attention is not None
         oracle = self._attention
         if not isinstance(oracle, BackendAttention):
             oracle = BackendAttention(oracle.layers, self.spec, self.vllm_config)
+        refusal: str | None
         if isinstance(self._rope, str):
-            self.refusal = self._rope
+            refusal = self._rope
         else:
-            self._rope, self.refusal = mismoved(self._rope, model, oracle, self.vllm_config)
+            self._rope, refusal = mismoved(self._rope, model, oracle, self.vllm_config)
         # Where keys cannot be moved, rows can still be computed in place of what is lost.
         other = self_check(model, self._attention, oracle, self.vllm_config)
-        self._model = model if other is None else None
-        self.refusal = self.refusal or other
         # Kernels are compiled when first launched: better now than within a request.
         page = self._attention.page_slots(np.arange(self.spec.block_size), blocks=[1])
         pages = self._known_pages
         scatter(gather(pages, page), pages, page)
+        self._model = model if other is None else None
+        return refusal or other
 
     def hello(self) -> WorkerHello:
         """What the scheduler must know before the first request."""
@@ -170,7 +184,7 @@ class WorkerSide:
             else:
                 self.copies.save(save)
         if metadata.encodes:
-            refused = _any_rank(self._stale or self._model is None)
+            _, refused = on_any_rank([], self._stale or self._model is None)
             for encode in metadata.encodes:
                 self._encode(encode, refused)
             # Their blocks go back with this step's report.
@@ -249,7 +263,7 @@ class WorkerSide:
             except Exception:
                 logger.exception("lmc could not load chunks of %s", claim.request_id)
                 failed = True
-        somewhere, failed = _on_any_rank([load.slot for load in missing], failed)
+        somewhere, failed = on_any_rank([load.slot for load in missing], failed)
         if failed:
             return None, None
         self._lose([load for load in missing if load not in late])
@@ -259,7 +273,7 @@ class WorkerSide:
         self, claim: Claim, late: list[ChunkLoad], deadline: float
     ) -> tuple[list[ChunkLoad], LayeredLoad | None]:
         # Layers may come while rows are computed; all ranks must know first what is lost.
-        layered = get_tp_group().world_size == 1 and _computes(claim)
+        layered = get_tp_group().world_size == 1 and claim.computes
         missing, arriving = list(late), []
         pages = self._known_pages
         for load in claim.loads:
@@ -374,22 +388,3 @@ class WorkerSide:
         if self._pages is None:
             raise RuntimeError(f"pages cannot be read: {self.kv_refusal}")
         return self._pages
-
-
-def _computes(claim: Claim) -> bool:
-    """Whether rows of a claim are computed before the engine's own forward."""
-    return len(claim.rows) > 0 or claim.strategy is not None
-
-
-def _on_any_rank(slots: list[int], failed: bool) -> tuple[set[int], bool]:
-    """Slots that any tensor-parallel rank named, and whether any failed: all compute the same."""
-    group = get_tp_group()
-    if group.world_size == 1:
-        return set(slots), failed
-    said: list[tuple[list[int], bool]] = [([], False)] * group.world_size
-    torch.distributed.all_gather_object(said, (slots, failed), group=group.cpu_group)
-    return {slot for named, _ in said for slot in named}, any(f for _, f in said)
-
-
-def _any_rank(refused: bool) -> bool:
-    return _on_any_rank([], refused)[1]
