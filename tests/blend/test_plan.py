@@ -179,6 +179,16 @@ def test_recipes_are_equal_just_where_the_kv_is(corpus: Index) -> None:
     assert not set(one.values()) & set(nonce.values())
 
 
+def test_recipes_of_a_selection_are_of_the_whole_prompt(corpus: Index) -> None:
+    """Which rows of a block are computed depends on what is asked behind it."""
+    ask = {"blend": "query", "L": 3}
+    one = plan_of(corpus, SYSTEM, B, A, QUESTION, **ask).recipes(16)
+    same = plan_of(corpus, SYSTEM, B, A, QUESTION, **ask).recipes(16)
+    other = plan_of(corpus, SYSTEM, B, A, text(77, 8), **ask).recipes(16)
+    assert one == same
+    assert not set(one.values()) & set(other.values())
+
+
 @given(
     order=st.lists(st.integers(0, 5), min_size=1, max_size=6),
     stored=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), max_size=5),

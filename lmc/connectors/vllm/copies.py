@@ -109,8 +109,6 @@ class Copies:
         """Of those, the ones whose copies are done, each told once."""
         with self._lock:
             done = {r for r in self._released if not self._saving[r]}
-            for request_id in done:
-                del self._saving[request_id]
         self._released -= done
         return done
 
@@ -141,8 +139,8 @@ class Copies:
         self._told.held(slot, stored)
         with self._lock:
             self._saving[save.request_id] -= 1
-            if not self._saving[save.request_id] and not save.request_id:
-                del self._saving[save.request_id]  # a chunk of no request
+            if not self._saving[save.request_id]:
+                del self._saving[save.request_id]
 
     def _copy_out(self, save: ChunkSave, parts: list[torch.Tensor], ready: Any) -> None:
         assert self.pages is not None

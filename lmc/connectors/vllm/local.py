@@ -33,6 +33,7 @@ class LocalCache:
         self.manager: Any = None
         self.chains = ChainMap()
         self._maps: deque[tuple[int, Any]] = deque(maxlen=REMEMBERED)  # of cached blocks, by step
+        self._seen: Any = None  # the map that `was_reset` last saw
         self._mixed: Any = None  # the map that has blocks of weights that are gone
 
     def blocks(self, request_id: str) -> list[int]:
@@ -92,6 +93,11 @@ class LocalCache:
         """Have nobody else find the request's blocks from index `block` on."""
         held = cached_blocks(self.manager.block_pool, tracked.request.block_hashes)
         self.manager.evict_blocks(set(held[block:]))
+
+    def was_reset(self) -> bool:
+        """Whether vLLM's cache was reset since this was last asked."""
+        before, self._seen = self._seen, self.manager.block_pool.cached_block_hash_to_block
+        return before is not None and before is not self._seen
 
     # -- weights that change -----------------------------------------------------------------
 

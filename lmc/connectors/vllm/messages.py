@@ -186,6 +186,20 @@ class WorkerHello(KVConnectorHandshakeMetadata):
     watched: bool = False
     computes: bool = False
 
+    @classmethod
+    def of_all(cls, hellos: list[WorkerHello], overlaps: bool) -> WorkerHello:
+        """What holds for all ranks together; `overlaps`: whether steps are scheduled ahead."""
+        refusal = next((h.refusal for h in hellos if h.refusal), None)
+        kv_refusal = next((h.kv_refusal for h in hellos if h.kv_refusal), None)
+        computes = bool(hellos) and all(h.computes for h in hellos)
+        if overlaps and not computes and kv_refusal is None:
+            kv_refusal = (
+                "with async scheduling vLLM cannot take back what was computed over a chunk that "
+                f"is lost, and rows cannot be computed in its place: {refusal}"
+            )
+        watched = bool(hellos) and all(h.watched for h in hellos)
+        return cls(refusal, kv_refusal, watched, computes)
+
 
 @dataclass
 class LMCStats(KVConnectorStats):

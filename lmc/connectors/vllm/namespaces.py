@@ -34,7 +34,7 @@ class Namespace:
     def of(self, salt: str | None) -> bytes:
         """Of the requests of one tenant."""
         namespace = blake3(self._files + self._epoch).digest() if self._epoch else self._files
-        tenant = (salt or "").encode()
+        tenant = (salt or "").encode("utf-8", "surrogatepass")
         # It goes into the key of each chunk, and a client may send any.
         return namespace + (tenant if len(tenant) <= LONGEST else blake3(tenant).digest())
 

@@ -16,6 +16,7 @@ from lmc.connectors.vllm.tracked import Tracked, unblendable
 
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
+_told: set[type[BaseException]] = set()
 FATAL = (KeyboardInterrupt, SystemExit, GeneratorExit)  # meant for the process, not for a request
 
 
@@ -68,4 +69,7 @@ def survive(error: BaseException, quiet: bool = False) -> None:
     if isinstance(error, FATAL):
         raise error
     if not quiet:
-        logger.error("lmc leaves a request to vLLM", exc_info=error)
+        # Once a kind: whoever can cause one can cause many.
+        told = logger.debug if type(error) in _told else logger.error
+        _told.add(type(error))
+        told("lmc leaves a request to vLLM", exc_info=error)

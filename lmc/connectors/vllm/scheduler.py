@@ -27,7 +27,7 @@ from lmc.connectors.vllm.namespaces import Namespace
 from lmc.connectors.vllm.planner import Planner, claim_of
 from lmc.connectors.vllm.reading import Reader, survive
 from lmc.connectors.vllm.taint import ChainMap, rechain, untaint
-from lmc.connectors.vllm.tracked import Tracked, report_of
+from lmc.connectors.vllm.tracked import Tracked, recompute, report_of
 from lmc.model.shape import shape_of
 
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
@@ -82,17 +82,10 @@ class SchedulerSide:
 
     def greet(self, hellos: list[WorkerHello]) -> None:
         """Learn from the workers what can be reused, and whether rows can be recomputed."""
-        refusals = [hello.refusal for hello in hellos if hello.refusal]
-        unread = [hello.kv_refusal for hello in hellos if hello.kv_refusal]
-        self.kv_refusal = unread[0] if unread else None
-        self.blend_refusal = self._rope_refusal or (refusals[0] if refusals else None)
-        self._watched = bool(hellos) and all(hello.watched for hello in hellos)
-        self._computes = bool(hellos) and all(hello.computes for hello in hellos)
-        if self._overlaps and not (self._computes or self.kv_refusal):
-            self.kv_refusal = (
-                "with async scheduling vLLM cannot take back what was computed over a chunk that "
-                f"is lost, and rows cannot be computed in its place: {self.blend_refusal}"
-            )
+        hello = WorkerHello.of_all(hellos, self._overlaps)
+        self.kv_refusal, self._watched = hello.kv_refusal, hello.watched
+        self.blend_refusal = self._rope_refusal or hello.refusal
+        self._computes = hello.computes
         if self.kv_refusal:
             logger.warning("lmc neither stores nor reuses KV here: %s", self.kv_refusal)
         elif self.blend_refusal:
@@ -130,10 +123,13 @@ class SchedulerSide:
             tracked.blended_from = plan.first_moved
         if claimed:
             self.claims.append(self._claim(tracked, blocks, claimed))
+        else:
+            self.planner.release(tracked)
         if tracked.report is None:
             self._report(tracked)
 
     def _arrived(self, request: Any) -> None:
+        self._notice_reset()
         tracked = self.reader.read(request, self.kv_refusal)
         self.requests[request.request_id] = tracked
         if tracked.options is None:
@@ -157,6 +153,7 @@ class SchedulerSide:
         tracked = self.requests.get(request.request_id)
         if tracked is None:
             return 0
+        self._notice_reset()
         tracked.local = local
         if tracked.plan is None:
             return 0
@@ -305,6 +302,11 @@ class SchedulerSide:
         if not self._watched:
             self.namespace.forget()
 
+    def _notice_reset(self) -> None:
+        """Where nobody sees weights change, vLLM's cache being reset is all there is to go by."""
+        if self.local.was_reset() and not self._watched:
+            self.reset()
+
     def close(self) -> None:
         """Let go of the tiers."""
         self.planner.close()
@@ -354,7 +356,8 @@ class SchedulerSide:
     def _retaint_after_loss(self, tracked: Tracked, rows: list[int]) -> None:
         """Rows that a lost chunk made computed are not what the recipe's hashes say."""
         plan, request = tracked.admitted, tracked.request
-        assert plan is not None
+        if plan is None:  # it was given up meanwhile
+            return
         self.counts["rows_recomputed_for_lost_chunks"] += len(rows)
         if plan.first_moved is not None:
             block = plan.first_moved // self.block_size
@@ -363,8 +366,7 @@ class SchedulerSide:
             rechain(request, self.block_size, block, [], recipes)
         # A request of one token has its report sent already, since the chunk was lost in the
         # very step that answered it; the counters tell of those.
-        tracked.admitted = plan.recomputing(np.array(rows, np.int64))
-        tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
+        recompute(tracked, np.array(rows, np.int64), self.layout.bytes_per_token, self.cost)
 
     def _claims_failed(self, failed: set[int]) -> None:
         """What was computed over these blocks, and goes on behind them, serves nobody else."""
@@ -378,8 +380,7 @@ class SchedulerSide:
                 self.counts["requests_over_failed_claims"] += 1
                 if plan := tracked.admitted:  # vLLM computes all of it
                     rows = positions([(s.start, s.end) for s in plan.found])
-                    tracked.admitted = plan.recomputing(rows)
-                    tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
+                    recompute(tracked, rows, self.layout.bytes_per_token, self.cost)
 
     def _weights_changed(self, step: int) -> None:
         """What is stored, and what is under way, was computed with other weights."""

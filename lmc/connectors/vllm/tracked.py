@@ -83,6 +83,14 @@ def unblendable(request: Any) -> str | None:
     return None
 
 
+def recompute(tracked: Tracked, rows: np.ndarray, bytes_per_token: int, cost: PrefillCost) -> None:
+    """Found rows `[M]` were computed after all; what began anew with its answer reports nothing."""
+    assert tracked.admitted is not None
+    tracked.admitted = tracked.admitted.recomputing(rows)
+    if tracked.request.num_prompt_tokens == tracked.admitted.T:
+        tracked.report = report_of(tracked, bytes_per_token, cost)
+
+
 def report_of(tracked: Tracked, bytes_per_token: int, cost: PrefillCost) -> dict[str, Any]:
     """What becomes of a request's prompt.
 

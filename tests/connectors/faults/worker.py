@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import lmc.connectors.vllm.loading as loading
+from lmc.connectors.vllm.weights import WeightsWatch
 from lmc.connectors.vllm.worker_cls import LMCWorker, _side
 
 PATIENCE_S = 0.4  # of the engines under test
@@ -123,7 +124,9 @@ class FaultyWorker(LMCWorker):
 
 
 class BlindWorker(FaultyWorker):
-    """One that does not hand on the model, as vLLM's own would not."""
+    """One that computes no rows, as of a model whose loop is not known."""
 
     def compile_or_warm_up_model(self) -> Any:
-        return super(LMCWorker, self).compile_or_warm_up_model()
+        result = super(LMCWorker, self).compile_or_warm_up_model()
+        _side().watch = WeightsWatch(self.model_runner.get_model())
+        return result

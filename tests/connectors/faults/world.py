@@ -106,18 +106,23 @@ class World:
             company: s.plain(session, parts, tokens=24)
             for company, parts in zip(COMPANY[1:], (OTHER, ALIKE), strict=True)
         }
-        self.plain = {order: s.plain(session, s.prompt(*order)) for order in ORDERS.values()}
+        self.plain = {claim: s.plain(session, self.parts(claim)) for claim in ORDERS}
         self.rpc("noise", 0)
 
     def rpc(self, method: str, *arguments: Any) -> list[Any]:
         return self.session.llm.collective_rpc(method, args=arguments)  # type: ignore[no-any-return]
 
+    def parts(self, claim: str) -> list[list[int]]:
+        """A prompt; behind what is exact comes what is new, and stored if the claim is served."""
+        if claim == "exact":
+            return [*s.prompt(*ORDERS["exact"]), s.text(77, 41)]
+        return s.prompt(*ORDERS["moved"])
+
     def outcome(self, case: Case) -> dict[str, Any]:
         """The answer, what it should be, and what others are answered afterwards."""
         moved = case.claim != "exact"
-        order = ORDERS["moved" if moved else "exact"]
-        parts, blend = s.prompt(*order), CLAIMS[case.claim]
-        plain = self.plain[order]
+        parts, blend = self.parts(case.claim), CLAIMS[case.claim]
+        plain = self.plain["moved" if moved else "exact"]
         self._stored(case, moved)
         # In the midst of what is exact, and the last of what is moved: without that one the claim
         # ends before it, and is the same otherwise.

@@ -275,6 +275,8 @@ def test_without_our_worker_class(tiny_llama_dir: Path, tmp_path: Path) -> None:
     same(result["epic"], result["plain"])
     assert result["epic"].kinds == {"exact": 110, "new": 90}
     assert "--worker-cls lmc.connectors.vllm.LMCWorker" in result["epic"].report["reason"]
+    # Nobody would have seen weights change.
+    assert result["reset"].kinds == {"new": 200}
 
 
 @pytest.mark.timeout(900)

@@ -152,6 +152,7 @@ def test_reloaded_weights_find_what_was_stored_before(trust: Any) -> None:
 
 
 def test_kv_of_two_weights_is_kept_by_nobody(trust: Any) -> None:
-    same(*trust["weights"]["running"])
+    for pair in (*trust["weights"]["running"], *trust["weights"]["noticed"]):
+        same(*pair)
     same(*trust["weights"]["unreset"])
     same(*trust["weights"]["ended"])

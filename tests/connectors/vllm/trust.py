@@ -311,6 +311,7 @@ def weights(session: s.Session) -> dict[str, Any]:
     for seed, way in enumerate(ways):
         way(seed)
         session.llm.reset_prefix_cache()
+        session.fresh([s.text(300 + seed, 60)], "prefix")  # is what notices, and stores nothing
         got = session.fresh(parts, s.EPIC)
         # The first one was planned for other weights, and keeps nothing.
         session.fresh(parts, "prefix", tokens=1)
@@ -330,6 +331,10 @@ def weights(session: s.Session) -> dict[str, Any]:
     session.llm.reset_prefix_cache()
     results["reloading"] = session.fresh(parts, s.EPIC, save=False)
     results["reloaded"] = session.fresh(parts, "prefix", save=False)
+    results["noticed"] = [
+        (session.fresh(text, "prefix", save=False), s.plain(session, text))
+        for text in ([s.text(300 + seed, 60), s.text(310, 9)] for seed in range(len(ways)))
+    ]
     results["running"] = running(session, parts, longer, behind_the_back)
     results["ended"] = ended(session, behind_the_back)
     results["unreset"] = unreset(session, parts, longer, in_place)
@@ -348,7 +353,12 @@ def running(session: s.Session, parts: Any, longer: Any, change: Callable[[int],
     tokens = session.finish()[request].tokens
     session.llm.reset_prefix_cache()
     turn = [*long, tokens, s.text(72, 12)]
-    return session.fresh(turn, "prefix", save=False), s.plain(session, turn)
+    now = session.fresh(turn, "prefix", save=False), s.plain(session, turn)
+    # Nor under the name of those that it began with.
+    session.llm.collective_rpc("reload_weights")
+    session.llm.reset_prefix_cache()
+    session.fresh([s.text(9, 22)], enabled=False)
+    return now, (session.fresh(turn, "prefix", save=False), s.plain(session, turn))
 
 
 def ended(session: s.Session, change: Callable[[int], None]) -> Any:
