@@ -49,9 +49,10 @@ class WeightsWatch:
 
     def look(self, closely: bool) -> None:
         """Notice what nobody has told; a close look reads a little of every weight."""
-        stamp = self._stamped()
-        sample = self._sampled() if closely or self._stamp is None else self._sample
-        if self._stamp is not None and (stamp != self._stamp or not _equal(sample, self._sample)):
+        stamp, told = self._stamped(), self._stamp is None
+        written = not told and stamp != self._stamp
+        sample = self._sampled() if closely or told or written else self._sample
+        if written or not (told or _equal(sample, self._sample)):
             self.changed()
         self._stamp, self._sample = stamp, sample
 

@@ -106,6 +106,8 @@ def test_a_write_into_any_weight_is_noticed() -> None:
             weight[0] += 1
         watch.look(closely=False)
         assert (watch.changes, watch.version) == (i + 1, None)
+        watch.look(closely=True)  # the same write, not another
+        assert watch.changes == i + 1
 
 
 def test_a_write_behind_pytorchs_back_is_noticed_when_looked_at_closely() -> None:
