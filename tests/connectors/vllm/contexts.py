@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 from vllm import SamplingParams
 
 from lmc.connectors.vllm import drain
+from lmc.connectors.vllm.messages import WorkerHello
 from tests.connectors.vllm import persistent
 from tests.connectors.vllm import scenarios as s
 
@@ -36,12 +38,31 @@ def isolated(session: s.Session) -> dict[str, Any]:
     results["long"] = session.fresh([s.QUESTION, LONG, s.SYSTEM], s.EPIC, salt="long", save=False)
     results["long_plain"] = s.plain(session, [s.QUESTION, LONG, s.SYSTEM])
     results["attacked"] = attacked(session)
+    results["said"] = said(session)
     side.index.clear()
     results["pending"] = side.isolation.pending
     results["reset"] = session.llm.reset_prefix_cache()
     pool = side.local.manager.block_pool
     results["free"] = (pool.get_num_free_blocks(), pool.num_gpu_blocks)
     return results
+
+
+def said(session: s.Session) -> list[str]:
+    """What vLLM's log says of the policy when an engine starts."""
+    side = session.scheduler.connector._scheduler
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("vllm.lmc.connectors.vllm.scheduler")
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    for context in ("any", "shared_prefix", "isolated"):
+        side.config = side.config.model_copy(update={"context": context})
+        side.greet([WorkerHello(None, None, True, True)])
+    log.removeHandler(handler)
+    log.setLevel(level)
+    return lines
 
 
 def attacked(session: s.Session) -> dict[str, Any]:

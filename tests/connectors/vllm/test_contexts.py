@@ -39,6 +39,16 @@ def check_isolated(result: Any) -> None:
     assert (result["reset"], free) == (True, blocks - 1)  # what was lent is back
 
 
+def test_the_policy_and_its_price_are_printed_at_start(isolated: Any) -> None:
+    assert [line.partition("context policy: ")[2] for line in isolated["said"]] == [
+        "any: who stores a text says what stands in front of it when others read it",
+        "shared_prefix: new chunks of a prompt are computed once more, alone, on average at most "
+        "64 tokens a step",
+        "isolated: new chunks of a prompt are computed once more, alone, on average at most "
+        "64 tokens a step",
+    ]
+
+
 def test_new_chunks_are_computed_alone_once(isolated: Any) -> None:
     check_isolated(isolated)
 
