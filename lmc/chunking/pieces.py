@@ -89,6 +89,8 @@ def checked_spans(spans: Sequence[tuple[int, int]], T: int) -> list[tuple[int, i
     for span in spans:
         try:
             start, end = (operator.index(x) for x in span)
+            if any(isinstance(x, bool) for x in span):
+                raise TypeError
         except (TypeError, ValueError):
             raise ValueError(f"got span {span!r:.100}, want two integers (start, end)") from None
         if not allowed <= start < end <= T:

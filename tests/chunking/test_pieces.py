@@ -131,6 +131,7 @@ def test_spans_as_json_gives_them() -> None:
         ([(0, 1.5)], r"got span \(0, 1.5\), want two integers"),
         ([(0, 1, 2)], r"want two integers"),
         ([7], r"got span 7, want two integers"),
+        ([(True, 5)], r"got span \(True, 5\), want two integers"),
         (["ab"], r"got span 'ab', want two integers"),
     ],
 )
