@@ -5,8 +5,9 @@
 Two engines, one with `context: any`, are asked the same prompts in turn, each of documents that
 nobody has seen: the worst case, since a document that comes back costs nothing more. `together` is
 a stream: the next request comes at once, and what is left to compute alone is done beside it.
-`idle` waits until all is done, as an engine does that has nothing to do. Prints paired ratios of
-isolated to any with bootstrap intervals, and appends a row a request to benchmarks/results.
+`idle` waits until all is done, as an engine does that has nothing to do. Prints the ratio of
+isolated to any, of all prompts together, with bootstrap intervals, and appends a row a request to
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
             context: stack.enter_context(
                 Engine(model, config, settings(context), Path(folder, f"{context}.log"))
             )
-            for context in ("any", "isolated")
+            for context in ("isolated", "any")
         }
         for engine in engines.values():
             engine.wait()
@@ -92,11 +93,11 @@ def prompt(name: str) -> tuple[list[int], list[list[int]]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print("isolated / any, medians of paired ratios [95%]")
+    print("isolated / any, seconds of all prompts together [95%]")
     for phase, column in (("together", "ttft_s"), ("idle", "ttft_s"), ("idle", "done_s")):
         of = {(r["context"], r["prompt"]): r[column] for r in rows if r["phase"] == phase}
-        pairs = [[of["isolated", i] / t] for (c, i), t in of.items() if c == "any"]
-        e = bootstrap(pairs, lambda sample: np.median(np.concatenate(sample)))
+        pairs = [(of["isolated", i], t) for (c, i), t in of.items() if c == "any"]
+        e = bootstrap(pairs, lambda sample: float(np.divide(*np.sum(sample, axis=0))))
         assert e is not None
         print(f"{phase:10}{column:8}{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]")
 

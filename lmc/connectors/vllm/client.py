@@ -68,3 +68,4 @@ def drain(llm: Any, timeout_s: float = 60.0) -> None:
         if time.monotonic() > deadline:
             raise late
         llm.llm_engine.step()
+        time.sleep(0.001)  # as vLLM's own loop does: the thread that copies needs a core, too
