@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from blake3 import blake3
 
 from lmc.model.rope import Rope
 
 FORMAT_VERSION = 1  # of stored KV; a change makes all that was stored before unfindable
+
+
+def first_token(config: Any) -> int | None:
+    """The token that a model's prompts begin with, as far as its text config says so."""
+    token = getattr(config, "bos_token_id", None)
+    return token if isinstance(token, int) else None
 
 
 def namespace_of(

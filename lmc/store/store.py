@@ -70,7 +70,7 @@ class Store:
         self.layout = layout
         self.namespace = namespace
         self.chunker = CHUNKERS.build(chunker)
-        self._context, self._begins = context, begins
+        self.context, self.begins = context, begins
         self.index = Index(memory_bytes, 1, policy, cost, exact_variants=exact_variants)
         opened = [s.open(layout, exact_variants=exact_variants, label=label) for s in said]
         self.tiers = opened
@@ -102,7 +102,7 @@ class Store:
         Raises:
             ValueError: as `pieces`.
         """
-        known = Known(self.index, self.namespace, self.tiers, self._context, self._begins)
+        known = Known(self.index, self.namespace, self.tiers, self.context, self.begins)
         return find(np.asarray(tokens, np.int64), self.pieces(tokens, spans), known)
 
     def where(self, found: Found | Record) -> str:

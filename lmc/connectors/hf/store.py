@@ -16,6 +16,7 @@ from lmc.blend.strategy import Strategy
 from lmc.chunking.pieces import Piece, chunk_key
 from lmc.chunking.prompt import join
 from lmc.connectors.hf.model import HFModel
+from lmc.model.identity import first_token
 from lmc.model.layout import KVLayout
 from lmc.store import Record, Store
 from lmc.store.lookup import Found
@@ -49,16 +50,13 @@ class HFStore:
         layout = KVLayout(model.L, shape.G, shape.D, str(model.dtype).removeprefix("torch."))
         # What is kept in memory alone is this model's alone; what outlives it must say which.
         self.namespace = model.namespace() if tiers else b"hf"
-        self._policy: ContextPolicy = policy
-        begins = getattr(model.model.config.get_text_config(), "bos_token_id", None)
-        self._begins = begins = begins if isinstance(begins, int) else None
         self.store = Store(
             layout,
             self.namespace,
             memory_bytes=memory_bytes,
             tiers=tiers,
             context=policy,
-            begins=begins,
+            begins=first_token(model.model.config.get_text_config()),
             cost=shape.cost,
             label=f"{model.name} {layout.dtype}",
         )
@@ -155,7 +153,7 @@ class HFStore:
                 plan = make_plan(
                     ids, pieces, index, self.namespace, strategy,
                     L=self.model.L, decline=False, tiers=tiers,
-                    context=self._policy, begins=self._begins,
+                    context=self.store.context, begins=self.store.begins,
                 )  # fmt: skip
                 behind = {s.record.id: s.record for s in plan.found if s.record.slot < 0}
                 if not behind:

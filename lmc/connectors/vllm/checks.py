@@ -69,13 +69,13 @@ def mismoved(
     shift = min(SHIFT, vllm_config.model_config.max_model_len - T)
     if shift < 1:
         return rope, f"the model is too short ({shift + T} tokens) for keys to be moved"
-    names = list(oracle.layers.values())
+    layers = list(oracle.layers.values())
     try:
         with Scratch(oracle, vllm_config) as scratch:
             kept = []
             for first in (0, shift):
                 scratch.forward(model, np.arange(T) + first)
-                kept.append([_keys(oracle, layer, scratch) for layer in names])
+                kept.append([_keys(oracle, layer, scratch) for layer in layers])
     except Exception as error:  # an architecture of another shape may fail in any way
         return rope, f"the model does not run by itself: {type(error).__name__}: {error}"
     cos, sin = (torch.from_numpy(x).to(oracle.device) for x in rope.angles(shift))

@@ -48,12 +48,6 @@ def rope_of(vllm_config: Any) -> Rope | str:
         return str(error)
 
 
-def first_token(vllm_config: Any) -> int | None:
-    """The token that the model's prompts begin with, as far as its config says so."""
-    token = getattr(vllm_config.model_config.hf_text_config, "bos_token_id", None)
-    return token if isinstance(token, int) else None
-
-
 def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
     """Why nothing of this engine's KV is stored or reused; None when it is."""
     parallel = vllm_config.parallel_config

@@ -28,6 +28,7 @@ from lmc.connectors.vllm.planner import Planner, claim_of
 from lmc.connectors.vllm.reading import Reader, survive
 from lmc.connectors.vllm.taint import ChainMap, rechain, untaint
 from lmc.connectors.vllm.tracked import Tracked, recompute, report_of
+from lmc.model.identity import first_token
 from lmc.model.shape import shape_of
 
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
@@ -56,7 +57,7 @@ class SchedulerSide:
         longest = min(config.build_chunker().longest_chunk or 1, config.limits.chunk_tokens)
         check_memory(config.memory_bytes, self.layout.bytes_per_token, longest)
         self.ranks = vllm_config.parallel_config.world_size
-        begins = identity.first_token(vllm_config)
+        begins = first_token(vllm_config.model_config.hf_text_config)
         self.planner = Planner(config, self.layout, self.cost, self.ranks, vllm_config, begins)
         self.index = self.planner.index
         self.gate = QualityGate(vllm_config, self.layout, rope, config)
@@ -219,8 +220,8 @@ class SchedulerSide:
                 continue
             request = tracked.request
             if request.num_computed_tokens + scheduled >= request.num_prompt_tokens:
-                tracked.prompt_saved = True
                 self._save(tracked, request.num_prompt_tokens, self.local.blocks(request_id))
+                tracked.prompt_saved = True
         scheduled = scheduler_output.num_scheduled_tokens.values()
         pool, prompts = self.local.manager.block_pool, any(n > 1 for n in scheduled)
         encodes = self.isolation.take(pool, sum(scheduled), prompts)
@@ -343,9 +344,8 @@ class SchedulerSide:
         assert tracked.options is not None
         try:
             self.keeping.keep(tracked, computed, blocks)
-            if self.blend_refusal is None and (
-                tracked.options.strategy.moves or self.gate.moves_by_default
-            ):
+            moves = tracked.options.strategy.moves or self.gate.moves_by_default
+            if moves and self.blend_refusal is None and not tracked.prompt_saved:
                 known = self.planner.known(tracked.namespace)
                 self.isolation.want(known, tracked.tokens, tracked.pieces)
         except BaseException as error:

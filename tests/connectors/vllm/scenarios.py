@@ -361,17 +361,6 @@ def bad_requests(session: Session) -> dict[str, Any]:
     return results
 
 
-def refused(session: Session) -> dict[str, Any]:
-    """An engine that cannot recompute rows still reuses exact prefixes."""
-    results = {"plain": plain(session, prompt(2, 0))}
-    session.warm()
-    # Not reset: without lmc's own worker that would be all there is to tell of other weights.
-    manager = session.scheduler.connector._scheduler.local.manager
-    manager.evict_blocks(set(range(manager.block_pool.num_gpu_blocks)))
-    results["epic"] = session.ask(prompt(2, 0), EPIC, save=False)
-    return results | {"reset": session.fresh(prompt(2, 0), EPIC, save=False)}
-
-
 def adapter(session: Session) -> dict[str, Any]:
     """The selective forward by itself, in pages that no request owns."""
     tokens, other = np.array(text(20, 230)), np.array(text(20, 230))

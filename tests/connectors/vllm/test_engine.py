@@ -263,7 +263,7 @@ def test_rope_that_cannot_be_moved(tiny_llama_dir: Path, tmp_path: Path) -> None
     config = json.loads((model / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     (model / "config.json").write_text(json.dumps(config))
-    result = run_scenario("refused", model, tmp_path)
+    result = run_scenario("tests.connectors.vllm.trust:refused", model, tmp_path)
     same(result["epic"], result["plain"])
     assert result["epic"].kinds == {"exact": 110, "new": 90}
     assert "RoPE type 'dynamic' cannot be re-rotated" in result["epic"].report["reason"]
@@ -271,7 +271,9 @@ def test_rope_that_cannot_be_moved(tiny_llama_dir: Path, tmp_path: Path) -> None
 
 @pytest.mark.alone
 def test_without_our_worker_class(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    result = run_scenario("refused", tiny_llama_dir, tmp_path, worker_cls="auto")
+    result = run_scenario(
+        "tests.connectors.vllm.trust:refused", tiny_llama_dir, tmp_path, worker_cls="auto"
+    )
     same(result["epic"], result["plain"])
     assert result["epic"].kinds == {"exact": 110, "new": 90}
     assert "--worker-cls lmc.connectors.vllm.LMCWorker" in result["epic"].report["reason"]
