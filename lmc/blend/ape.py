@@ -52,7 +52,7 @@ class Ape(Dense):
         exact = [f for f in plan.found if f.kind == "exact" and f.record.origin == "anchored"]
         if not exact or not plan.moved:
             return plan
-        found = tuple(replace(f, kind="moved") if f in exact else f for f in plan.found)
+        found = tuple(f._replace(kind="moved") if f in exact else f for f in plan.found)
         moved = sorted([*plan.moved, *((f.start, f.end) for f in exact)])
         return replace(plan, found=found, moved=tuple(moved), first_moved=moved[0][0])
 

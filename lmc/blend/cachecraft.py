@@ -60,7 +60,7 @@ class CacheCraft(Dense):
                 before = chunks.before(part.at)
                 known = [(r, chunks.attended(r)) for r in chunks.variants(part)]
                 record, attended = min(known, key=lambda x: self.overhead(x[1], before))
-                part = replace(part, record=record)
+                part = part._replace(record=record)
                 rows = part.at + self.rows_of(attended, before)
                 again.append(rows[(rows >= part.start) & (rows < part.end)])
             found.append(part)

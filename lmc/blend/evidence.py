@@ -82,32 +82,47 @@ Need = Deviation | Importance
 Seen = Mapping[Need, np.ndarray]
 
 
-def positions(runs: Sequence[Run]) -> np.ndarray:
-    """The positions of ascending runs, int64."""
-    if not runs:
-        return np.empty(0, np.int64)
-    return np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in runs])
+def positions(runs: Sequence[Run] | np.ndarray) -> np.ndarray:
+    """The positions of ascending runs, int64; of an empty one none."""
+    starts, ends = bounds(runs)
+    lengths = np.maximum(ends - starts, 0)
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum(), dtype=np.int64) + np.repeat(starts - before, lengths)
 
 
-def runs_of(rows: np.ndarray) -> list[Run]:
-    """The maximal runs of ascending positions `[M]`; the inverse of `positions`."""
+def bounds(runs: Sequence[Run] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where runs start and where they end, int64 each."""
+    both = np.array(runs, np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+def runs_of(rows: np.ndarray, borders: np.ndarray | None = None) -> list[Run]:
+    """The maximal runs of ascending positions `[M]`; the inverse of `positions`.
+
+    borders: ascending positions at which a new run begins in any case.
+    """
     if len(rows) == 0:
         return []
-    breaks = np.flatnonzero(np.diff(rows) != 1)
+    new = np.diff(rows) != 1
+    if borders is not None:
+        new |= np.isin(rows[1:], borders)
+    breaks = np.flatnonzero(new)
     starts = rows[np.concatenate([[0], breaks + 1])]
     ends = rows[np.concatenate([breaks, [len(rows) - 1]])] + 1
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def inside(rows: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """How many of ascending rows `[M]` lie in each of the runs `[starts, ends)`."""
+    return np.searchsorted(rows, ends) - np.searchsorted(rows, starts)
 
 
 def without(runs: tuple[Run, ...], rows: np.ndarray) -> tuple[Run, ...]:
     """The runs less some rows, each rest of a run a run of its own."""
     if not len(rows):
         return runs
-    kept: list[Run] = []
-    for start, end in runs:
-        inside = rows[(rows >= start) & (rows < end)]
-        kept += runs_of(np.setdiff1d(np.arange(start, end, dtype=np.int64), inside))
-    return tuple(kept)
+    kept = np.setdiff1d(positions(runs), rows, assume_unique=True)
+    return tuple(runs_of(kept, bounds(runs)[0]))
 
 
 def probe_row_layers(needs: tuple[Need, ...], outline: Outline) -> int:

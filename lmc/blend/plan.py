@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from blake3 import blake3
 
-from lmc.blend.evidence import Outline, Run, positions, probe_row_layers, runs_of, without
+from lmc.blend.evidence import (
+    Outline,
+    Run,
+    inside,
+    positions,
+    probe_row_layers,
+    runs_of,
+    without,
+)
 from lmc.blend.strategy import Strategy
 from lmc.chunking.pieces import Piece
 from lmc.store import Index
 from lmc.store.lookup import Directory, Found, Known, continues, find
 from lmc.store.record import ContextPolicy
 
+NAMED = struct.Struct("<32sqq")  # a chunk in a recipe: its record's id, where it is placed, its end
 KINDS = ("local", "local_blended", "exact", "moved", "recomputed", "new")
 
 
@@ -37,6 +47,7 @@ class Plan:
         strategy: what chooses rows.
         digest: of all tokens, for a selective strategy: what it chooses may depend on each.
         L: layers of the model, as far as a selective strategy must know them.
+        coming: whether more would have been found but for that it is still being stored.
     """
 
     T: int
@@ -51,6 +62,7 @@ class Plan:
     strategy: Strategy = field(repr=False)
     digest: bytes = field(default=b"", repr=False)
     L: int = 1
+    coming: bool = False
 
     @property
     def found_beyond(self) -> int:
@@ -62,6 +74,15 @@ class Plan:
         """Tokens that the engine is told it need not compute."""
         return self.end - self.local
 
+    @property
+    def computed(self) -> int:
+        """Rows that are computed for the claim, as many whole ones."""
+        return len(self.rows) + self._selected
+
+    @property
+    def _selected(self) -> int:
+        return round(sum(self.strategy.counts(self.outline)) / self.L) if self.selective else 0
+
     def after(self, local: int) -> Plan:
         """The same plan for an engine that turns out to hold `local` tokens, not fewer."""
         if local == self.local:
@@ -71,7 +92,7 @@ class Plan:
             self,
             local=local,
             end=end,
-            found=tuple(s for s in (_clip(s, local, end) for s in self.found) if s),
+            found=tuple(_clipped(self.found, local, end)),
             rows=self.rows[self.rows >= local],
             chosen=self.chosen[self.chosen >= local],
             moved=tuple((max(a, local), b) for a, b in self.moved if b > local),
@@ -101,11 +122,11 @@ class Plan:
 
         Of a selective strategy, whose rows differ by layer, the mean over layers is recomputed.
         """
-        reused = {"exact": 0, "moved": 0}
-        for s in self.found:
-            chosen = (self.chosen >= s.start) & (self.chosen < s.end)
-            reused[s.kind] += s.end - s.start - int(chosen.sum())
-        selected = round(sum(self.strategy.counts(self.outline)) / self.L) if self.selective else 0
+        starts, ends = _bounds(self.found)
+        moved = np.array([s.kind == "moved" for s in self.found], bool)
+        kept = ends - starts - inside(self.chosen, starts, ends)
+        reused = {"exact": int(kept[~moved].sum()), "moved": int(kept[moved].sum())}
+        selected = self._selected
         reused["moved"] -= selected
         kinds = {
             "local": self.local - local_blended,
@@ -132,37 +153,36 @@ class Plan:
         return [*((start, end, 1.0 + probe) for start, end in new), *selected]
 
     def recipes(self, block_size: int, nonce: bytes = b"") -> dict[int, bytes]:
-        """Digest, by block, of how its KV came to be, from the first moved token's block on.
+        """By block, how its KV came to be, from the first moved token's block on.
 
-        Two requests get equal digests where equal variants went in at equal places and the
+        Two requests get equal recipes where equal variants went in at equal places and the
         same rows were computed again, so that one finds the other's blended blocks; `nonce`
         makes them unlike all others.
         """
         if self.first_moved is None:
             return {}
-        whole = b""
+        head = nonce + bytes([self.strategy.rotate])
         if self.selective:
             # Which rows of a block are computed depends on all of the request.
             chosen = blake3(self.digest + repr(self.strategy).encode())
             # Of what is exact the engine holds now more, now less, and it is the same KV.
             for s in (s for s in self.found if s.start >= self.first_moved):
-                chosen.update(s.record.key + s.record.context + s.record.origin.encode())
-                chosen.update(np.array([s.at, s.start, s.end], "<i8").tobytes())
-            whole = chosen.digest()
+                chosen.update(s.record.id + np.array([s.at, s.start, s.end], "<i8").tobytes())
+            head += chosen.digest()
         first, last = self.first_moved // block_size, (self.end - 1) // block_size
-        recipes = {}
-        for block in range(first, last + 1):
-            start, end = block * block_size, (block + 1) * block_size
-            digest = blake3(nonce + bytes([self.strategy.rotate]) + whole)
-            for s in self.found:
-                if s.start < end and s.end > start:
-                    digest.update(s.record.key + s.record.context + s.record.origin.encode())
-                    part = [s.at, max(s.start, start), min(s.end, end)]
-                    digest.update(np.array(part, "<i8").tobytes())
-            inside = self.rows[(self.rows >= start) & (self.rows < end)]
-            digest.update(inside.astype("<i8").tobytes())
-            recipes[block] = digest.digest()
-        return recipes
+        found = [s for s in self.found if s.end > first * block_size]
+        starts, ends = _bounds(found)
+        names = [NAMED.pack(s.record.id, s.at, s.end) for s in found]
+        # Of each block the chunks in it, and the rows computed in it, one behind the other.
+        borders = np.arange(first, last + 2) * block_size
+        begin = np.searchsorted(ends, borders[:-1], "right").tolist()
+        end = np.searchsorted(starts, borders[1:], "left").tolist()
+        rows = self.rows.astype("<i8").tobytes()
+        at = (8 * np.searchsorted(self.rows, borders)).tolist()
+        return {
+            first + i: b"".join((head, *names[begin[i] : end[i]], rows[at[i] : at[i + 1]]))
+            for i in range(last + 1 - first)
+        }
 
 
 def make_plan(
@@ -208,7 +228,7 @@ def make_plan(
     everything = find(tokens, pieces, known, local, moves)
     runs = _moved_runs(everything)
     moved = [(max(a, local), b) for a, b in runs if b > local]
-    found = [s for s in (_clip(s, local, T) for s in everything) if s]
+    found = _clipped(everything, local, T)
     share = 0.0  # of the moved rows, what a selective strategy recomputes
     if strategy.selective:
         if L is None:
@@ -227,21 +247,22 @@ def make_plan(
     blends = any(s.kind == "moved" and s.start < end for s in claimable)
     if blends and not control and gain < min_gain:
         end = local
-    inside = tuple(s for s in (_clip(s, local, end) for s in found) if s)
+    served = tuple(_clipped(found, local, end))
     chosen = chosen[chosen < end]
     return Plan(
         T=T,
         local=local,
         end=end,
-        found=inside,
-        rows=np.union1d(_gaps(inside, local, end), chosen),
+        found=served,
+        rows=np.union1d(_gaps(served, local, end), chosen),
         chosen=chosen,
         moved=tuple((a, min(b, end)) for a, b in moved if a < end),
         beyond=tuple((max(s.start, end), s.end) for s in found if s.end > end),
-        first_moved=next((s.start for s in inside if s.kind == "moved"), None),
+        first_moved=next((s.start for s in served if s.kind == "moved"), None),
         strategy=strategy,
         digest=blake3(np.ascontiguousarray(tokens, "<i8").tobytes()).digest() if share else b"",
         L=L or 1,
+        coming=known.coming,
     )
 
 
@@ -299,29 +320,38 @@ def _best_end(
     A control saves nothing by design, so there every found row counts as saved. The last
     token is always the engine's, since its hidden state gives the first new token.
     """
-    best_end, best_gain, gain, position = local, 0.0, 0.0, local
-    for s in found:
-        end = min(s.end, T - 1)
-        if end <= s.start:
-            break
-        recomputed = 0.0
-        if not control:
-            recomputed += int(((chosen >= s.start) & (chosen < end)).sum())
-            recomputed += share * (end - s.start) if s.kind == "moved" else 0.0
-        gain += (end - s.start) - recomputed - (s.start - position)
-        position = end
-        if gain > best_gain:
-            best_end, best_gain = end, gain
-    return best_end, best_gain
+    starts, ends = _bounds(found)
+    ends = np.minimum(ends, T - 1)
+    starts, ends = starts[ends > starts], ends[ends > starts]
+    if not len(ends):
+        return local, 0.0
+    lengths = ends - starts
+    saved = lengths.astype(np.float64)
+    if not control:
+        moved = np.array([s.kind == "moved" for s in found[: len(ends)]], bool)
+        saved -= inside(chosen, starts, ends) + share * lengths * moved
+    gains = np.cumsum(saved - (starts - np.concatenate([[local], ends[:-1]])))
+    best = int(np.argmax(gains))
+    return (int(ends[best]), float(gains[best])) if gains[best] > 0 else (local, 0.0)
 
 
 def _gaps(found: Sequence[Found], local: int, end: int) -> np.ndarray:
     """Positions in `[local, end)` that no chunk serves."""
-    borders = [local, *(x for s in found for x in (s.start, s.end)), end]
-    return positions(list(zip(borders[::2], borders[1::2], strict=True)))
+    starts, ends = _bounds(found)
+    gaps = np.stack((np.append(local, ends), np.append(starts, end)), axis=1)
+    return positions(gaps[gaps[:, 0] < gaps[:, 1]])
 
 
-def _clip(chunk: Found, start: int, end: int) -> Found | None:
-    """The part of `chunk` inside `[start, end)`, if there is any."""
-    start, end = max(chunk.start, start), min(chunk.end, end)
-    return replace(chunk, start=start, end=end) if start < end else None
+def _bounds(found: Sequence[Found]) -> tuple[np.ndarray, np.ndarray]:
+    """Where chunks start and where they end, int64 each."""
+    starts, ends = ([s[i] for s in found] for i in (0, 1))
+    return np.array(starts, np.int64), np.array(ends, np.int64)
+
+
+def _clipped(found: Sequence[Found], start: int, end: int) -> list[Found]:
+    """The parts of ascending chunks that lie inside `[start, end)`."""
+    kept = [s for s in found if s.end > start and s.start < end]
+    for i in {0, len(kept) - 1} if kept and start < end else ():
+        s = kept[i]
+        kept[i] = s._replace(start=max(s.start, start), end=min(s.end, end))
+    return kept if start < end else []

@@ -14,6 +14,8 @@ class Chunker(Protocol):
 
     appending tokens never changes a cut already made, and a cut is made from token ids alone.
 
+    It may have `cuts_within(tokens, regions)`, where that is cheaper than the `cuts` of each.
+
     longest_chunk: tokens of the longest chunk it closes, or None where there is no limit.
     """
 

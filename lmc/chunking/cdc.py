@@ -10,10 +10,13 @@ storage systems use; its minimum length makes cuts depend on earlier cuts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+
+AT_ONCE = 1 << 13  # positions that are hashed together, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,38 @@ class Cdc:
 
     def cuts(self, tokens: np.ndarray) -> np.ndarray:
         """tokens [T] -> end positions of the closed chunks, ascending, each in (0, T]."""
-        found: list[int] = []
-        last, longest = 0, self.longest_chunk
-        for p in self._minima(tokens).tolist():
-            found += range(last + longest, p, longest)
-            found.append(p)
-            last = p
+        return self.cuts_within(tokens, [(0, len(tokens))])[0]
+
+    def cuts_within(
+        self, tokens: np.ndarray, regions: Sequence[tuple[int, int]]
+    ) -> list[np.ndarray]:
+        """The cuts of regions `[start, end)` of tokens [T], each cut as if it stood alone.
+
+        What is near a region's border depends on what is behind it, so no minimum is known there.
+        """
+        minima = self._minima(tokens)
+        starts, ends = np.array(regions, np.int64).reshape(-1, 2).T
+        first = np.searchsorted(minima, starts + self.window + self.hash_tokens)
+        last = np.searchsorted(minima, ends - self.window, "right")
+        return [
+            self._forced(minima[a:b], start, end)
+            for (start, end), a, b in zip(regions, first.tolist(), last.tolist(), strict=True)
+        ]
+
+    def _forced(self, minima: np.ndarray, start: int, end: int) -> np.ndarray:
+        """The cuts of one region: its minima, and where they are too far apart, more."""
         # A position is decided once `window` tokens follow it, and a forced cut stands once all
         # positions before it are: appended tokens may still bring a minimum there.
-        undecided = len(tokens) - self.window + 1
-        found += range(last + longest, undecided + 1, longest)
-        return np.array(found, dtype=np.int64)
+        undecided = end - self.window + 1
+        borders = [start, *minima.tolist(), undecided + 1]
+        longest = self.longest_chunk
+        if all(b - a <= longest for a, b in pairwise(borders)):
+            return minima
+        found: list[int] = []
+        for last, p in pairwise(borders):
+            found += range(last + longest, p, longest)
+            found.append(p)
+        return np.array(found[:-1], dtype=np.int64)
 
     def _minima(self, tokens: np.ndarray) -> np.ndarray:
         w, k = self.window, self.hash_tokens
@@ -75,17 +99,36 @@ class Cdc:
         if n < 2 * w + 1:
             return np.empty(0, dtype=np.int64)
         hashes = np.zeros(n, dtype=np.uint64)
-        for j in range(k):
-            hashes = splitmix64(hashes ^ tokens[j : j + n].astype(np.uint64))
-        lowest = sliding_window_view(hashes, w).min(axis=1)  # of hashes[i : i + w], [n - w + 1]
+        ids = tokens.astype(np.uint64)
+        for first in range(0, n, AT_ONCE):
+            some = hashes[first : first + AT_ONCE]
+            for j in range(first, first + k):
+                some ^= ids[j : j + len(some)]
+                splitmix64(some)
+        lowest = _lowest(hashes, w)  # of hashes[i : i + w], [n - w + 1]
         here = hashes[w : n - w]
         minimum = (here < lowest[: n - 2 * w]) & (here <= lowest[w + 1 :])
         return np.flatnonzero(minimum) + w + k
 
 
+def _lowest(x: np.ndarray, w: int) -> np.ndarray:
+    """The least of each w values in a row, `[len(x) - w + 1]`: of windows that double in width."""
+    width = 1
+    while 2 * width <= w:
+        x = np.minimum(x[:-width], x[width:])
+        width *= 2
+    return x if width == w else np.minimum(x[: width - w], x[w - width :])
+
+
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 in which each bit depends on all: splitmix64 (Steele et al. 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """A bijection of uint64 in which each bit depends on all, in place.
+
+    splitmix64 (Steele et al. 2014).
+    """
+    x += np.uint64(0x9E3779B97F4A7C15)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from blake3 import blake3
@@ -13,8 +12,7 @@ from blake3 import blake3
 from lmc.chunking import Chunker
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Tokens `[start, end)` of a list.
 
     closed: False only for the tail, the last run, which no cut has ended: it may still grow.
@@ -31,10 +29,8 @@ def chunk_key(namespace: bytes, tokens: np.ndarray) -> bytes:
     The namespace covers all that makes KV incompatible. Its length goes first, so that no
     namespace and ids join to the same bytes as another pair.
     """
-    hasher = blake3(len(namespace).to_bytes(8, "little"))
-    hasher.update(namespace)
-    hasher.update(_id_bytes(tokens))
-    return hasher.digest()
+    front = len(namespace).to_bytes(8, "little") + namespace
+    return blake3(front + _id_bytes(tokens)).digest()
 
 
 def context_digests(tokens: np.ndarray, positions: Iterable[int]) -> list[bytes]:
@@ -53,29 +49,80 @@ def context_digests(tokens: np.ndarray, positions: Iterable[int]) -> list[bytes]
     return digests
 
 
+class Contexts:
+    """Digests of what stands before positions of one prompt, each made when first asked for.
+
+    All that are asked for in ascending order cost one pass over the tokens together.
+
+    ids: the token ids' bytes, int64.
+    """
+
+    def __init__(self, ids: bytes) -> None:
+        self._ids = memoryview(ids)
+        self._hasher, self._done = blake3(), 0
+        self._known: dict[int, bytes] = {}
+
+    def __getitem__(self, p: int) -> bytes:
+        """The digest of the first p tokens, as of `context_digests`."""
+        digest = self._known.get(p)
+        if digest is None:
+            if p < self._done:
+                self._hasher, self._done = blake3(), 0
+            self._hasher.update(self._ids[self._done * 8 : p * 8])
+            self._done = p
+            digest = self._known[p] = self._hasher.digest()
+        return digest
+
+    def known(self, p: int) -> bytes | None:
+        """The digest of the first p tokens, if it was made."""
+        return self._known.get(p)
+
+    def learn(self, p: int, digest: bytes) -> None:
+        """What it is at p is known from elsewhere."""
+        self._known[p] = digest
+
+
 def split(
     tokens: np.ndarray,
     chunker: Chunker,
     spans: Sequence[tuple[int, int]] | None = None,
     longest: int | None = None,
+    whole: bool = False,
 ) -> list[Piece]:
     """Cut tokens [T] into pieces that partition `[0, T)`.
 
-    spans: `(start, end)` that the caller wants as one chunk each. What lies between them is cut
-    by `chunker` as if it stood alone, and its last run is closed by the span behind it; what
+    spans: `(start, end)` of texts that may come again elsewhere. Their borders are cuts too; in
+    each of them, and between them, `chunker` cuts as if it stood alone. So a text is cut alike
+    whatever stands beside it, and, but for its ends, whether it was given as a span or not. What
     follows the last span ends in an open tail, as a whole list does without spans.
     longest: tokens of a piece at most; longer ones are cut there.
+    whole: each span is one piece: what papers call a chunk.
 
     Raises ValueError for spans that are empty, overlap, descend or lie outside `[0, T)`.
     """
-    pieces: list[Piece] = []
-    position = 0
-    for start, end in checked_spans(spans or [], len(tokens)):
-        pieces += _cut(tokens, position, start, chunker, closed=True)
-        pieces.append(Piece(start, end))
+    T, position = len(tokens), 0
+    regions: list[Piece] = []
+    given = checked_spans(spans or [], T)
+    for start, end in given:
+        regions += [Piece(position, start), Piece(start, end)]
         position = end
-    pieces += _cut(tokens, position, len(tokens), chunker, closed=False)
-    return pieces if longest is None else [part for p in pieces for part in _shorter(p, longest)]
+    regions = [r for r in [*regions, Piece(position, T, closed=False)] if r.start < r.end]
+    kept = set(given) if whole else set()
+    asked = [(r.start, r.end) for r in regions if (r.start, r.end) not in kept]
+    if hasattr(chunker, "cuts_within"):
+        cuts = chunker.cuts_within(tokens, asked)
+    else:
+        cuts = [chunker.cuts(tokens[start:end]) + start for start, end in asked]
+    found = dict(zip(asked, cuts, strict=True))
+    pieces: list[Piece] = []
+    for start, end, closed in regions:
+        borders = [start, *found[start, end].tolist()] if (start, end) in found else [start]
+        pieces += map(Piece, borders, borders[1:])
+        if borders[-1] < end:
+            pieces.append(Piece(borders[-1], end, closed))
+    if longest is None or max((end - start for start, end, _ in pieces), default=0) <= longest:
+        return pieces
+    return [part for p in pieces for part in _shorter(p, longest)]
 
 
 def checked_spans(spans: Sequence[tuple[int, int]], T: int) -> list[tuple[int, int]]:
@@ -101,15 +148,6 @@ def checked_spans(spans: Sequence[tuple[int, int]], T: int) -> list[tuple[int, i
         checked.append((start, end))
         allowed = end
     return checked
-
-
-def _cut(tokens: np.ndarray, start: int, end: int, chunker: Chunker, closed: bool) -> list[Piece]:
-    """The pieces of one region; `closed` is that of a last run without a cut."""
-    borders = [start, *(chunker.cuts(tokens[start:end]) + start).tolist()]
-    pieces = [Piece(a, b) for a, b in pairwise(borders)]
-    if borders[-1] < end:
-        pieces.append(Piece(borders[-1], end, closed))
-    return pieces
 
 
 def _shorter(piece: Piece, longest: int) -> list[Piece]:

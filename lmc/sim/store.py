@@ -105,7 +105,8 @@ def replay_store(
         plan = make_plan(r.tokens, pieces, index, b"", strategy, L=model.L)
         for slot in {s.record.slot for s in plan.found}:
             index.touch(slot)
-        for _, record in keep(index, b"", r.tokens, pieces, plan.first_moved, bytes_per_token):
+        kept = keep(index, b"", r.tokens, pieces, plan.first_moved, bytes_per_token, marked or ())
+        for _, record in kept:
             index.acknowledge(record.slot, 0)
         index.take_freed()
         runs = plan.computed_runs()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,20 +15,18 @@ from lmc.model.cost import PrefillCost
 from lmc.policies import POLICIES, Item, Policy
 from lmc.store.record import Origin, Record, superseded
 
+BEHIND = 16  # of what continues a context with the same token, only so many of the latest are told
+
 
 class _Entry:
-    __slots__ = ("arriving", "item", "leases", "missing", "record")
+    __slots__ = ("item", "leases", "missing", "record", "visible")
 
     def __init__(self, record: Record, item: Item, ranks: int, arriving: bool) -> None:
         self.record = record
         self.item = item
         self.leases = 0
         self.missing = set(range(ranks))  # ranks that have not acknowledged the bytes
-        self.arriving = arriving  # out of another tier: found before it is acknowledged
-
-    @property
-    def visible(self) -> bool:
-        return self.arriving or not self.missing
+        self.visible = arriving or not ranks  # out of another tier it is found at once
 
 
 class Index:
@@ -45,6 +43,10 @@ class Index:
             take; without it a record's tokens stand for them.
         clock: seconds, for policies that ask for the time.
         exact_variants: of one content, how many exact contexts are kept: the latest.
+
+    Attributes:
+        added: how many records have become visible so far: has it grown, more may be found.
+        gone: how many have been let go of so far: has it not grown, what was found is there.
 
     Raises:
         ValueError: an unknown policy, wrong fields of it, or one that needs the future.
@@ -69,13 +71,16 @@ class Index:
         self._cost = cost
         self._clock = clock
         self._exact_variants = exact_variants
+        self.added = self.gone = 0
         self._next_slot = 0
         self._entries: dict[int, _Entry] = {}
         self._slots: dict[Hashable, int] = {}  # of the policy's keys
         self._ends: dict[tuple[bytes, bytes], Hashable] = {}
-        self._by_key: dict[bytes, list[int]] = {}
+        self._contents: dict[bytes, dict[bytes, list[_Entry]]] = {}  # by namespace and token ids
+        self._behind: dict[bytes, list[_Entry]] = {}  # by namespace, context and first token
         self._tails: dict[tuple[bytes, bytes], int] = {}
         self._freed: list[int] = []
+        self._awaited: set[int] = set()  # slots that arrive out of another tier
         self._pinned = _Pinned(self)
 
     def __len__(self) -> int:
@@ -84,13 +89,34 @@ class Index:
     def __contains__(self, slot: int) -> bool:
         return slot in self._entries
 
-    def variants(self, key: bytes) -> Iterator[Record]:
-        """Visible records of one content, the latest first; tails excepted."""
+    def variants(self, namespace: bytes, content: bytes) -> list[Record]:
+        """Visible records of one content, by its token ids' bytes, the latest first; no tails."""
+        return self.variants_of(namespace, [content])[0]
+
+    def variants_of(self, namespace: bytes, contents: Iterable[bytes]) -> list[list[Record]]:
+        """As `variants`, of many contents at once."""
         self._expire()
-        for slot in reversed(self._by_key.get(key, ())):
-            entry = self._entries[slot]
-            if entry.visible and not entry.record.tail:
-                yield entry.record
+        known = self._contents.get(namespace, {})
+        return [
+            [entry.record for entry in reversed(entries) if entry.visible]
+            if (entries := known.get(content))
+            else []
+            for content in contents
+        ]
+
+    def coming(self, namespace: bytes, content: bytes) -> list[Record]:
+        """Records of one content that are still being stored; no tails."""
+        entries = self._contents.get(namespace, {}).get(content, ())
+        return [entry.record for entry in entries if not entry.visible]
+
+    def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Record]:
+        """Visible records, tails too, computed behind `context` that begin with the token `first`.
+
+        Nothing that is blended; of very many only the latest.
+        """
+        self._expire()
+        entries = self._behind.get(namespace + context + first, ())
+        return [e.record for e in reversed(entries) if e.visible]
 
     def tail(self, namespace: bytes, context: bytes) -> Record | None:
         """The visible tail that continues `context`, if one is stored."""
@@ -131,9 +157,9 @@ class Index:
         """
         return self._take(record, arriving=True)
 
-    def arriving(self, slot: int) -> bool:
-        """Whether a rank has yet to say that it has the bytes of `slot`."""
-        return slot in self._entries and bool(self._entries[slot].missing)
+    def arriving(self, slots: Iterable[int]) -> list[int]:
+        """Those of `slots` that a rank has yet to say it has, out of another tier."""
+        return [slot for slot in slots if slot in self._awaited] if self._awaited else []
 
     def _take(self, record: Record, arriving: bool) -> Record | None:
         self._expire()
@@ -149,26 +175,39 @@ class Index:
         if not self._make_room(item):
             return None
         slot = record.slot
-        self._entries[slot] = _Entry(record, item, self._ranks, arriving)
+        entry = self._entries[slot] = _Entry(record, item, self._ranks, arriving)
         self._slots[item.key] = slot
         self._ends[record.namespace, record.context_after] = item.key
         self._policy.insert(item, self._clock())
-        self._by_key.setdefault(record.key, []).append(slot)
+        if not record.tail:  # exact only, so never by content
+            contents = self._contents.setdefault(record.namespace, {})
+            contents.setdefault(record.tokens, []).append(entry)
+        if record.origin != "blended":
+            behind = self._behind.setdefault(_behind(record), [])
+            behind.append(entry)
+            del behind[:-BEHIND]
         if record.tail:
             self._tails[record.namespace, record.context] = slot
         self.size += record.nbytes
         self.counts["adopted" if arriving else "put"] += 1
+        if arriving:
+            self._awaited.add(slot)
         return record
 
     def acknowledge(self, slot: int, rank: int) -> None:
         """Rank `rank` holds the bytes of `slot` now."""
         if slot in self._entries:
-            self._entries[slot].missing.discard(rank)
+            entry = self._entries[slot]
+            entry.missing.discard(rank)
+            if not entry.missing:
+                self._awaited.discard(slot)
+                self.added += not entry.visible
+                entry.visible = True
 
     def touch(self, slot: int) -> None:
         """A use, which the policy may reward."""
-        if slot in self._entries:
-            self._policy.touch(self._entries[slot].item, self._clock())
+        if (entry := self._entries.get(slot)) is not None:
+            self._policy.touch(entry.item, self._clock())
 
     def lease(self, slot: int) -> None:
         """Keep `slot` until released as often as leased."""
@@ -201,7 +240,8 @@ class Index:
             slot = self._tails.get((record.namespace, record.context))
             slots = [] if slot is None else [slot]
         else:
-            slots = self._by_key.get(record.key, [])
+            contents = self._contents.get(record.namespace, {})
+            return [entry.record for entry in contents.get(record.tokens, ())]
         return [self._entries[slot].record for slot in slots]
 
     def _leased(self, record: Record) -> bool:
@@ -245,6 +285,8 @@ class Index:
 
     def _drop(self, slot: int) -> None:
         """Let go of a record that the policy has forgotten."""
+        self.gone += 1
+        self._awaited.discard(slot)
         entry = self._entries.pop(slot)
         record = entry.record
         self.size -= record.nbytes
@@ -252,10 +294,13 @@ class Index:
         end = (record.namespace, record.context_after)
         if self._ends.get(end) == entry.item.key:
             del self._ends[end]
-        same = self._by_key[record.key]
-        same.remove(slot)
-        if not same:
-            del self._by_key[record.key]
+        if not record.tail:
+            contents = self._contents[record.namespace]
+            _remove(contents, record.tokens, entry)
+            if not contents:
+                del self._contents[record.namespace]
+        if record.origin != "blended":
+            _remove(self._behind, _behind(record), entry)
         if record.tail:
             del self._tails[record.namespace, record.context]
         self._freed.append(slot)
@@ -270,3 +315,15 @@ class _Pinned:
     def __contains__(self, key: object) -> bool:
         entry = self._index._entries[self._index._slots[key]]
         return bool(entry.leases or entry.missing)
+
+
+def _behind(record: Record) -> bytes:
+    return record.namespace + record.context + record.tokens[:8]
+
+
+def _remove(entries: dict[bytes, list[_Entry]], key: bytes, entry: _Entry) -> None:
+    held = entries.get(key, [])
+    if entry in held:
+        held.remove(entry)
+        if not held:
+            del entries[key]

@@ -18,6 +18,7 @@ def keep(
     pieces: Sequence[Piece],
     blended_from: int | None,
     bytes_per_token: int,
+    spans: Sequence[tuple[int, int]] = (),
 ) -> list[tuple[Piece, Record]]:
     """Make room in `index` for every chunk of tokens [T] that it lacks and takes.
 
@@ -25,9 +26,13 @@ def keep(
         pieces: a partition of `[0, T)`.
         blended_from: the first token whose KV is not exact, or None.
         bytes_per_token: of one rank.
+        spans: texts that are cut into several of them, and count as computed as one.
     """
     ids = np.ascontiguousarray(tokens, "<i8")
     contexts = context_digests(ids, [*(p.start for p in pieces), len(ids)])
+    ends = {start: end for start, end, _ in pieces} | dict(spans)
+    first_end = ends.get(0, 0)
+    second_end = ends.get(first_end)
     kept = []
     for piece, context, after in zip(pieces, contexts, contexts[1:], strict=False):
         content = ids[piece.start : piece.end]
@@ -38,7 +43,7 @@ def keep(
             start=piece.start,
             context=context,
             context_after=after,
-            origin=origin_of(piece.start, pieces[0].end, blended_from, piece.end),
+            origin=origin_of(piece.start, first_end, blended_from, piece.end, second_end),
             nbytes=len(content) * bytes_per_token,
             tail=not piece.closed,
         )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from lmc.chunking.pieces import Piece, chunk_key, context_digests
+from lmc.chunking.pieces import Contexts, Piece, chunk_key, context_digests
 from lmc.store.index import Index
 from lmc.store.record import ContextPolicy, Record
 
@@ -18,8 +16,7 @@ NOTHING = context_digests(np.empty(0, np.int64), [0])[0]
 FOREIGN = {"isolated": 0, "anchored": 0, "exact": 1, "blended": 2}
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """Tokens `[start, end)` of a prompt that a stored chunk serves.
 
     Attributes:
@@ -41,23 +38,21 @@ class Found:
         return self.at - self.record.start
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where in a prompt a chunk is to go.
 
     Attributes:
-        start: its first token. context: digest of all before it.
+        start: its first token.
+        contexts: of the prompt: digests of what stands before each of its chunks up to this one.
         before: the moved chunk that ends there, if one does.
-        own: digests of what a chunk that is moved here may have been computed behind.
         chained: whether all before it is exact or the engine's own. Else a tier is not asked for
             an exact one beside what memory has: it would have had those before it too.
         moves: whether chunks may be used outside their exact context.
     """
 
     start: int
-    context: bytes
+    contexts: Contexts
     before: Found | None
-    own: AbstractSet[bytes]
     chained: bool
     moves: bool
 
@@ -69,8 +64,11 @@ class Directory(Protocol):
         """Variants of one content, the oldest first; tails excepted."""
         ...
 
-    def tail(self, namespace: bytes, context: bytes) -> Record | None:
-        """The tail that continues `context`."""
+    def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Record]:
+        """What was computed behind `context` and begins with the token `first` (8 bytes).
+
+        Tails too, but nothing that is blended; of very many only the latest.
+        """
         ...
 
 
@@ -83,6 +81,9 @@ class Known:
         policy: what a chunk that is moved may have been computed behind.
         begins: the token that a prompt begins with, if the model has one: a chunk behind nothing
             else counts as isolated.
+
+    Attributes:
+        coming: whether something that was asked for is still being stored.
     """
 
     def __init__(
@@ -95,47 +96,81 @@ class Known:
     ) -> None:
         self._index, self.namespace, self._tiers = index, namespace, tiers
         self.policy = policy
+        self.coming = False
         first = [] if begins is None else context_digests(np.array([begins]), [1])
-        self.alone = frozenset([NOTHING, *first])
+        self._alone = frozenset([NOTHING, *first])
 
-    def variants(self, key: bytes, tokens: bytes, place: Place) -> list[Record]:
-        """Variants of the content `tokens` that serve there, the latest first; memory's, or more.
+    def in_memory(self, contents: Sequence[bytes]) -> list[list[Record]]:
+        """What memory has of each content, the latest first."""
+        return self._index.variants_of(self.namespace, contents)
+
+    def variants(self, content: bytes, stored: list[Record], place: Place) -> list[Record]:
+        """Variants of a content that serve there, the latest first; memory's, or more.
 
         Tiers are asked as long as nothing is known that serves, or nothing that is exact.
+
+        Args:
+            stored: what memory has of it.
         """
-        known = [r for r in self._index.variants(key) if r.tokens == tokens]
-        known = [r for r in known if self._serves(r, place)]
+        known = stored
+        if self.policy != "any" or not place.moves:
+            known = [r for r in stored if self._serves(r, place)]
+        if not known:
+            coming = self._index.coming(self.namespace, content)
+            self.coming = self.coming or any(self._serves(r, place) for r in coming)
         for tier in self._tiers:
-            if known and (not place.chained or any(exact_in(r, place.context) for r in known)):
+            if known and (not place.chained or any(exact_at(r, place) for r in known)):
                 break
             held = {r.id for r in known}
-            found = [r for r in reversed(tier.find(self.namespace, key)) if r.tokens == tokens]
-            known += [r for r in found if r.id not in held and self._serves(r, place)]
+            found = [r for r in self._behind(tier, content) if r.id not in held]
+            known = [*known, *(r for r in found if self._serves(r, place))]
         return known
 
+    def movable(self, content: bytes) -> bool:
+        """Whether a variant of a content is known, or coming, that may go anywhere."""
+        index, namespace = self._index, self.namespace
+        stored = [*index.variants(namespace, content), *index.coming(namespace, content)]
+        for tier in self._tiers:
+            if not any(r.context in self._alone for r in stored):
+                stored += self._behind(tier, content)
+        return any(r.context in self._alone and r.origin != "blended" for r in stored)
+
+    def _behind(self, tier: Directory, content: bytes) -> list[Record]:
+        """What a tier has of a content, the latest first."""
+        key = chunk_key(self.namespace, np.frombuffer(content, "<i8"))
+        return [r for r in reversed(tier.find(self.namespace, key)) if r.tokens == content]
+
     def _serves(self, record: Record, place: Place) -> bool:
-        if exact_in(record, place.context):
+        if exact_at(record, place):
             return True
         if not place.moves or self.policy == "any":
             return place.moves
         if record.origin == "blended":
             return False
         # Behind the chunk it was computed behind, it has seen nothing that is not here.
-        behind = place.before is not None and continues(place.before, record, place.start)
-        return behind or record.context in place.own
+        if place.before is not None and continues(place.before, record, place.start):
+            return True
+        if record.context in self._alone:
+            return True
+        # Behind a chunk border of this very prompt: text that stands in front of it here too.
+        shares = self.policy == "shared_prefix" and record.start <= place.start
+        return shares and place.contexts.known(record.start) == record.context
 
-    def tail(self, context: bytes, content: bytes, chained: bool = True) -> Record | None:
-        """The tail behind `context` that `content` starts with; the longest there is."""
-        tails = [self._index.tail(self.namespace, context)]
-        if chained:
-            tails += [tier.tail(self.namespace, context) for tier in self._tiers]
-        fits = [t for t in tails if t is not None and content.startswith(t.tokens)]
-        return max(fits, key=lambda t: t.T, default=None)
+    def after(self, ids: bytes, place: Place) -> Record | None:
+        """What continues the prompt at `place` exactly, wherever it was cut; the longest there is.
 
-
-def exact_in(record: Record, context: bytes) -> bool:
-    """Whether a record is, behind `context`, what full prefill would give."""
-    return record.context == context and record.origin != "blended"
+        Args:
+            ids: the whole prompt's token ids, int64.
+        """
+        context, at = place.contexts[place.start], 8 * place.start
+        first = ids[at : at + 8]
+        stored = self._index.after(self.namespace, context, first)
+        fits = [r for r in stored if ids.startswith(r.tokens, at)]
+        for tier in self._tiers:
+            if not fits:
+                stored = tier.after(self.namespace, context, first)
+                fits = [r for r in stored if ids.startswith(r.tokens, at)]
+        return max(fits, key=lambda record: record.T, default=None)
 
 
 def find(
@@ -145,44 +180,74 @@ def find(
     local: int = 0,
     moves: bool = True,
 ) -> list[Found]:
-    """Every stored chunk of tokens [T] that reaches past `local`, whole, in order.
+    """What stored chunks serve of tokens [T] past `local`, each whole, in order.
+
+    By content, piece for piece. Where all so far is exact and that finds nothing that is, what was
+    stored behind the very same text is, wherever it was cut: so that prompts find each other with
+    spans and without, and what ends in the midst of a chunk is of use.
 
     Args:
         pieces: the chunks of the prompt, a partition of `[0, T)`.
         local: tokens that the engine has already.
         moves: whether chunks may be used outside their exact context.
     """
-    contexts = context_digests(tokens, [p.start for p in pieces])
-    ids = np.ascontiguousarray(tokens, "<i8")
+    ids = np.ascontiguousarray(tokens, "<i8").tobytes()
+    contexts = Contexts(ids)
     everything: list[Found] = []
     before: Found | None = None  # the moved chunk that ends where this piece starts
     reached = local  # exact, or the engine's own, as far as this
-    own = set(known.alone)
-    for piece, context in zip(pieces, contexts, strict=True):
-        if known.policy == "shared_prefix":
-            own.add(context)
-        if piece.end <= local:
+    at = 0  # what is found reaches this far; into a piece, if it was cut elsewhere
+    if known.policy == "shared_prefix":
+        for start, _, _ in pieces:
+            contexts[start]  # borders that chunks may have been computed behind
+    wanted = [piece for piece in pieces if piece.end > local]
+    contents = [ids[8 * start : 8 * end] for start, end, _ in wanted]
+    stored = known.in_memory(contents)
+    for (start, end, _), content, held in zip(wanted, contents, stored, strict=True):
+        if end <= at:
             continue
-        content = ids[piece.start : piece.end].tobytes()
-        key = chunk_key(known.namespace, tokens[piece.start : piece.end])
-        chained = reached >= piece.start
-        place = Place(piece.start, context, before, own, chained, moves)
-        variants = known.variants(key, content, place)
-        exact = next((r for r in variants if exact_in(r, context)), None)
+        variants: list[Record] = []
+        exact: Record | None = None
+        if at <= start:
+            at = start
+            place = Place(start, contexts, before, reached >= start, moves)
+            variants = known.variants(content, held, place)
+            for record in variants:
+                if record.start == start and exact_at(record, place):
+                    exact = record
+                    break
         if exact is not None:
-            found = Found(piece.start, piece.end, "exact", exact, piece.start)
-        elif tail := known.tail(context, content, chained):
-            found = Found(piece.start, piece.start + tail.T, "exact", tail, piece.start)
-        elif variants:
-            record = _best_variant(variants, before, piece.start)
-            found = Found(piece.start, piece.end, "moved", record, piece.start)
+            everything.append(Found(start, end, "exact", exact, start))
+            contexts.learn(end, exact.context_after)
+            reached, at, before = max(reached, end), end, None
+            continue
+        while at < end and reached >= at:
+            place = Place(at, contexts, None, True, moves)
+            if (behind := known.after(ids, place)) is None:
+                break
+            variants = []
+            at += behind.T
+            if at > local:
+                everything.append(Found(place.start, at, "exact", behind, place.start))
+            contexts.learn(at, behind.context_after)
+            reached = max(reached, at)
+        if variants:
+            before = Found(start, end, "moved", _best_variant(variants, before, start), start)
+            everything.append(before)
+            at = end
         else:
             before = None
-            continue
-        everything.append(found)
-        reached = found.end if found.kind == "exact" else reached
-        before = found if found.kind == "moved" else None
     return everything
+
+
+def exact_at(record: Record, place: Place) -> bool:
+    """Whether a record is, there, what full prefill would give."""
+    # What stands before it has a length: that comes first, since digests cost a pass.
+    return (
+        record.start == place.start
+        and record.origin != "blended"
+        and record.context == place.contexts[place.start]
+    )
 
 
 def _best_variant(known: list[Record], before: Found | None, start: int) -> Record:
@@ -191,6 +256,8 @@ def _best_variant(known: list[Record], before: Found | None, start: int) -> Reco
     One that was stored right behind what now stands before it; else one encoded alone or
     behind the shared prefix, else the latest exact one, else a blended one.
     """
+    if len(known) == 1:
+        return known[0]
     if before is not None:
         for record in known:
             if continues(before, record, start):
@@ -200,8 +267,9 @@ def _best_variant(known: list[Record], before: Found | None, start: int) -> Reco
 
 def continues(before: Found, record: Record, start: int) -> bool:
     """Whether `record`, placed at `start`, was stored right behind what `before` places."""
+    other = before.record
     return (
-        record.context == before.record.context_after
+        record.context == other.context_after
         and start == before.end
-        and start - record.start == before.delta
+        and start - record.start == before.at - other.start
     )

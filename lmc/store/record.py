@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Literal
 
 from blake3 import blake3
@@ -15,22 +14,29 @@ Origin = Literal["exact", "isolated", "anchored", "blended"]
 ContextPolicy = Literal["any", "shared_prefix", "isolated"]
 
 
-def origin_of(start: int, first_piece_end: int, blended_from: int | None, end: int) -> Origin:
+def origin_of(
+    start: int,
+    first_end: int,
+    blended_from: int | None,
+    end: int,
+    second_end: int | None = None,
+) -> Origin:
     """How a chunk `[start, end)` of a request came by its KV.
 
     Args:
         start, end: the chunk's tokens.
-        first_piece_end: where the request's first chunk ends.
+        first_end: where the text ends that the request begins with: a span, or a chunk.
         blended_from: the first token whose KV is not exact, or None.
+        second_end: where the text ends that follows; by default where its first chunk does.
     """
     if blended_from is not None and end > blended_from:
         return "blended"
-    if start == 0:
+    if start < first_end:
         return "isolated"
-    return "anchored" if start == first_piece_end else "exact"
+    return "anchored" if start < (second_end or first_end + 1) else "exact"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One stored variant of one content.
 
@@ -59,16 +65,21 @@ class Record:
     origin: Origin
     nbytes: int
     tail: bool = False
+    _id: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def T(self) -> int:  # noqa: N802 the letter of tokens, as everywhere
         return len(self.tokens) // 8
 
-    @cached_property
+    @property
     def id(self) -> bytes:
         """What names this variant in every tier but host memory: 32 bytes, the same each time."""
-        kind = bytes([self.tail, self.origin == "blended"])
-        return blake3(self.key + self.context + kind).digest()
+        if self._id is None:
+            kind = bytes([self.tail, self.origin == "blended"])
+            digest = blake3(self.key + self.context + kind).digest()
+            object.__setattr__(self, "_id", digest)
+            return digest
+        return self._id
 
 
 def superseded(

@@ -89,12 +89,12 @@ class Store:
         self.close()
 
     def pieces(self, tokens: Tokens, spans: Sequence[tuple[int, int]] | None = None) -> list[Piece]:
-        """The chunks of tokens [T]; spans are those that the caller knows.
+        """The chunks of tokens [T]; each span is one, where a serving engine would cut it further.
 
         Raises:
             ValueError: spans that overlap, descend or lie outside.
         """
-        return split(np.asarray(tokens, np.int64), self.chunker, spans)
+        return split(np.asarray(tokens, np.int64), self.chunker, spans, whole=True)
 
     def lookup(self, tokens: Tokens, spans: Sequence[tuple[int, int]] | None = None) -> list[Found]:
         """What of tokens [T] is stored, in order; no bytes are read.
@@ -225,7 +225,10 @@ class Store:
         taken = self.index.adopt(record)
         if taken is None:
             tail = self.index.tail(record.namespace, record.context)
-            here = [*self.index.variants(record.key), *([tail] if tail else [])]
+            here = [
+                *self.index.variants(record.namespace, record.tokens),
+                *([tail] if tail else []),
+            ]
             return next((r for r in here if r.id == record.id), None)
         self._free()
         self.chunks.expect(taken)

@@ -131,7 +131,7 @@ def test_last_token_is_left_to_the_engine(corpus: Index) -> None:
 
 def test_exact_behind_moved_needs_no_recompute(corpus: Index) -> None:
     store(corpus, SYSTEM, B, A, C)  # C is known in just this context now
-    evicted = next(r for r in corpus.variants(chunk_key(NS, A)) if r.start == 70)
+    evicted = next(r for r in corpus.variants(NS, A.astype("<i8").tobytes()) if r.start == 70)
     corpus.drop(evicted.slot)
     plan = plan_of(corpus, SYSTEM, B, A, C, QUESTION, blend={"name": "epic", "link_tokens": 4})
     assert [s.kind for s in plan.found] == ["exact", "exact", "moved", "exact"]
@@ -259,11 +259,11 @@ class Shelf:
 
     def find(self, namespace: bytes, key: bytes) -> list[Record]:
         self.asked += 1
-        return [replace(r, slot=-1) for r in reversed(list(self.index.variants(key)))]
+        held = [e.record for e in self.index._entries.values()]
+        return [replace(r, slot=-1) for r in held if r.key == key and not r.tail]
 
-    def tail(self, namespace: bytes, context: bytes) -> Record | None:
-        found = self.index.tail(namespace, context)
-        return replace(found, slot=-1) if found else None
+    def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Record]:
+        return [replace(r, slot=-1) for r in self.index.after(namespace, context, first)]
 
 
 def test_a_tier_behind_memory_gives_the_same_plan() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmc.chunking import CHUNKERS
+from lmc.chunking.cdc import Cdc
 from lmc.chunking.pieces import Piece, chunk_key, context_digests, split
 
 CONFIGS = [
@@ -46,7 +47,9 @@ def test_pieces_partition_the_prompt(
     assert ends[-1] == len(tokens)
     assert all(p.start < p.end for p in pieces)
     assert all(p.closed for p in pieces[:-1])
-    assert {Piece(a, b) for a, b in spans} <= set(pieces)
+    assert {p for span in spans for p in span} <= {0, *ends}
+    whole = split(tokens, CHUNKERS.build(config), spans, whole=True)
+    assert {Piece(a, b) for a, b in spans} <= set(whole)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -80,7 +83,7 @@ def test_regions_between_spans_stand_alone() -> None:
 def test_no_tail_behind_a_last_span_or_cut() -> None:
     chunker = CHUNKERS.build({"name": "fixed", "n": 4})
     assert split(np.arange(8), chunker)[-1] == Piece(4, 8)
-    assert split(np.arange(9), chunker, [(3, 9)])[-1] == Piece(3, 9)
+    assert split(np.arange(9), chunker, [(3, 9)])[-1] == Piece(7, 9)
     assert split(np.arange(0), chunker) == []
     assert split(np.arange(3), chunker) == [Piece(0, 3, closed=False)]
 
@@ -109,9 +112,40 @@ def test_no_piece_is_longer_than_allowed(
     # A text has the same pieces wherever it stands.
     if spans:
         start, end = spans[-1]
-        alone = split(tokens[start:end], CHUNKERS.build("explicit"), [(0, end - start)], longest)
+        alone = split(tokens[start:end], chunker, [(0, end - start)], longest)
         moved = [(p.start - start, p.end - start) for p in cut if start <= p.start < end]
         assert moved == [(p.start, p.end) for p in alone]
+
+
+def test_texts_are_cut_alike_with_spans_and_without() -> None:
+    """But for what reaches from the last cut before a span's border to the first one behind it."""
+    chunker = CHUNKERS.build("cdc")
+    rng = np.random.default_rng(3)
+    texts = [rng.integers(0, 500, n) for n in (300, 700, 20, 450, 1)]
+    ends = np.cumsum([len(text) for text in texts]).tolist()
+    tokens = np.concatenate(texts)
+    plain = split(tokens, chunker)
+    spans = list(pairwise([0, *ends]))
+    marked = split(tokens, chunker, spans)
+    near = 2 * chunker.window + chunker.hash_tokens
+    far = {p.end for p in plain if all(abs(p.end - border) > near for border in ends)}
+    assert far <= {p.end for p in marked}
+    assert {p.end for p in marked} <= {p.end for p in plain} | set(ends)
+    # A text among others is cut as it is alone: its pieces are found again wherever it stands.
+    for (start, end), text in zip(spans, texts, strict=True):
+        alone = [(a + start, b + start) for a, b, _ in split(text, chunker, [(0, len(text))])]
+        assert [(a, b) for a, b, _ in marked if start <= a < end] == alone
+
+
+@given(case=tokens_and_spans(), n=st.integers(1, 12), most=st.integers(1, 60))
+def test_regions_are_cut_together_as_each_of_them_is(
+    case: tuple[np.ndarray, list[tuple[int, int]]], n: int, most: int
+) -> None:
+    tokens, regions = case
+    chunker = Cdc(n, max_tokens=max(n // 2, 1) + most)
+    together = chunker.cuts_within(tokens, regions)
+    for (start, end), cuts in zip(regions, together, strict=True):
+        assert cuts.tolist() == (chunker.cuts(tokens[start:end]) + start).tolist()
 
 
 def test_spans_as_json_gives_them() -> None:

@@ -95,11 +95,9 @@ class Faulty:
         found: list[Record] = self._tier.find(namespace, key)  # type: ignore[attr-defined]
         return [record for record in found if not self._fails()]
 
-    def tail(self, namespace: bytes, context: bytes) -> Record | None:
-        if self._fails():
-            return None
-        found: Record | None = self._tier.tail(namespace, context)  # type: ignore[attr-defined]
-        return found
+    def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Record]:
+        found: list[Record] = self._tier.after(namespace, context, first)  # type: ignore[attr-defined]
+        return [record for record in found if not self._fails()]
 
     def evict(self, records: Sequence[Record]) -> None:
         self._tier.evict(records)

@@ -175,7 +175,7 @@ def test_a_disk_that_fails_costs_misses_and_nothing_else(tmp_path: Path, seed: i
             acknowledged[i] = spec
         disk.contains([spec.record()])
         disk.find(b"x", spec.record().key)
-        disk.tail(b"x", b"c" * 32)
+        disk.after(b"x", b"c" * 32, b"t" * 8)
         for other in rng.sample(sorted(acknowledged), min(3, len(acknowledged))):
             got = disk.get(acknowledged[other].record())
             assert got is None or right(got, acknowledged[other])

@@ -39,9 +39,9 @@ def test_found_only_when_every_rank_has_it() -> None:
     record = put(index, b"a")
     assert record is not None
     index.acknowledge(record.slot, 0)
-    assert list(index.variants(b"a")) == []
+    assert index.variants(NS, b"a" * 8) == []
     index.acknowledge(record.slot, 1)
-    assert list(index.variants(b"a")) == [record]
+    assert index.variants(NS, b"a" * 8) == [record]
 
 
 def test_least_recently_used_goes_first() -> None:
@@ -91,11 +91,11 @@ def test_a_record_expires_unless_it_is_in_use() -> None:
     a, b = put_visible(index, b"a"), put_visible(index, b"b")
     index.lease(b.slot)
     now[0] = 60.0
-    assert list(index.variants(b"a")) == []
+    assert index.variants(NS, b"a" * 8) == []
     assert index.take_freed() == [a.slot]
-    assert list(index.variants(b"b")) == [b]
+    assert index.variants(NS, b"b" * 8) == [b]
     index.release(b.slot)
-    assert list(index.variants(b"b")) == []
+    assert index.variants(NS, b"b" * 8) == []
     assert index.counts["expired"] == 2
 
 
@@ -108,7 +108,7 @@ def test_exact_variants_are_a_setting() -> None:
     index = Index(capacity=1000, exact_variants=1)
     put_visible(index, b"a", b"1")
     latest = put_visible(index, b"a", b"2")
-    assert list(index.variants(b"a")) == [latest]
+    assert index.variants(NS, b"a" * 8) == [latest]
 
 
 def test_record_larger_than_the_store_evicts_nothing() -> None:
@@ -127,7 +127,7 @@ def test_two_latest_exact_and_anchored_variants_and_one_isolated() -> None:
     for context in (b"5", b"6", b"7"):
         put_visible(index, b"a", context, origin="anchored")
     # No way of encoding a text pushes out another.
-    assert [(r.context, r.origin) for r in index.variants(b"a")] == [
+    assert [(r.context, r.origin) for r in index.variants(NS, b"a" * 8)] == [
         (b"7", "anchored"),
         (b"6", "anchored"),
         (b"4", "isolated"),
@@ -141,7 +141,7 @@ def test_blended_is_kept_only_while_nothing_better_is_known() -> None:
     put_visible(index, b"a", b"1", origin="blended")
     assert put(index, b"a", b"2", origin="blended") is None
     exact = put_visible(index, b"a", b"3")
-    assert list(index.variants(b"a")) == [exact]
+    assert index.variants(NS, b"a" * 8) == [exact]
     assert put(index, b"a", b"4", origin="blended") is None
 
 
@@ -156,7 +156,7 @@ def test_tail_is_found_by_context_and_replaced_when_it_grows() -> None:
     index = Index(capacity=1000)
     short = put_visible(index, b"a", b"ctx", tail=True)
     assert index.tail(NS, b"ctx") == short
-    assert list(index.variants(b"a")) == []  # exact only, so never by content
+    assert index.variants(NS, b"a" * 8) == []  # exact only, so never by content
     longer = put_visible(index, b"ab", b"ctx", tail=True)
     assert index.tail(NS, b"ctx") == longer
     assert short.slot not in index
@@ -254,17 +254,17 @@ def test_what_a_tier_has_is_found_before_it_is_here_and_kept_until_it_is() -> No
     known = replace(put_visible(Index(100), b"x"), slot=-1)
     taken = index.adopt(known)
     assert taken is not None and taken.slot >= 0 and taken.id == known.id
-    assert index.arriving(taken.slot)
-    assert [r.slot for r in index.variants(known.key)] == [taken.slot]
+    assert index.arriving([taken.slot, 99]) == [taken.slot]
+    assert [r.slot for r in index.variants(NS, known.tokens)] == [taken.slot]
     assert index.adopt(known) is None  # it is on its way
     # Nothing pushes it out before every rank has it.
     index.acknowledge(taken.slot, 0)
-    assert index.arriving(taken.slot)
+    assert index.arriving([taken.slot, 99]) == [taken.slot]
     while put(index, bytes([index.counts["put"]]) * 3) is not None:
         pass
     assert taken.slot in index
     index.acknowledge(taken.slot, 1)
-    assert not index.arriving(taken.slot)
+    assert index.arriving([taken.slot]) == []
 
 
 def test_what_is_on_its_way_is_not_replaced() -> None:
@@ -277,4 +277,4 @@ def test_what_is_on_its_way_is_not_replaced() -> None:
         assert record is not None
         index.acknowledge(record.slot, 0)
     put_visible(index, b"a", b"later")
-    assert len(list(index.variants(b"a"))) == 2
+    assert len(index.variants(NS, b"a" * 8)) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmc.chunking.pieces import Piece
+from lmc.chunking.cdc import Cdc
+from lmc.chunking.pieces import Piece, split
 from lmc.store import Index
 from lmc.store.keep import keep
 from lmc.store.lookup import Found, Known, find
@@ -107,10 +109,11 @@ class Shelf:
         self.index = index
 
     def find(self, namespace: bytes, key: bytes) -> list[Any]:
-        return list(reversed(list(self.index.variants(key))))
+        held = [e.record for e in self.index._entries.values()]
+        return [r for r in held if r.key == key and not r.tail]
 
-    def tail(self, namespace: bytes, context: bytes) -> None:
-        return None
+    def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Any]:
+        return []
 
 
 def test_a_tier_is_asked_where_memory_has_only_what_may_not_be_moved() -> None:
@@ -155,3 +158,60 @@ def test_nothing_that_a_moved_chunk_saw_is_missing_in_front_of_it(
             assert here[: len(before)] == before or here[len(here) - len(before) :] == before \
                 or any(here[-n:] == before[-n:] and here[: len(before) - n] == before[:-n]
                        for n in range(len(before)))  # fmt: skip
+
+
+def kept_in(index: Index, tokens: np.ndarray, spans: Sequence[tuple[int, int]] = ()) -> Index:
+    """What a prompt leaves that is cut by content, its spans apart."""
+    for _, record in keep(index, NS, tokens, split(tokens, CHUNKER, spans), None, 1, spans):
+        index.acknowledge(record.slot, 0)
+    return index
+
+
+def exact_tokens(index: Index, tokens: np.ndarray, spans: Sequence[tuple[int, int]] = ()) -> int:
+    """Tokens that are found exact, from the first on, without a hole."""
+    reached = 0
+    for f in find(tokens, split(tokens, CHUNKER, spans), Known(index, NS), moves=False):
+        assert f.kind == "exact" and f.record.start == f.at == f.start
+        if f.start == reached:
+            reached = f.end
+    return reached
+
+
+CHUNKER = Cdc()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 150), min_size=1, max_size=6),
+    first=st.integers(0, 63),
+    second=st.integers(0, 63),
+    more=st.integers(0, 80),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_prompt_is_found_whole_however_both_were_cut(
+    sizes: list[int], first: int, second: int, more: int, seed: int
+) -> None:
+    """Any spans in the first turn, any others in the second: all of the first turn is exact."""
+    tokens = np.random.default_rng(seed).integers(0, 300, sum(sizes) + more)
+    ends = np.cumsum(sizes).tolist()
+    regions = list(pairwise([0, *ends]))
+    some, others = ([r for i, r in enumerate(regions) if bits >> i & 1] for bits in (first, second))
+    turn = tokens[: sum(sizes)]
+    index = kept_in(Index(1 << 20), turn, some)
+    assert exact_tokens(index, tokens, others) == len(turn)
+
+
+def test_what_continues_a_prompt_is_the_longest_of_the_latest() -> None:
+    """Many prompts begin alike: the lists that are looked through stay short, and hold the last."""
+    index = Index(1 << 30)
+    rng = np.random.default_rng(0)
+    begin = rng.integers(0, 300, 5)
+    last = begin
+    for _ in range(100):
+        last = np.concatenate([begin, rng.integers(0, 300, 60)])
+        kept_in(index, last, [(0, 5 + int(rng.integers(1, 50)))])
+    assert max(len(entries) for entries in index._behind.values()) <= 16
+    assert exact_tokens(index, last) == len(last)
+    for slot in list(index._entries):
+        index.drop(slot)
+    assert not index._behind and not index._contents and not index._ends

@@ -131,8 +131,8 @@ class HFStore:
     def variants(self, found: Found) -> list[Record]:
         """All records that may serve what was found; of equals the plan's own comes first."""
         record = found.record
-        known = self.store.index.variants(record.key)
-        return [record, *(r for r in known if r.tokens == record.tokens and r != record)]
+        known = self.store.index.variants(self.namespace, record.tokens)
+        return [record, *(r for r in known if r != record)]
 
     def chunk(self, slot: int) -> torch.Tensor:
         """The chunk buffer `[L, 2, T, G, D]` of a record."""

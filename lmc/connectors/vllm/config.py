@@ -77,6 +77,9 @@ class LMCConfig(BaseModel):
         uncalibrated: what becomes of a strategy that no profile tells of.
         min_gain_tokens: rows that blending must save beyond the rows it computes only to
             close gaps; a request that would gain less is served without blending.
+        rows_per_step: rows that blending may compute in one step of the engine, all requests
+            together, beside what vLLM schedules; a claim of more goes alone. By default as many
+            as vLLM schedules at most (`max_num_batched_tokens`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,6 +102,7 @@ class LMCConfig(BaseModel):
     min_recovery: float | None = Field(default=0.2, allow_inf_nan=False)
     uncalibrated: Literal["refuse", "allow"] = "refuse"
     min_gain_tokens: int = Field(default=32, ge=1)
+    rows_per_step: int | None = Field(default=None, ge=1)
 
     def build_chunker(self) -> Chunker:
         """A fresh chunker; ValueError for a wrong one."""

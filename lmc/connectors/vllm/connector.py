@@ -92,9 +92,10 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
+        # Its blocks are free at once: what is still to be copied out of them is read in time.
         if not self._scheduler:
             return False, {"lmc": {"reason": f"engine:{self._refusal}"}}
-        return self._scheduler.finish(request, list(block_ids[0]))
+        return False, self._scheduler.finish(request, list(block_ids[0]))
 
     def reset_cache(self) -> bool:
         if self._scheduler:
@@ -140,9 +141,6 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         if self._worker:
             self._worker.save(self._step())
-
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return (self._worker.copies.released() if self._worker else None), None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_failed_blocks() if self._worker else set()

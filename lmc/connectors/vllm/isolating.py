@@ -19,7 +19,7 @@ from lmc.chunking.pieces import Piece, chunk_key, context_digests
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.messages import ChunkSave, Encode
 from lmc.store import Index
-from lmc.store.lookup import Known, Place
+from lmc.store.lookup import Known
 
 SHORTEST = 16  # tokens; less is not worth a chunk's bookkeeping
 WAITING = 1 << 16  # tokens that may wait; the oldest are dropped
@@ -85,14 +85,13 @@ class Isolation:
         begins = self._begins is not None and int(tokens[0]) == self._begins
         front = (int(tokens[0]),) if begins else ()
         anchored = pieces[0].end if self._policy == "shared_prefix" and pieces else -1
-        place = Place(0, b"", None, known.alone, chained=False, moves=True)
         for piece in pieces:
             T = piece.end - piece.start
             if not piece.closed or T < SHORTEST or piece.start in (0, len(front), anchored):
                 continue
             content = np.ascontiguousarray(tokens[piece.start : piece.end], "<i8")
             key = chunk_key(known.namespace, content)
-            if key in self._waiting or known.variants(key, content.tobytes(), place):
+            if key in self._waiting or known.movable(content.tobytes()):
                 continue
             self._waiting[key] = _Wanted(known.namespace, front, content)
             self._tokens += T

@@ -15,17 +15,30 @@ from lmc.store.keep import keep
 class Keeping:
     """Decides which chunks of a request are stored, and knows which are on their way.
 
+    No request keeps its blocks for them: the workers are told when blocks that are still to be
+    read become somebody else's, and read them first.
+
     Args:
         bytes_per_token: of one rank.
+        block_size: tokens of a block.
         ranks: workers that must say that they have a chunk.
     """
 
-    def __init__(self, config: LMCConfig, index: Index, bytes_per_token: int, ranks: int) -> None:
+    def __init__(
+        self, config: LMCConfig, index: Index, bytes_per_token: int, block_size: int, ranks: int
+    ) -> None:
         self._index, self._ranks, self._bytes_per_token = index, ranks, bytes_per_token
+        self._block_size = block_size
         self._chunker = config.build_chunker()
         self._longest = config.limits.chunk_tokens
         self._saves: list[ChunkSave] = []
-        self._saving: dict[int, Tracked] = {}  # by slot
+        self._missing: dict[int, int] = {}  # by slot, ranks that have yet to say that they have it
+        self._reads: dict[int, list[int]] = {}  # by slot, the blocks that it is copied from
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything is on its way."""
+        return bool(self._missing)
 
     def keep(self, tracked: Tracked, computed: int, blocks: list[int]) -> None:
         """Have the workers keep every chunk of the first `computed` tokens that is not stored.
@@ -38,21 +51,27 @@ class Keeping:
         spans = [span for span in tracked.options.chunks or () if span[1] <= computed]
         pieces = split(tokens, self._chunker, spans, self._longest)
         namespace, blended_from = tracked.namespace, tracked.blended_from
-        kept = keep(self._index, namespace, tokens, pieces, blended_from, self._bytes_per_token)
+        per_token = self._bytes_per_token
+        kept = keep(self._index, namespace, tokens, pieces, blended_from, per_token, spans)
         for piece, record in kept:
             request_id = tracked.request.request_id
             self._saves.append(ChunkSave(record, request_id, piece.start, piece.end, blocks))
-            tracked.unacknowledged[record.slot] = self._ranks
-            self._saving[record.slot] = tracked
+            self._missing[record.slot] = self._ranks
+            first, end = piece.start // self._block_size, -(-piece.end // self._block_size)
+            self._reads[record.slot] = blocks[first:end]
 
     def take(self) -> list[ChunkSave]:
         """What the workers must copy, each told once."""
         saves, self._saves = self._saves, []
         return saves
 
+    def reading(self) -> set[int]:
+        """Blocks that are still to be copied from."""
+        return {block for blocks in self._reads.values() for block in blocks}
+
     def settle(self, slot: int) -> None:
         """One more rank has saved `slot`, or failed to; behind the last one nobody reads pages."""
-        if tracked := self._saving.get(slot):
-            tracked.unacknowledged[slot] -= 1
-            if tracked.unacknowledged[slot] == 0:
-                del tracked.unacknowledged[slot], self._saving[slot]
+        if slot in self._missing:
+            self._missing[slot] -= 1
+            if self._missing[slot] == 0:
+                del self._missing[slot], self._reads[slot]

@@ -7,9 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks
+from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, exact_hashes
 from lmc.connectors.vllm.tracked import Tracked
 
 REMEMBERED = 8  # steps; more than vLLM has under way at once
@@ -53,12 +51,13 @@ class LocalCache:
         """The blended blocks of an earlier turn that vLLM still holds, if they reach further."""
         if not self.enabled:
             return None
-        tokens = tracked.tokens[:-1]
-        chain = self.chains.find(tracked.scope, tokens, self.block_size)
+        usable = (len(tracked.tokens) - 1) // self.block_size
+        exact = tracked.request.block_hashes[:usable]
+        chain = self.chains.find(tracked.scope, exact)
         if chain is None:
             return None
-        exact = tracked.request.block_hashes[: chain.first]
-        held = len(cached_blocks(self.manager.block_pool, [*exact, *chain.hashes]))
+        chained = [*exact[: chain.first], *chain.hashes]
+        held = len(cached_blocks(self.manager.block_pool, chained))
         if held * self.block_size <= local or held <= chain.first:
             return None
         return replace(chain, hashes=chain.hashes[: held - chain.first])
@@ -69,9 +68,16 @@ class LocalCache:
         request = tracked.request
         first = tracked.blended_from // self.block_size
         hashes = list(request.block_hashes[first : computed // self.block_size])
-        tokens = np.asarray(request.all_token_ids, np.int64)
         chain = Chain(tracked.blended_from, first, hashes)
-        self.chains.add(tracked.scope, tokens, self.block_size, chain)
+        self.chains.add(tracked.scope, exact_hashes(request), chain)
+
+    def held(self, tracked: Tracked) -> int:
+        """Tokens that vLLM holds of the request as it goes by now."""
+        if not self.enabled:
+            return 0
+        usable = (tracked.request.num_tokens - 1) // self.block_size
+        hashes = tracked.request.block_hashes[:usable]
+        return len(cached_blocks(self.manager.block_pool, hashes)) * self.block_size
 
     def hits_uncomputed(self, tracked: Tracked, local: int, others: Iterable[Tracked]) -> bool:
         """Whether a local block is still being filled by another request of this step.
@@ -79,15 +85,16 @@ class LocalCache:
         vLLM shares a block as soon as it is allocated, since its own forward fills it before
         anybody attends to it. Recomputed rows attend before that forward.
         """
-        hashes = tracked.request.block_hashes[: local // self.block_size]
-        hits = set(cached_blocks(self.manager.block_pool, hashes))
+        uncomputed: set[int] = set()
         for other in others:
-            if other is tracked or not hits:
-                continue
-            first = other.request.num_computed_tokens // self.block_size
-            if hits.intersection(self.blocks(other.request.request_id)[first:]):
-                return True
-        return False
+            request = other.request
+            first = request.num_computed_tokens // self.block_size
+            blocks = self.manager.get_blocks(request.request_id).blocks[0]
+            uncomputed.update(block.block_id for block in blocks[first:])
+        if not uncomputed or not local:
+            return False
+        hashes = tracked.request.block_hashes[: local // self.block_size]
+        return not uncomputed.isdisjoint(cached_blocks(self.manager.block_pool, hashes))
 
     def evict_from(self, tracked: Tracked, block: int) -> None:
         """Have nobody else find the request's blocks from index `block` on."""

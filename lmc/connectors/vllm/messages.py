@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -19,8 +19,7 @@ from lmc.blend.strategy import Strategy
 from lmc.store import Record
 
 
-@dataclass(frozen=True)
-class ChunkLoad:
+class ChunkLoad(NamedTuple):
     """Tokens `[start, end)` of a request out of chunk `slot`.
 
     Attributes:
@@ -111,12 +110,12 @@ class StepMetadata(KVConnectorMetadata):
 
     Attributes:
         number: of the step.
+        leaving: saves out of blocks that their requests have left already: copied before anything.
+        reused: whether blocks that saves still read are anybody's from this step on.
         freed: slots whose bytes go; before this step's fetches, loads and saves.
         fetches: records that a tier behind host memory has, to be brought into their slots.
         claims: in order of admission, each complete before the step's forward.
         saves: copied out after the forward.
-        released: requests that wait for their saves before their blocks are freed.
-        preempted: blocks of running requests were freed, so pending saves must finish first.
         encodes: computed and copied out after the forward; `encodes_left` wait for later steps.
         forgiven: blocks that a claim failed on, and that no save reads from now on, but for this
             step's.
@@ -128,9 +127,9 @@ class StepMetadata(KVConnectorMetadata):
     freed: list[int] = field(default_factory=list)
     fetches: list[Record] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
+    leaving: list[ChunkSave] = field(default_factory=list)
+    reused: bool = False
     saves: list[ChunkSave] = field(default_factory=list)
-    released: list[str] = field(default_factory=list)
-    preempted: bool = False
     encodes: list[Encode] = field(default_factory=list)
     encodes_left: int = 0
     forgiven: list[int] = field(default_factory=list)

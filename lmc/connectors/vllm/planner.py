@@ -53,6 +53,7 @@ class Planner:
             config.memory_bytes, ranks, config.policy, cost, exact_variants=config.exact_variants
         )
         self.back_at = 0.0
+        self._kept = 0  # bytes of what is held for requests
         self._config = config
         self._layout = layout
         self._begins = begins
@@ -62,20 +63,28 @@ class Planner:
         self._fetches: list[Record] = []
         self._counts: Counter[str] = Counter()
 
-    def plan(self, tracked: Tracked, local: int, refusal: str | None) -> None:
-        """Plan from `local` on, lease what the plan needs, and have fetched what memory lacks.
+    def plan(self, tracked: Tracked, local: int, tiers: bool = True) -> tuple[Plan, str | None]:
+        """A plan from `local` on, and why it does not blend, if it was to.
 
         Args:
-            refusal: why rows cannot be recomputed here, or None.
+            tiers: whether to ask those behind host memory too.
         """
-        tiers = self._asked()
-        # Where host memory has no room for what a tier has, only what it holds itself is planned.
-        for asked in (tiers, []):
-            plan, reason = self._chosen(tracked, local, asked, refusal)
-            self.release(tracked)
-            if self._take(tracked, plan):
-                break
-        tracked.reason = reason
+        return self._chosen(tracked, local, self._asked() if tiers else [], tracked.refusal)
+
+    def use(self, tracked: Tracked, plan: Plan, reason: str | None) -> None:
+        """From now on this is the request's plan; nothing is kept for it yet."""
+        self.release(tracked)
+        tracked.plan, tracked.reason = plan, reason
+        tracked.seen, tracked.gone = self.index.added, self.index.gone
+
+    def room(self, tracked: Tracked) -> bool:
+        """Whether what the plan needs may be kept from eviction too.
+
+        Requests that vLLM has yet to admit keep half of host memory at most, all together.
+        """
+        assert tracked.plan is not None
+        need = sum(s.record.nbytes for s in tracked.plan.found)
+        return not self._kept or self._kept + need <= self.index.capacity // 2
 
     def known(self, namespace: bytes) -> Known:
         """What one namespace has, in host memory and in the tiers that are asked now."""
@@ -90,7 +99,7 @@ class Planner:
             others: whether any are running.
         """
         assert tracked.plan is not None
-        coming = [s.record.slot for s in tracked.plan.found if self.index.arriving(s.record.slot)]
+        coming = self.index.arriving(s.record.slot for s in tracked.plan.found)
         if not coming or not others:
             return False
         if time.monotonic() - tracked.fetching < self._config.fetch_patience_s:
@@ -107,23 +116,21 @@ class Planner:
         self.back_at = time.monotonic() + TIERS_REST_S
 
     def still_held(self, tracked: Tracked) -> bool:
-        """Whether all that the plan needs is there, or on its way."""
+        """Whether all that the plan needs is there, on its way, or in a tier to be asked for."""
         assert tracked.plan is not None
-        return all(s.record.slot in self.index for s in tracked.plan.found)
-
-    def lease(self, tracked: Tracked) -> None:
-        """Keep what the plan needs from eviction, if that is not done."""
-        if tracked.plan is not None and not tracked.leased:
-            slots = {s.record.slot for s in tracked.plan.found}
-            tracked.leased = sorted(slot for slot in slots if slot >= 0)
-            for slot in tracked.leased:
-                self.index.lease(slot)
+        if tracked.gone != self.index.gone:
+            slots = [s.record.slot for s in tracked.plan.found]
+            if not all(slot in self.index or slot < 0 for slot in slots):
+                return False
+            tracked.gone = self.index.gone
+        return True
 
     def release(self, tracked: Tracked) -> None:
         """The plan's chunks may go."""
         for slot in tracked.leased:
             self.index.release(slot)
-        tracked.leased = []
+        self._kept -= tracked.kept
+        tracked.leased, tracked.held, tracked.kept = [], False, 0
 
     def take_fetches(self) -> list[Record]:
         """What the workers must bring out of the tiers, each told once."""
@@ -177,12 +184,19 @@ class Planner:
             return replace(exact, beyond=without(plan.beyond, loaded)), "gain_below_minimum"
         return plan, None
 
-    def _take(self, tracked: Tracked, plan: Plan) -> bool:
-        """Lease what a plan needs, and have fetched what memory lacks; False without room."""
-        tracked.plan = plan
-        self.lease(tracked)
+    def hold(self, tracked: Tracked) -> bool:
+        """Keep what the plan needs, and have fetched what memory lacks; False without room."""
+        if tracked.held:
+            return True
+        plan = tracked.plan
+        assert plan is not None
+        tracked.held = True
+        tracked.leased = sorted({s.record.slot for s in plan.found if s.record.slot >= 0})
+        for slot in tracked.leased:
+            self.index.lease(slot)
         adopted: dict[bytes, Record] = {}
-        for record in {s.record.id: s.record for s in plan.found if s.record.slot < 0}.values():
+        behind = {s.record.id: s.record for s in plan.found if s.record.slot < 0}
+        for record in behind.values():
             taken = self.index.adopt(record)
             if taken is None:
                 for other in adopted.values():
@@ -192,8 +206,10 @@ class Planner:
             adopted[record.id] = taken
             self.index.lease(taken.slot)
             tracked.leased.append(taken.slot)
+        tracked.kept = sum(s.record.nbytes for s in plan.found)
+        self._kept += tracked.kept
         if adopted:
-            found = [replace(s, record=adopted.get(s.record.id, s.record)) for s in plan.found]
+            found = [s._replace(record=adopted.get(s.record.id, s.record)) for s in plan.found]
             tracked.plan = replace(plan, found=tuple(found))
             tracked.fetching = time.monotonic()
             self._fetches += adopted.values()
@@ -206,11 +222,11 @@ class Planner:
 
 def claim_of(request_id: str, tokens: np.ndarray, blocks: list[int], plan: Plan) -> Claim:
     """What the workers must do for a request that was admitted with these blocks."""
+    turns = plan.strategy.rotate
     loads = [
-        ChunkLoad(s.record.slot, s.start, s.end, s.at, s.record.T,
-                  s.delta if plan.strategy.rotate else 0)
-        for s in plan.found
-    ]  # fmt: skip
+        ChunkLoad(r.slot, start, end, at, len(r.tokens) // 8, at - r.start if turns else 0)
+        for start, end, _, r, at in plan.found
+    ]
     claim = (request_id, plan.local, plan.end)
     if not plan.selective:
         return Claim(*claim, tokens[: plan.end], blocks, loads, plan.rows)

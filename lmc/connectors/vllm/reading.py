@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,8 @@ class Reader:
         options, request = tracked.options, tracked.request
         tracked.namespace = self._namespace.of(request.cache_salt)
         tracked.scope = tracked.namespace + repr(options.strategy).encode()
-        tracked.tokens = np.asarray(request.all_token_ids, np.int64)
+        # Through an array, which reads a list in half the time that numpy takes.
+        tracked.tokens = np.frombuffer(array("q", request.all_token_ids[:]), np.int64)
         longest = self._config.limits.chunk_tokens
         tracked.pieces = split(tracked.tokens, self._chunker, options.chunks, longest)
 

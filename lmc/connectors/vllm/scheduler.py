@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 
 from lmc.blend.evidence import positions
 from lmc.connectors.vllm import identity
+from lmc.connectors.vllm.admission import Admission
 from lmc.connectors.vllm.config import LMCConfig, check_memory
 from lmc.connectors.vllm.gate import QualityGate
 from lmc.connectors.vllm.isolating import Isolation
@@ -18,6 +19,7 @@ from lmc.connectors.vllm.keeping import Keeping
 from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import (
     Claim,
+    Encode,
     LMCStats,
     StepMetadata,
     WorkerHello,
@@ -69,15 +71,17 @@ class SchedulerSide:
         per_token = self.layout.bytes_per_token
         sizes = (per_token, self.block_size, rows)
         self.isolation = Isolation(config, self.index, begins, *sizes)
-        self.keeping = Keeping(config, self.index, per_token, self.ranks)
+        self.keeping = Keeping(config, self.index, per_token, self.block_size, self.ranks)
         self.requests: dict[str, Tracked] = {}
+        self.admission = Admission(
+            config, config.rows_per_step or rows, self.planner, self.reader, self.namespace,
+            self.local, self.keeping, self.requests,
+        )  # fmt: skip
         self.just_finished: dict[str, Tracked] = {}  # in the step that the workers report on
         self.claims: list[Claim] = []
-        self.released: list[str] = []
         self.forgiven: set[int] = set()
         self.counts: Counter[str] = Counter()
         self._watched = False  # whether workers notice when weights change
-        self._computes = False  # whether they compute rows in place of chunks that are lost
         self._overlaps = bool(vllm_config.scheduler_config.async_scheduling)
         self._step = 0
 
@@ -86,7 +90,7 @@ class SchedulerSide:
         hello = WorkerHello.of_all(hellos, self._overlaps)
         self.kv_refusal, self._watched = hello.kv_refusal, hello.watched
         self.blend_refusal = self._rope_refusal or hello.refusal
-        self._computes = hello.computes
+        self.admission.computes = hello.computes
         if self.kv_refusal:
             logger.warning("lmc neither stores nor reuses KV here: %s", self.kv_refusal)
         elif self.blend_refusal:
@@ -136,19 +140,7 @@ class SchedulerSide:
         if tracked.options is None:
             self.counts[f"plain:{(tracked.reason or '').split(':')[0]}"] += 1
             return
-        local = self.local.peek(tracked)
-        known: list[bytes] = []
-        chain = None if self.blend_refusal else self.local.earlier_turn(tracked, local)
-        if chain:
-            known = chain.hashes
-            local = (chain.first + len(known)) * self.block_size
-            tracked.blended_from = chain.blended_from
-        self._plan(tracked, local)
-        assert tracked.plan is not None
-        recipes = tracked.plan.recipes(self.block_size)
-        if known or recipes:
-            first = chain.first if chain else min(recipes)
-            rechain(request, self.block_size, first, known, recipes)
+        self.admission.arrived(tracked, self.blend_refusal)
 
     def _claimed(self, request: Any, local: int) -> int | None:
         tracked = self.requests.get(request.request_id)
@@ -156,29 +148,7 @@ class SchedulerSide:
             return 0
         self._notice_reset()
         tracked.local = local
-        if tracked.plan is None:
-            return 0
-        others = [r for r in self.requests.values() if r is not tracked]
-        # Without rows to compute in its place, a chunk must be there before it is counted on.
-        running = any(r.request.num_computed_tokens for r in others)
-        if self.planner.waits(tracked, running or not self._computes):
-            return None
-        grown = len(tracked.tokens) != request.num_tokens
-        outdated = tracked.namespace != self.namespace.of(request.cache_salt)
-        held = self.planner.still_held(tracked)
-        if grown or outdated or local < tracked.plan.local or not held:
-            self._replan(tracked, local)
-        self.planner.lease(tracked)  # a preempted request's lease ended with its first admission
-        plan = tracked.admitted = tracked.plan.after(local)
-        # Also where nothing is to be computed: a chunk may be lost.
-        if plan.claimed and self.local.hits_uncomputed(tracked, local, others):
-            self.counts["deferred"] += 1
-            return None
-        if plan.selective and plan.first_moved is not None and local > plan.first_moved:
-            # Out of fewer moved rows it may choose others than the hashes stand for.
-            recipes = plan.recipes(self.block_size, nonce=os.urandom(16))
-            rechain(request, self.block_size, local // self.block_size, [], recipes)
-        return plan.claimed
+        return self.admission.claimed(tracked, local, self.claims)
 
     def _claim(self, tracked: Tracked, blocks: list[int], claimed: int) -> Claim:
         """What the workers do for it; what vLLM counts on is there, whatever goes wrong here."""
@@ -214,6 +184,7 @@ class SchedulerSide:
         """All that the workers must do in this step."""
         self._step += 1
         reset = self.local.stepped(self._step)
+        leaving, read_before = self.keeping.take(), self.keeping.reading()
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             tracked = self.requests.get(request_id)
             if tracked is None or tracked.prompt_saved or not tracked.saves:
@@ -224,15 +195,16 @@ class SchedulerSide:
                 tracked.prompt_saved = True
         scheduled = scheduler_output.num_scheduled_tokens.values()
         pool, prompts = self.local.manager.block_pool, any(n > 1 for n in scheduled)
-        encodes = self.isolation.take(pool, sum(scheduled), prompts)
+        rows = sum(scheduled) + self.admission.rows(self.claims)
+        encodes = self.isolation.take(pool, rows, prompts)
         metadata = StepMetadata(
             number=self._step,
             freed=self.index.take_freed(),
             fetches=self.planner.take_fetches(),
             claims=self.claims,
+            leaving=leaving,
+            reused=not read_before.isdisjoint(given_out(scheduler_output, encodes)),
             saves=self.keeping.take(),
-            released=self.released,
-            preempted=bool(scheduler_output.preempted_req_ids),
             encodes=encodes,
             encodes_left=self.isolation.pending,
             forgiven=sorted(self.forgiven),
@@ -242,7 +214,7 @@ class SchedulerSide:
         # A slot that is freed from now on is freed behind these loads: their leases may end.
         for claim in self.claims:
             self.planner.release(self.requests[claim.request_id])
-        self.claims, self.released = [], []
+        self.claims = []
         self.forgiven = set()
         self.just_finished = {}
         return metadata
@@ -250,7 +222,7 @@ class SchedulerSide:
     @property
     def idle_work(self) -> bool:
         """Whether steps are wanted although no request is there."""
-        return self.isolation.pending > 0
+        return self.isolation.pending > 0 or self.keeping.pending
 
     def heard(self, report: WorkerReport) -> None:
         """Take in what the workers did in a step."""
@@ -272,11 +244,11 @@ class SchedulerSide:
         if (step := self.namespace.heard(report.weights)) is not None:
             self._weights_changed(step)
 
-    def finish(self, request: Any, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def finish(self, request: Any, blocks: list[int]) -> dict[str, Any] | None:
         """The request is over: keep what it decoded, and tell its client what happened."""
         tracked = self.requests.pop(request.request_id, None)
         if tracked is None:
-            return False, None
+            return None
         self.just_finished[request.request_id] = tracked
         self.planner.release(tracked)
         self.claims = [c for c in self.claims if c.request_id != request.request_id]
@@ -287,9 +259,7 @@ class SchedulerSide:
             self.local.leave_chain(tracked, computed)
         if tracked.report is None:
             self._report(tracked)
-        if tracked.unacknowledged:
-            self.released.append(request.request_id)
-        return bool(tracked.unacknowledged), {"lmc": tracked.report}
+        return {"lmc": tracked.report}
 
     def reset(self) -> None:
         """Forget what host memory holds.
@@ -315,29 +285,13 @@ class SchedulerSide:
     def take_stats(self) -> LMCStats | None:
         """Counters since the last call."""
         self.counts.update(self.planner.take_counts())
-        self.counts.update(self.isolation.counts)
+        self.counts += self.isolation.counts + self.admission.counts
         self.isolation.counts.clear()
+        self.admission.counts.clear()
         counts, self.counts = self.counts, Counter()
         return LMCStats(data=dict(counts)) if counts else None
 
     # -- parts -------------------------------------------------------------------------------
-
-    def _plan(self, tracked: Tracked, local: int) -> None:
-        """Plan from `local` on, and count why a request does not blend."""
-        self.planner.plan(tracked, local, self.blend_refusal)
-        if tracked.reason:
-            self.counts[tracked.reason.split(":")[0]] += 1
-
-    def _replan(self, tracked: Tracked, local: int) -> None:
-        """Admission is not what was planned for: plan anew, under hashes nobody else has."""
-        self.counts["replanned"] += 1
-        self.reader.read_tokens(tracked)
-        self._plan(tracked, local)
-        assert tracked.plan is not None
-        if tracked.blended_from is not None and tracked.blended_from >= local:
-            tracked.blended_from = None
-        recipes = tracked.plan.recipes(self.block_size, nonce=os.urandom(16))
-        rechain(tracked.request, self.block_size, local // self.block_size, [], recipes)
 
     def _save(self, tracked: Tracked, computed: int, blocks: list[int]) -> None:
         """Have the workers keep every chunk of the first `computed` tokens that is not stored."""
@@ -397,3 +351,11 @@ class SchedulerSide:
         tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
         for kind, n in tracked.report["kinds"].items():
             self.counts[f"tokens:{kind}"] += n
+
+
+def given_out(scheduler_output: Any, encodes: list[Encode]) -> set[int]:
+    """Blocks that a step may write to for the first time."""
+    new = [data.block_ids for data in scheduler_output.scheduled_new_reqs]
+    new += [blocks for blocks in scheduler_output.scheduled_cached_reqs.new_block_ids if blocks]
+    lent = [block for encode in encodes for block in encode.save.blocks]
+    return {block for groups in new for block in groups[0]}.union(lent)

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
 
 class TaintedHasher:
@@ -25,51 +25,95 @@ class TaintedHasher:
     Args:
         inner: vLLM's hasher of the request.
         block_size: tokens per block.
+        exact: the hashes that the request had of it.
 
     Attributes:
-        recipes: digest by block index; what follows the last of them is hashed as usual, from
-            a parent that is tainted.
+        tokens: as many of the request's as are known as an array, from the first on.
+        recipes: by block index, what its hash is derived from too; what follows the last of them
+            is hashed as usual, from a parent that is tainted.
     """
 
-    def __init__(self, inner: Callable[[Any], list[bytes]], block_size: int) -> None:
+    def __init__(
+        self, inner: Callable[[Any], list[bytes]], block_size: int, exact: list[bytes]
+    ) -> None:
         self.inner = inner
         self.block_size = block_size
         self.recipes: dict[int, bytes] = {}
+        self.tokens = np.empty(0, np.int64)
+        self.exact = exact
 
     def __call__(self, request: Any) -> list[bytes]:
         known = request.block_hashes
         before = len(known)
         # The inner hasher chains from the request's own list, so new hashes go in there while
         # it runs and come out again, because the caller is the one who appends them.
-        while (len(known) + 1) * self.block_size <= request.num_tokens:
-            block = len(known)
-            if recipe := self.recipes.get(block):
-                start, end = block * self.block_size, (block + 1) * self.block_size
-                ids = np.asarray(request.all_token_ids[start:end], "<i8").tobytes()
-                parent = known[-1] if known else b""
-                known.append(blake3(b"lmc-taint" + parent + ids + recipe).digest())
-            else:
-                until = min((b for b in self.recipes if b > block), default=None)
-                known.extend(self.inner(request)[: until and until - block])
+        if self.recipes and before < min(self.recipes):
+            known.extend(self.inner(request)[: min(self.recipes) - before])
+        known.extend(self._tainted(request))
+        if not self.recipes or len(known) > max(self.recipes):
+            known.extend(self.inner(request))
         new = known[before:]
         del known[before:]
         return new
 
+    def _tainted(self, request: Any) -> list[bytes]:
+        """Hashes of the full blocks that have a recipe, or one behind them."""
+        known = request.block_hashes
+        first, end = len(known), request.num_tokens // self.block_size
+        end = min(end, max(self.recipes, default=-1) + 1)
+        if first >= end:
+            return []
+        P, parent, new = self.block_size, known[-1] if known else b"", []
+        tokens = self.tokens[first * P : end * P]
+        if end * P > len(self.tokens):
+            tokens = np.asarray(request.all_token_ids[first * P : end * P])
+        ids, at = tokens.astype("<i8").tobytes(), 0
+        for block in range(first, end):
+            said = (b"lmc-taint", parent, ids[at : at + 8 * P], self.recipes.get(block, b""))
+            parent = sha256(b"".join(said)).digest()
+            new.append(parent)
+            at += 8 * P
+        return new
+
 
 def rechain(
-    request: Any, block_size: int, first: int, known: list[bytes], recipes: dict[int, bytes]
+    request: Any,
+    block_size: int,
+    first: int,
+    known: list[bytes],
+    recipes: dict[int, bytes],
+    tokens: np.ndarray | None = None,
 ) -> None:
     """Give `request` other block hashes from block `first` on.
 
     They are `known` (a chain left by an earlier turn), then those that `recipes` give, then
     vLLM's own from there. Without both, the rest of the chain is as vLLM would have built it.
+
+    Args:
+        tokens: the request's, if there is an array of them.
     """
     hasher = request._block_hasher
     if not isinstance(hasher, TaintedHasher):
-        hasher = request._block_hasher = TaintedHasher(hasher, block_size)
+        exact = list(request.block_hashes)
+        hasher = request._block_hasher = TaintedHasher(hasher, block_size, exact)
     hasher.recipes = recipes
+    if tokens is not None:
+        hasher.tokens = tokens
     request.block_hashes[first:] = known
     request.update_block_hashes()
+
+
+def exact_hashes(request: Any) -> list[bytes]:
+    """vLLM's own hashes of a request's full blocks, whatever it goes by now."""
+    hasher = request._block_hasher
+    if not isinstance(hasher, TaintedHasher):
+        return list(request.block_hashes)
+    request.block_hashes, tainted = hasher.exact, request.block_hashes
+    try:
+        hasher.exact.extend(hasher.inner(request))
+    finally:
+        request.block_hashes = tainted
+    return list(hasher.exact)
 
 
 def untaint(request: Any, block_size: int, first: int) -> None:
@@ -108,40 +152,35 @@ class ChainMap:
     """Finds the blended blocks of an earlier turn by the tokens they stand for.
 
     The next turn of a conversation plans anew, perhaps from other variants, and would not
-    arrive at the same chain; its tokens say which one to take. Bounded, oldest out first.
+    arrive at the same chain; its tokens say which one to take, by the hashes that vLLM has of
+    them. Bounded, oldest out first.
     """
 
     def __init__(self, limit: int = 1 << 16) -> None:
         self.limit = limit
-        self._chains: OrderedDict[bytes, tuple[Chain, int]] = OrderedDict()
+        # By vLLM's hash, then by scope: most hashes that are looked for are not here at all.
+        self._held = 0  # of all scopes
+        self._chains: OrderedDict[bytes, dict[bytes, tuple[Chain, int]]] = OrderedDict()
 
-    def add(self, scope: bytes, tokens: np.ndarray, block_size: int, chain: Chain) -> None:
-        """Remember `chain` under every block border of `tokens` that it reaches."""
-        last = chain.first + len(chain.hashes)
-        for block, digest in self._borders(scope, tokens, block_size, last):
+    def add(self, scope: bytes, exact: list[bytes], chain: Chain) -> None:
+        """Remember `chain` under every block border behind `chain.first` that it reaches.
+
+        Args:
+            exact: vLLM's own hashes of the request's blocks, from the first on.
+        """
+        for block, digest in enumerate(exact[: chain.first + len(chain.hashes)], 1):
             if block > chain.first:
-                self._chains[digest] = (chain, block)
+                scopes = self._chains.setdefault(digest, {})
+                self._held += scope not in scopes
+                scopes[scope] = (chain, block)
                 self._chains.move_to_end(digest)
-        while len(self._chains) > self.limit:
-            self._chains.popitem(last=False)
+        while self._held > self.limit:
+            self._held -= len(self._chains.popitem(last=False)[1])
 
-    def find(self, scope: bytes, tokens: np.ndarray, block_size: int) -> Chain | None:
-        """The chain that covers most blocks of `tokens`, cut where their tokens part."""
-        for block, digest in reversed(
-            self._borders(scope, tokens, block_size, len(tokens) // block_size)
-        ):
-            if found := self._chains.get(digest):
-                chain, _ = found
+    def find(self, scope: bytes, exact: list[bytes]) -> Chain | None:
+        """The chain that covers most of the blocks with these hashes, cut where they end."""
+        for digest in reversed(exact) if self._chains else ():
+            if (scopes := self._chains.get(digest)) and scope in scopes:
+                chain, block = scopes[scope]
                 return replace(chain, hashes=chain.hashes[: block - chain.first])
         return None
-
-    @staticmethod
-    def _borders(
-        scope: bytes, tokens: np.ndarray, block_size: int, last: int
-    ) -> list[tuple[int, bytes]]:
-        hasher, borders = blake3(scope), []
-        ids = np.ascontiguousarray(tokens, "<i8")
-        for block in range(1, last + 1):
-            hasher.update(ids[(block - 1) * block_size : block * block_size].tobytes())
-            borders.append((block, hasher.digest()))
-        return borders

@@ -23,6 +23,7 @@ class Tracked:
         request: vLLM's own.
         options: None when it is served as if lmc were not there.
         reason: why it is not blended, or None.
+        refusal: why rows cannot be recomputed in this engine, or None.
         gate: why the strategy that was asked for may not move chunks, or None.
         namespace: what its KV must be compatible with, tenant included.
         scope: what a tainted chain must have in common to be found again.
@@ -30,11 +31,13 @@ class Tracked:
         local: tokens that vLLM held when last asked.
         plan: made for what vLLM was expected to hold.
         admitted: the plan cut to what vLLM did hold, once asked.
-        leased: slots that the plan keeps from eviction.
+        seen, gone: `Index.added` and `Index.gone` when it was made, or last looked at.
+        asked: `time.monotonic()` when vLLM first wanted to admit the request.
+        held: whether the plan's chunks are kept from eviction: those of the slots `leased`, which
+            are `kept` bytes.
         fetched: of slots that came from a tier behind host memory for this request, its name.
         fetching: `time.monotonic()` when those were last asked for.
         blended_from: the first token whose KV is not exact, or None.
-        unacknowledged: slots being saved, and how many ranks have yet to say so.
         prompt_saved: whether the prompt's chunks have been given to the workers.
         unsaved: its KV is, or may be, of no use to others: nothing of it is stored any more.
         report: what the client is told.
@@ -45,17 +48,22 @@ class Tracked:
     reason: str | None
     namespace: bytes = b""
     scope: bytes = b""
+    refusal: str | None = None
     gate: str | None = None
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     pieces: Sequence[Piece] = ()
     local: int = 0
     plan: Plan | None = None
     admitted: Plan | None = None
+    seen: int = 0
+    gone: int = 0
+    asked: float | None = None
+    held: bool = False
     leased: list[int] = field(default_factory=list)
+    kept: int = 0
     fetched: dict[int, str] = field(default_factory=dict)
     fetching: float = 0.0
     blended_from: int | None = None
-    unacknowledged: dict[int, int] = field(default_factory=dict)
     prompt_saved: bool = False
     unsaved: bool = False
     report: dict[str, Any] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from lmc.connectors.vllm.loading import (
 )
 from lmc.connectors.vllm.messages import (
     ChunkLoad,
+    ChunkSave,
     Claim,
     Encode,
     LMCStats,
@@ -154,10 +156,10 @@ class WorkerSide:
         for record in metadata.fetches:
             self.chunks.expect(record)
         self.copies.evict(metadata.freed)
-        self.copies.fetch(record.slot for record in metadata.fetches)
-        self.copies.release(metadata.released)
-        if metadata.preempted:
+        self._save(metadata, metadata.leaving)
+        if metadata.reused:
             self.copies.finish()
+        self.copies.fetch(record.slot for record in metadata.fetches)
 
     def load(self, metadata: StepMetadata) -> None:
         """Before the forward: bring every claim into the pages of its request.
@@ -174,15 +176,7 @@ class WorkerSide:
 
     def save(self, metadata: StepMetadata) -> None:
         """After the forward: copy new chunks out of the pages, behind the model's back."""
-        freed = set(metadata.freed)  # before they were saved: nobody would ever let go of them
-        for save in metadata.saves:
-            read = save.blocks[: -(-save.end // self.spec.block_size)]
-            spoilt = self._stale or not self._spoilt.keys().isdisjoint(read)
-            if spoilt or save.record.slot in freed:
-                self.counts["saves_refused"] += 1
-                self.told.held(save.record.slot, whole=False)
-            else:
-                self.copies.save(save)
+        self._save(metadata, metadata.saves)
         if metadata.encodes:
             _, refused = on_any_rank([], self._stale or self._model is None)
             for encode in metadata.encodes:
@@ -193,6 +187,17 @@ class WorkerSide:
             if self._spoilt.get(block, metadata.number) < metadata.number:
                 del self._spoilt[block]
         self.encodes_left = metadata.encodes_left
+
+    def _save(self, metadata: StepMetadata, saves: Iterable[ChunkSave]) -> None:
+        freed = set(metadata.freed)  # before they were saved: nobody would ever let go of them
+        for save in saves:
+            read = save.blocks[: -(-save.end // self.spec.block_size)]
+            spoilt = self._stale or not self._spoilt.keys().isdisjoint(read)
+            if spoilt or save.record.slot in freed:
+                self.counts["saves_refused"] += 1
+                self.told.held(save.record.slot, whole=False)
+            else:
+                self.copies.save(save)
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks whose claim failed altogether; vLLM recomputes from the first of them."""

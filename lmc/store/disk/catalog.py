@@ -19,6 +19,7 @@ import lmdb
 
 from lmc.store.disk import header as fmt
 from lmc.store.disk.header import Header
+from lmc.store.record import Record
 
 # Address space, the same in every process: about ten million records.
 MAP_BYTES = 1 << 34
@@ -27,7 +28,10 @@ _AT = struct.Struct(">IQ")
 _SEGMENT = struct.Struct("<QQQ")
 _USE = struct.Struct("<Qd")
 _SEQ = struct.Struct(">Q")
-_TABLES = ("records", "places", "keys", "tails", "segments", "used", "quarantined", "meta")
+_TABLES = (
+    "records", "places", "keys", "behind", "tails", "segments", "used", "quarantined", "meta",
+)  # fmt: skip
+BEHIND = 16  # of what continues a context with the same token, only so many of the latest are told
 
 _shared: dict[tuple[int, str], tuple[Any, int]] = {}
 _sharing = threading.Lock()
@@ -87,7 +91,7 @@ class Catalog:
         self._data = folder / "data.mdb"
         if not read_only:
             self._env.reader_check()
-        dups = {"keys"}
+        dups = {"keys", "behind"}
         try:
             self._db: dict[str, Any] = {
                 name: self._env.open_db(
@@ -118,6 +122,19 @@ class Catalog:
             cursor = txn.cursor(self._db["keys"])
             if cursor.set_key(_key(key, shard, shards)):
                 for value in list(cursor.iternext_dup()):
+                    found.append(_located(txn.get(value[_SEQ.size :], db=self._db["records"])))
+        return [located for located in found if located is not None]
+
+    def after(self, behind: bytes, shard: int, shards: int) -> list[Located]:
+        """Records by namespace, context and first token: the latest, in the order of their puts."""
+        found = []
+        with self._env.begin() as txn:
+            cursor = txn.cursor(self._db["behind"])
+            if cursor.set_key(_key(behind, shard, shards)) and cursor.last_dup():
+                latest = [bytes(cursor.value())]
+                while len(latest) < BEHIND and cursor.prev_dup():
+                    latest.append(bytes(cursor.value()))
+                for value in reversed(latest):
                     found.append(_located(txn.get(value[_SEQ.size :], db=self._db["records"])))
         return [located for located in found if located is not None]
 
@@ -244,6 +261,9 @@ class Change:
         else:
             key = _key(record.key, header.shard, header.shards)
             self._txn.put(key, _SEQ.pack(header.seq) + id, db=self._db["keys"])
+        if record.origin != "blended":
+            key = _key(_behind(record), header.shard, header.shards)
+            self._txn.put(key, _SEQ.pack(header.seq) + id, db=self._db["behind"])
         use = self._segment(segment)
         use.end = max(use.end, at + header.record_bytes)
         use.live += header.record_bytes
@@ -268,6 +288,9 @@ class Change:
         else:
             key = _key(record.key, header.shard, header.shards)
             self._txn.delete(key, _SEQ.pack(header.seq) + id, db=self._db["keys"])
+        if record.origin != "blended":
+            key = _key(_behind(record), header.shard, header.shards)
+            self._txn.delete(key, _SEQ.pack(header.seq) + id, db=self._db["behind"])
         use = self._segment(segment)
         use.live -= header.record_bytes
         use.records -= 1
@@ -339,3 +362,7 @@ def _key(key: bytes, shard: int, shards: int) -> bytes:
 
 def _tail(namespace: bytes, context: bytes, shard: int, shards: int) -> bytes:
     return namespace + context + struct.pack("<HH", shard, shards)
+
+
+def _behind(record: Record) -> bytes:
+    return record.namespace + record.context + record.tokens[:8]

@@ -18,12 +18,13 @@ import xxhash
 from lmc.store.disk.segments import fsync_folder
 
 _MAGIC, _VERSION = 0xBEEFC0DE, 1  # of LMDB's files
+TABLES = 2  # version of what an index has: one that lacks a table is made again from the segments
 
 
 def seal(folder: Path) -> None:
     """Write down what the index file is, now that nobody has it open."""
     data = folder / "data.mdb"
-    seal = {"bytes": data.stat().st_size, "xxh3_128": _file_digest(data)}
+    seal = {"tables": TABLES, "bytes": data.stat().st_size, "xxh3_128": _file_digest(data)}
     new = folder / "seal.new"
     fd = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     try:
@@ -42,6 +43,7 @@ def sealed(folder: Path) -> bool:
         data = folder / "data.mdb"
         return bool(
             complete(folder)
+            and seal["tables"] == TABLES
             and seal["bytes"] == data.stat().st_size
             and seal["xxh3_128"] == _file_digest(data)
         )

@@ -119,15 +119,16 @@ class Disk:
             self.counts["index_faults"] += 1
             return []
 
-    def tail(self, namespace: bytes, context: bytes) -> Record | None:
-        """The tail that continues `context`, if every rank has one."""
-        digest = fmt.namespace_digest(namespace)
+    def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Record]:
+        """What continues `context` with the token `first`, of that which every rank has."""
+        behind = fmt.namespace_digest(namespace) + context + first
         try:
-            found = self.folder.catalog.tail(digest, context, self.shard, self.shards)
-            return next(iter(self._usable([found] if found else [], namespace)), None)
+            return self._usable(
+                self.folder.catalog.after(behind, self.shard, self.shards), namespace
+            )
         except FAULTS:
             self.counts["index_faults"] += 1
-            return None
+            return []
 
     def id_of(self, record: Record) -> bytes:
         """Names this rank's part of a record in the folder."""

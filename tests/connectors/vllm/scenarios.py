@@ -114,6 +114,15 @@ class Session:
         self.llm.reset_prefix_cache()
         return self.ask(*arguments, **options)
 
+    def lose_last(self, tracked: Any) -> int:
+        """The worker loses the last document that a request's plan has, in how many chunks."""
+        found = tracked.plan.found
+        start = max(a for a, _ in tracked.options.chunks if a <= found[-1].start)
+        slots = [s.record.slot for s in found if s.start >= start]
+        for slot in slots:
+            self.lmc_worker.chunks.memory.release(slot)
+        return len(slots)
+
     def warm(self) -> None:
         """Every document once, alone behind the system prompt."""
         for document in DOCUMENTS:
@@ -214,10 +223,10 @@ def slow_disk(session: Session) -> dict[str, Any]:
 
 def poison(session: Session, *, tainted: bool = True) -> dict[str, Any]:
     """The control: blended requests, then the same prompts without reuse."""
-    import lmc.connectors.vllm.scheduler as scheduler_side
+    import lmc.connectors.vllm.admission as admission
 
     if not tainted:
-        scheduler_side.rechain = lambda *arguments: None
+        admission.rechain = lambda *arguments: None
     session.warm()
     orders = [(2, 0, 3), (5, 1, 4), (3, 2, 1)]
     before = [plain(session, prompt(*order)) for order in orders]
@@ -262,23 +271,23 @@ def together(session: Session) -> dict[str, Any]:
     take_stats = side.take_stats
 
     def counted() -> Any:
-        counts.update(side.counts)  # each step's go to vLLM's logger and are gone
+        counts.update(
+            side.counts + side.admission.counts
+        )  # each step's go to vLLM's logger and are gone
         return take_stats()
 
     side.take_stats = counted
     # Planned, not yet loaded: the workers lose a chunk that the plan counts on.
     lost = next(t for t in side.requests.values() if t.request.request_id.startswith(ids["lost"]))
-    session.lmc_worker.chunks.memory.release(lost.plan.found[-1].record.slot)
+    gone = session.lose_last(lost)
     answers = session.finish()
     # The same where the strategy would not have computed its rows anyway.
     session.llm.reset_prefix_cache()
     lossy = session.add(prompt(5, 3), "full_reuse", save=False)
-    session.lmc_worker.chunks.memory.release(
-        next(iter(side.requests.values())).plan.found[-1].record.slot
-    )
+    gone += session.lose_last(next(iter(side.requests.values())))
     lossy_answer = session.finish()[lossy]
     lossy_plain = plain(session, prompt(5, 3))
-    selective_lossy = selective.lost_chunks(session, prompt(5, 2, 0), prompt(2, 4))
+    selective_lossy, more = selective.lost_chunks(session, prompt(5, 2, 0), prompt(2, 4))
     # Planned, then forgotten by the scheduler itself.
     session.llm.reset_prefix_cache()
     forgotten = session.add(prompt(2, 0, 3), "full_recompute", save=False, tokens=20)
@@ -291,7 +300,8 @@ def together(session: Session) -> dict[str, Any]:
         "selective_lossy": selective_lossy,
         "forgotten": session.finish()[forgotten],
         "forgotten_plain": plain(session, prompt(2, 0, 3), tokens=20),
-        "counts": counts + side.counts,
+        "counts": counts + side.counts + side.admission.counts,
+        "gone": gone + more,
         "held": len(side.index),
     }
     return results

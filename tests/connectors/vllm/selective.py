@@ -77,7 +77,8 @@ def parted(session: Any, parts: list[list[int]]) -> dict[str, Any]:
     """A blend of which vLLM holds the first two blocks only, twice."""
     session.fresh(parts, CACHEBLEND, save=False)
     side = session.scheduler.connector._scheduler
-    chain, _ = next(reversed(side.local.chains._chains.values()))
+    scopes = next(reversed(side.local.chains._chains.values()))
+    chain = next(chain for scope, (chain, _) in scopes.items() if b"CacheBlend" in scope)
     held = cached_blocks(side.local.manager.block_pool, chain.hashes)
     side.local.manager.evict_blocks(set(held[2:]))
     results = {}
@@ -87,18 +88,21 @@ def parted(session: Any, parts: list[list[int]]) -> dict[str, Any]:
     return results
 
 
-def lost_chunks(session: Any, two: list[list[int]], one: list[list[int]]) -> dict[str, Any]:
+def lost_chunks(
+    session: Any, two: list[list[int]], one: list[list[int]]
+) -> tuple[dict[str, Any], int]:
     """The last of `two` moved documents is lost between plan and load; and the only moved one."""
-    results = {}
+    results, gone = {}, 0
     for name, parts, blend in (("two", two, ALL_BY_DEVIATION), ("one", one, QUERY)):
         session.llm.reset_prefix_cache()
         request_id = session.add(parts, blend, save=False)
-        tracked = list(session.scheduler.connector._scheduler.requests.values())[-1]
-        session.lmc_worker.chunks.memory.release(tracked.plan.found[-1].record.slot)
+        gone += session.lose_last(
+            list(session.scheduler.connector._scheduler.requests.values())[-1]
+        )
         results[name] = session.finish()[request_id]
         results[name].selected = session.selected
         results[f"{name}_plain"] = session.fresh(parts, enabled=False)
-    return results
+    return results, gone
 
 
 def measured(session: Any, tokens: np.ndarray, blocks: list[int]) -> dict[str, Any]:

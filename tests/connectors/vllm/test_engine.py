@@ -176,7 +176,7 @@ def test_requests_in_the_same_steps(shared: Any) -> None:
     for name, alone in result["alone"].items():
         same(result["together"][name], alone)
     assert result["together"]["blended"].report["kinds"]["moved"] == 124
-    assert result["counts"]["chunks_lost"] == 4
+    assert result["counts"]["chunks_lost"] == result["gone"] >= 4
     same(result["lossy"], result["lossy_plain"])
     assert result["lossy"].kinds == {"exact": 110, "recomputed": 70, "new": 20}
     assert result["lossy"].report["compute_fraction"] == pytest.approx(90 / 200)

@@ -14,7 +14,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
-from lmc.connectors.vllm.taint import Chain, ChainMap, rechain
+from lmc.connectors.vllm.taint import Chain, ChainMap, exact_hashes, rechain
 
 BLOCK = 16
 init_none_hash(sha256)
@@ -31,6 +31,12 @@ def request_of(T: int, seed: int = 0) -> Request:
     )
 
 
+def hashes_of(tokens: np.ndarray) -> list[Any]:
+    request = Request("r", tokens.tolist(), SamplingParams(max_tokens=64), None,
+                      block_hasher=get_request_block_hasher(BLOCK, sha256))  # fmt: skip
+    return list(request.block_hashes)
+
+
 def test_internals_have_the_shape_that_the_taint_relies_on() -> None:
     request = request_of(100)
     assert isinstance(request.block_hashes, list)
@@ -43,7 +49,7 @@ def test_internals_have_the_shape_that_the_taint_relies_on() -> None:
     assert list(inspect.signature(BlockPool.get_cached_block).parameters) == [
         "self", "block_hash", "kv_cache_group_ids",
     ]  # fmt: skip
-    for name in ("get_block_ids", "evict_blocks"):
+    for name in ("get_block_ids", "get_blocks", "evict_blocks"):
         assert hasattr(KVCacheManager, name)
 
 
@@ -101,23 +107,30 @@ def test_next_turn_finds_the_chain_by_its_tokens() -> None:
     rechain(first_turn, BLOCK, 2, [], {2: b"a", 3: b"b"})
     decoded(first_turn, 60)
     tokens = np.asarray(first_turn.all_token_ids)
+    blended = list(first_turn.block_hashes)
+    exact = exact_hashes(first_turn)
+    assert exact == decoded(request_of(100), 60).block_hashes
+    assert first_turn.block_hashes == blended  # it is looked at, not changed
     chains = ChainMap()
-    chains.add(b"tenant", tokens, BLOCK, Chain(35, 2, list(first_turn.block_hashes[2:9])))
+    chains.add(b"tenant", exact, Chain(35, 2, blended[2:9]))
 
-    turn = np.concatenate([tokens[:150], np.arange(50)])
-    found = chains.find(b"tenant", turn, BLOCK)
-    assert found == Chain(35, 2, list(first_turn.block_hashes[2:9]))
-    parted = np.concatenate([tokens[:70], np.arange(90)])
-    assert chains.find(b"tenant", parted, BLOCK) == Chain(35, 2, list(first_turn.block_hashes[2:4]))
-    assert chains.find(b"tenant", tokens[:40], BLOCK) is None
-    assert chains.find(b"other tenant", turn, BLOCK) is None
+    turn = hashes_of(np.concatenate([tokens[:150], np.arange(50)]))
+    assert chains.find(b"tenant", turn) == Chain(35, 2, blended[2:9])
+    parted = hashes_of(np.concatenate([tokens[:70], np.arange(90)]))
+    assert chains.find(b"tenant", parted) == Chain(35, 2, blended[2:4])
+    assert chains.find(b"tenant", hashes_of(tokens[:40])) is None
+    assert chains.find(b"other tenant", turn) is None
 
 
 def test_chain_map_is_bounded() -> None:
     chains = ChainMap(limit=5)
     for seed in range(4):
-        tokens = np.asarray(request_of(100, seed).all_token_ids)
-        chains.add(b"", tokens, BLOCK, Chain(35, 2, [bytes([i]) for i in range(4)]))
+        hashes = list(request_of(100, seed).block_hashes)
+        chains.add(b"", hashes, Chain(35, 2, [bytes([i]) for i in range(4)]))
     assert len(chains._chains) == 5
-    assert chains.find(b"", np.asarray(request_of(100, 3).all_token_ids), BLOCK) is not None
-    assert chains.find(b"", np.asarray(request_of(100, 0).all_token_ids), BLOCK) is None
+    for strategy in range(20):  # of one prompt too
+        chains.add(b"%d" % strategy, list(request_of(100, 3).block_hashes), Chain(35, 2, [b""] * 4))
+    assert sum(len(scopes) for scopes in chains._chains.values()) <= 5
+    chains.add(b"", list(request_of(100, 3).block_hashes), Chain(35, 2, [b""] * 4))
+    assert chains.find(b"", request_of(100, 3).block_hashes) is not None
+    assert chains.find(b"", request_of(100, 0).block_hashes) is None

@@ -1,0 +1,187 @@
+"""With which plan a request is let in, and when."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lmc.connectors.vllm.config import LMCConfig
+from lmc.connectors.vllm.keeping import Keeping
+from lmc.connectors.vllm.local import LocalCache
+from lmc.connectors.vllm.messages import Claim
+from lmc.connectors.vllm.namespaces import Namespace
+from lmc.connectors.vllm.planner import Planner
+from lmc.connectors.vllm.reading import Reader
+from lmc.connectors.vllm.taint import rechain, untaint
+from lmc.connectors.vllm.tracked import Tracked
+
+
+class Admission:
+    """Plans requests when they come, and settles when vLLM wants to admit them what they claim.
+
+    A request that only waits keeps nothing in memory and has nothing fetched, however many there
+    are. Between its arrival and its turn more may have been stored: then it is planned again.
+
+    Args:
+        rows: that claims may have computed in one step, all together; one of more goes alone.
+        requests: all that are not over, by id.
+
+    Attributes:
+        computes: whether workers compute rows in place of chunks that are lost.
+        counts: what happened, by name.
+    """
+
+    def __init__(
+        self,
+        config: LMCConfig,
+        rows: int,
+        planner: Planner,
+        reader: Reader,
+        namespace: Namespace,
+        local: LocalCache,
+        keeping: Keeping,
+        requests: dict[str, Tracked],
+    ) -> None:
+        self.computes = False
+        self.counts: Counter[str] = Counter()
+        self._patience_s, self._rows = config.fetch_patience_s, rows
+        self._planner, self._reader, self._namespace = planner, reader, namespace
+        self._local, self._keeping, self._requests = local, keeping, requests
+        self._block_size = local.block_size
+
+    def arrived(self, tracked: Tracked, refusal: str | None) -> None:
+        """Plan a new request, and taint it, before vLLM looks into its own cache.
+
+        Args:
+            refusal: why rows cannot be recomputed here, or None.
+        """
+        tracked.refusal = refusal
+        local = self._local.held(tracked)
+        known: list[bytes] = []
+        chain = None if refusal else self._local.earlier_turn(tracked, local)
+        if chain:
+            known = chain.hashes
+            local = (chain.first + len(known)) * self._block_size
+            tracked.blended_from = chain.blended_from
+        self._plan(tracked, local)
+        assert tracked.plan is not None
+        recipes = tracked.plan.recipes(self._block_size)
+        if known or recipes:
+            first = chain.first if chain else min(recipes)
+            rechain(tracked.request, self._block_size, first, known, recipes, tracked.tokens)
+
+    def claimed(self, tracked: Tracked, local: int, claims: Sequence[Claim]) -> int | None:
+        """Tokens beyond vLLM's own `local` that are claimed; None to be asked again next step.
+
+        Args:
+            claims: of those that were admitted in this step.
+        """
+        if tracked.plan is None:
+            return 0
+        if tracked.asked is None:
+            tracked.asked = time.monotonic()
+        if self._outdated(tracked, local):
+            self._replan(tracked, local)
+        elif not tracked.held and self._planned_again(tracked, local):
+            return None
+        if reason := self._waits(tracked, claims):
+            self.counts[f"deferred_for_{reason}"] += 1
+            return None
+        plan = tracked.admitted = tracked.plan.after(local)
+        others = [r for r in self._requests.values() if r is not tracked]
+        # Also where nothing is to be computed: a chunk may be lost.
+        if plan.claimed and self._local.hits_uncomputed(tracked, local, others):
+            self.counts["deferred"] += 1
+            return None
+        if plan.selective and plan.first_moved is not None and local > plan.first_moved:
+            # Out of fewer moved rows it may choose others than the hashes stand for.
+            recipes = plan.recipes(self._block_size, nonce=os.urandom(16))
+            rechain(tracked.request, self._block_size, local // self._block_size, [], recipes)
+        return plan.claimed
+
+    def rows(self, claims: Sequence[Claim]) -> int:
+        """Rows that these claims have computed, as many whole ones."""
+        plans = [self._requests[claim.request_id].admitted for claim in claims]
+        return sum(plan.computed for plan in plans if plan is not None)
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _waits(self, tracked: Tracked, claims: Sequence[Claim]) -> str | None:
+        """What a request has to wait for, if anything; else what it needs is kept for it."""
+        assert tracked.plan is not None and tracked.asked is not None
+        patient = time.monotonic() - tracked.asked < self._patience_s
+        if tracked.plan.coming and self._keeping.pending and patient:
+            return "save"
+        if not tracked.held and not self._planner.room(tracked):
+            return "memory"
+        if not self._planner.hold(tracked):
+            # Where host memory has no room for what a tier has, what it holds itself must do.
+            self._replan(tracked, tracked.local, tiers=False)
+            self._planner.hold(tracked)
+        # Without rows to compute in its place, a chunk must be there before it is counted on.
+        running = any(r.request.num_computed_tokens for r in self._requests.values()
+                      if r is not tracked)  # fmt: skip
+        if self._planner.waits(tracked, running or not self.computes):
+            return "fetch"
+        if not self._planner.still_held(tracked):
+            self._replan(tracked, tracked.local)
+            return self._waits(tracked, claims)
+        rows = self.rows(claims)
+        if claims and rows + tracked.plan.after(tracked.local).computed > self._rows:
+            return "rows"
+        return None
+
+    def _outdated(self, tracked: Tracked, local: int) -> bool:
+        """Whether the plan is of no use any more."""
+        assert tracked.plan is not None
+        grown = len(tracked.tokens) != tracked.request.num_tokens
+        outdated = tracked.namespace != self._namespace.of(tracked.request.cache_salt)
+        held = self._planner.still_held(tracked)
+        return grown or outdated or local < tracked.plan.local or not held
+
+    def _plan(self, tracked: Tracked, local: int, tiers: bool = True) -> None:
+        """Plan from `local` on, and count why a request does not blend."""
+        self._planner.use(tracked, *self._planner.plan(tracked, local, tiers))
+        if tracked.reason:
+            self.counts[tracked.reason.split(":")[0]] += 1
+
+    def _planned_again(self, tracked: Tracked, local: int) -> bool:
+        """Plan anew if more may be found; whether vLLM then holds more than `local`."""
+        plan = tracked.plan
+        assert plan is not None
+        begun = tracked.report is not None
+        blended = plan.first_moved is not None and local > plan.first_moved
+        if begun or blended or tracked.seen == self._planner.index.added:
+            return False
+        new, reason = self._planner.plan(tracked, local)
+        before = plan.after(local)
+        tracked.seen = self._planner.index.added
+        if new.claimed - new.computed <= before.claimed - before.computed:
+            tracked.plan = replace(plan, coming=new.coming)
+            return False
+        self.counts["planned_again"] += 1
+        self._planner.use(tracked, new, reason)
+        return self._hashed_anew(tracked, local) > local
+
+    def _replan(self, tracked: Tracked, local: int, tiers: bool = True) -> None:
+        """Admission is not what was planned for: plan anew, under hashes nobody else has."""
+        self.counts["replanned"] += 1
+        self._reader.read_tokens(tracked)
+        self._plan(tracked, local, tiers)
+        self._hashed_anew(tracked, local, nonce=os.urandom(16))
+
+    def _hashed_anew(self, tracked: Tracked, local: int, nonce: bytes = b"") -> int:
+        """Give a request the hashes of its new plan; tokens that vLLM holds under them."""
+        assert tracked.plan is not None
+        if tracked.blended_from is not None and tracked.blended_from >= local:
+            tracked.blended_from = None
+        recipes = tracked.plan.recipes(self._block_size, nonce)
+        if recipes or nonce:
+            first = local // self._block_size
+            rechain(tracked.request, self._block_size, first, [], recipes, tracked.tokens)
+        else:
+            untaint(tracked.request, self._block_size, local // self._block_size)
+        return self._local.held(tracked)
