@@ -7,11 +7,13 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lmdb
 
 from lmc.store.disk.catalog import Catalog
+from lmc.store.disk.config import DiskConfig
 from lmc.store.disk.segments import Segments
 from lmc.store.disk.tier import Disk
 from lmc.store.record import Record
@@ -107,3 +109,14 @@ class Faulty:
 
     def _fails(self) -> bool:
         return self._rng.random() < self.rate
+
+
+@dataclass(frozen=True)
+class FaultyDisk(DiskConfig):
+    """A disk tier behind `Faulty`, as a config names it."""
+
+    rate: float = 0.3
+    seed: int = 0
+
+    def open(self, *arguments: Any, **options: Any) -> Any:
+        return Faulty(super().open(*arguments, **options), self.rate, self.seed)

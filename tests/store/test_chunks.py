@@ -160,30 +160,30 @@ def test_writes_are_dropped_and_counted_rather_than_waited_for() -> None:
     tier = Slow()
     tier.puts.clear()
     counts: Counter[str] = Counter()
-    writer = Writer(LAYOUT, 2 * 256 * T, counts)  # two chunks wait, no more
+    writer = Writer(tier, LAYOUT, 2 * 256 * T, counts)  # two chunks wait, no more
     rows = [np.zeros((4, 2, T, 32), np.uint8)]
-    taken = [writer.offer(record(i), rows, tier) for i in range(5)]
+    taken = [writer.offer(record(i), rows) for i in range(5)]
     assert taken == [True, True, False, False, False]
     assert counts["writes_dropped:slow"] == 3
     tier.puts.set()
     assert writer.drain(10)
     assert tier.contains([record(i) for i in range(5)]) == taken
-    assert writer.offer(record(4), rows, tier)
+    assert writer.offer(record(4), rows)
     writer.close(10)
     assert len(tier.held) == 3
-    assert not writer.offer(record(3), rows, tier)
+    assert not writer.offer(record(3), rows)
 
 
 def test_a_writer_that_is_closed_on_a_dead_disk_gives_up() -> None:
     tier = Slow()
     tier.puts.clear()
     counts: Counter[str] = Counter()
-    writer = Writer(LAYOUT, 1 << 16, counts)
+    writer = Writer(tier, LAYOUT, 1 << 16, counts)
     rows = [np.zeros((4, 2, T, 32), np.uint8)]
-    assert writer.offer(record(0), rows, tier)
+    assert writer.offer(record(0), rows)
     while writer._queue:  # until the thread has taken it
         time.sleep(0.001)
-    assert writer.offer(record(1), rows, tier)
+    assert writer.offer(record(1), rows)
     writer.close(0.1)
     assert counts["writes_dropped:slow"] == 1
     tier.puts.set()
@@ -198,10 +198,10 @@ def test_a_tier_that_raises_costs_its_batch_and_no_more() -> None:
             return super().put(items)
 
     tier, counts = Broken(), Counter[str]()
-    writer = Writer(LAYOUT, 1 << 16, counts)
+    writer = Writer(tier, LAYOUT, 1 << 16, counts)
     rows = [np.zeros((4, 2, T, 32), np.uint8)]
-    assert writer.offer(record(0), rows, tier) and writer.drain(10)
-    assert writer.offer(record(1), rows, tier) and writer.drain(10)
+    assert writer.offer(record(0), rows) and writer.drain(10)
+    assert writer.offer(record(1), rows) and writer.drain(10)
     assert counts["writes_failed:slow"] == 1
     assert tier.contains([record(0), record(1)]) == [False, True]
     writer.close(10)

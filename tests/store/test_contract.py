@@ -20,7 +20,7 @@ from lmc.store.record import Record
 from lmc.store.store import Store
 from lmc.store.tier import Rows, Tier
 from tests.store.disk.chunks import LAYOUT, Spec, opened, right
-from tests.store.faulty import Faulty, failing_disk
+from tests.store.faulty import failing_disk
 
 TIERS: dict[str, Callable[[Path, int], Any]] = {
     "memory": lambda path, capacity: HostMemory(LAYOUT, capacity),
@@ -198,11 +198,10 @@ def test_a_store_survives_a_tier_that_fails(tmp_path: Path, seed: int) -> None:
     import torch
 
     rng = np.random.default_rng(seed)
-    tiers = [{"name": "disk", "path": str(tmp_path / "kv"), "capacity": "16MiB"}]
+    disk = {"path": str(tmp_path / "kv"), "capacity": "16MiB", "rate": 0.3, "seed": seed}
+    tiers = [{"name": "tests.store.faulty:FaultyDisk", **disk}]
     store = Store(LAYOUT, b"model", memory_bytes=40 * 256 * 3, tiers=tiers, patience_s=5.0)
-    faulty = Faulty(store.tiers[0], 0.3, seed)
-    store.tiers[0] = faulty
-    store.chunks.tiers[0] = replace(store.chunks.tiers[0], tier=faulty)
+    faulty = store.tiers[0]
     prompts = [rng.integers(0, 999, 40) for _ in range(12)]
     values = [torch.full(LAYOUT.shape(40), float(i)) for i in range(12)]
     served = 0

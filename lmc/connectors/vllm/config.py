@@ -46,8 +46,10 @@ class LMCConfig(BaseModel):
         policy: which chunk goes when memory is full, one of `lmc.policies.POLICIES`.
         tiers: places behind host memory, in the order in which they are asked, each one of
             `lmc.store.tier.TIERS` with its fields: `{name: disk, path: ..., capacity: 100GiB}`.
-        write_queue_bytes: host memory, on each worker, for chunks that wait to be written into a
-            tier; more of them are dropped, so that nothing ever waits for a disk.
+        staging_bytes: memory of the device, on each worker, through which chunks are copied out
+            of vLLM's pages, a piece at a time; reserved at start, beside what vLLM has.
+        write_queue_bytes: host memory, on each worker and for each tier, for chunks that wait to be
+            written into it; more of them are dropped, so that nothing ever waits for a disk.
         fetch_patience_s: after so long what a tier has not brought is computed, and the tiers are
             left alone for a while.
         exact_variants: exact contexts kept of one content. Text that prompts repeat inside
@@ -87,6 +89,7 @@ class LMCConfig(BaseModel):
     memory_bytes: int = Field(default=4 << 30, gt=0)
     policy: dict[str, Any] | str = "lru"
     tiers: tuple[dict[str, Any] | str, ...] = ()
+    staging_bytes: int = Field(default=32 << 20, gt=0)
     write_queue_bytes: int = Field(default=256 << 20, gt=0)
     fetch_patience_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     exact_variants: int = Field(default=2, ge=1)
@@ -184,6 +187,15 @@ def check_runs(blend: Mapping[str, Any] | str, strategy: Strategy) -> None:
 def check_layers(strategy: Strategy, L: int) -> None:
     """Raise ValueError unless a model of L layers has those that the strategy looks at."""
     strategy.needs(Outline(L=L, T=2, end=1, moved=((0, 1),), new=1))
+
+
+def check_staging(staging_bytes: int, row_bytes: int) -> None:
+    """Raise ValueError unless one row of one layer, keys and values, fits into `staging_bytes`."""
+    if staging_bytes < row_bytes:
+        raise ValueError(
+            f"staging_bytes is {staging_bytes}, less than one row of one layer of this model; "
+            f"allowed: at least {row_bytes}"
+        )
 
 
 def check_memory(memory_bytes: int, bytes_per_token: int, longest: int) -> None:

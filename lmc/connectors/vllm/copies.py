@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from lmc.connectors.vllm.config import check_staging
 from lmc.connectors.vllm.layouts import page_slots_of
 from lmc.connectors.vllm.messages import ChunkSave, WeightsTold, WorkerReport
 from lmc.kernels.gather import gather
@@ -66,27 +67,122 @@ class Told:
         return report if report != WorkerReport() else None
 
 
+class Staging:
+    """One buffer on the device, and one stream, through which rows go from pages to host memory.
+
+    Made once, so that saves take nothing of what the engine has for itself.
+
+    Args:
+        pages: where rows come from.
+        nbytes: of the buffer; beside it there are 8 bytes for each row of one layer that fits.
+
+    Raises:
+        ValueError: not one row of one layer fits.
+    """
+
+    def __init__(self, pages: PagedKV, nbytes: int) -> None:
+        self.pages = pages
+        row_bytes = 2 * pages.G * pages.D * pages.dtype.itemsize
+        check_staging(nbytes, row_bytes)
+        self._rows = nbytes // row_bytes  # of one layer
+        room = self._rows * 2 * pages.G * pages.D
+        self._buffer = torch.empty(room, dtype=pages.dtype, device=pages.device)
+        self._slots = torch.empty(self._rows, dtype=torch.int64, device=pages.device)
+        # Untested on a GPU.
+        self._stream = torch.cuda.Stream(pages.device) if pages.device.type == "cuda" else None
+        self._some: dict[tuple[int, int], PagedKV] = {}
+
+    def copy(self, slots: torch.Tensor, parts: list[torch.Tensor], ready: Any) -> None:
+        """Copy the rows of slots `[T]` to parts `[L, 2, t, G, D]` along T, and return when done.
+
+        Args:
+            slots: on the host.
+            ready: an event, behind which the pages hold these rows; None without a GPU.
+        """
+        with torch.cuda.stream(self._stream):
+            try:
+                if self._stream is not None:
+                    self._stream.wait_event(ready)
+                here = slots.split([part.shape[2] for part in parts])
+                for part, some in zip(parts, here, strict=True):
+                    self._copy(some, part)
+            finally:
+                # Also when that failed: the parts may be given to others then.
+                if self._stream is not None:
+                    self._stream.synchronize()
+
+    def _copy(self, slots: torch.Tensor, part: torch.Tensor) -> None:
+        """Rows to one part. The stream keeps a piece from being overwritten by the next one."""
+        for layers, rows in pieces(self.pages.L, len(slots), self._rows):
+            pages, target = self._pages_of(layers), part[layers, :, rows]
+            index = self._slots[: target.shape[2]]
+            index.copy_(slots[rows], non_blocking=True)
+            staged = self._buffer[: target.numel()].view(target.shape)
+            gather(pages, index, out=staged)
+            # Each copy to host memory in one run, or torch would have it go through more memory.
+            whole = target.is_contiguous()
+            for new, old in [(target, staged)] if whole else zip(target[0], staged[0], strict=True):
+                new.copy_(old, non_blocking=True)
+
+    def _pages_of(self, layers: slice) -> PagedKV:
+        """Some layers of the pages; kept, since each has a table of addresses on the device."""
+        key = (layers.start, layers.stop)
+        if key not in self._some:
+            self._some[key] = PagedKV(k=self.pages.k[layers], v=self.pages.v[layers])
+        return self._some[key]
+
+
+def pieces(L: int, T: int, room: int) -> Iterator[tuple[slice, slice]]:
+    """Cut L layers of T rows into pieces of at most `room` rows: (layers, rows).
+
+    All rows of as many layers as fit, or else some rows of one layer.
+    """
+    rows = min(T, room)
+    layers = room // rows
+    for layer in range(0, L, layers):
+        for row in range(0, T, rows):
+            yield slice(layer, min(layer + layers, L)), slice(row, min(row + rows, T))
+
+
 class Copies:
     """Copies of chunks out of pages, on a thread of their own, in the order of their asking.
 
-    Attributes:
-        pages: vLLM's, once they are known.
+    Whatever happens to one of them, the scheduler is told of it and the thread goes on.
+
+    Args:
+        staging_bytes: of the device's memory, through which they go.
+
+    Raises:
+        ValueError: not one row of one layer fits into that.
     """
 
-    def __init__(self, chunks: Chunks, told: Told, block_size: int) -> None:
-        self.pages: PagedKV | None = None
+    def __init__(self, chunks: Chunks, told: Told, block_size: int, staging_bytes: int) -> None:
+        layout = chunks.memory.layout
+        check_staging(staging_bytes, layout.bytes_per_token // layout.L)
         self._chunks, self._told, self._block_size = chunks, told, block_size
+        self._staging_bytes = staging_bytes
+        self._staging: Staging | None = None
         # One thread, so that saves and frees happen in the order the scheduler wanted.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lmc-save")
         self._lock = threading.Lock()
         self._saving: Counter[str] = Counter()
         self._released: set[str] = set()
 
+    @property
+    def pages(self) -> PagedKV | None:
+        """vLLM's, once they are known."""
+        return self._staging.pages if self._staging is not None else None
+
+    @pages.setter
+    def pages(self, pages: PagedKV) -> None:
+        self._staging = Staging(pages, self._staging_bytes)
+
     def save(self, save: ChunkSave) -> None:
         """Copy a chunk as it is in the pages once the device has done what it was given so far."""
+        ready = recorded()
         with self._lock:
             self._saving[save.request_id] += 1
-        self._thread.submit(self._save, save, recorded())
+        self._submit("saves_failed", self._save, save, ready)
 
     def evict(self, slots: Iterable[int]) -> None:
         """Let go of slots, behind all copies that were asked for."""
@@ -94,12 +190,12 @@ class Copies:
         # Untested on a GPU: copies of earlier steps out of the memory that is let go of.
         used = recorded() if slots else None
         for slot in slots:
-            self._thread.submit(self._evict, slot, used)
+            self._submit("evictions_failed", self._evict, slot, used)
 
     def fetch(self, slots: Iterable[int]) -> None:
         """Begin to bring what is expected under these slots, behind what was let go of."""
         for slot in slots:
-            self._thread.submit(self._chunks.fetch, slot)
+            self._submit("fetches_failed", self._chunks.fetch, slot)
 
     def release(self, request_ids: Iterable[str]) -> None:
         """These requests wait for their copies before their blocks are freed."""
@@ -120,44 +216,52 @@ class Copies:
         """Finish, and let go of the thread."""
         self._thread.shutdown(wait=True)
 
+    def _submit(self, failures: str, call: Callable[..., None], *arguments: Any) -> None:
+        """Have the thread make a call; one that fails is logged and counted, whatever it raises."""
+
+        def made() -> None:
+            try:
+                call(*arguments)
+            except BaseException:
+                logger.exception("lmc could not do what it was to do with a chunk")
+                self._chunks.counts[failures] += 1
+
+        self._thread.submit(made)
+
     def _evict(self, slot: int, used: Any) -> None:
-        if used is not None:
-            used.synchronize()
-        self._chunks.evict(slot)
+        try:
+            if used is not None:
+                used.synchronize()
+        finally:
+            self._chunks.evict(slot)
 
     def _save(self, save: ChunkSave, ready: Any) -> None:
-        slot, stored = save.record.slot, False
+        slot = save.record.slot
         try:
-            parts = self._chunks.reserve(slot, save.end - save.start)
-            if parts is not None:
-                self._copy_out(save, parts, ready)
-                self._chunks.publish(save.record)
-                stored = True
-        except Exception:
-            logger.exception("lmc could not store a chunk of %s", save.request_id)
-            self._chunks.forget(slot)
-        self._told.held(slot, stored)
-        with self._lock:
-            self._saving[save.request_id] -= 1
-            if not self._saving[save.request_id]:
-                del self._saving[save.request_id]
+            self._told.held(slot, self._stored(save, ready))
+        except BaseException:
+            try:
+                self._chunks.forget(slot)
+            finally:
+                self._told.held(slot, whole=False)
+            raise
+        finally:
+            with self._lock:
+                self._saving[save.request_id] -= 1
+                if not self._saving[save.request_id]:
+                    del self._saving[save.request_id]
 
-    def _copy_out(self, save: ChunkSave, parts: list[torch.Tensor], ready: Any) -> None:
-        assert self.pages is not None
+    def _stored(self, save: ChunkSave, ready: Any) -> bool:
+        """Whether there was room for a chunk; then it is there now."""
+        parts = self._chunks.reserve(save.record.slot, save.end - save.start)
+        if parts is None:
+            return False
+        assert self._staging is not None
         rows = np.arange(save.start, save.end, dtype=np.int64)
-        slots = page_slots_of(rows, save.blocks, self._block_size, self.pages.k[0].device)
-        here = slots.split([part.shape[2] for part in parts])
-        if ready is None:
-            for part, some in zip(parts, here, strict=True):
-                gather(self.pages, some, out=part)
-            return
-        # Untested on a GPU: a stream of its own, behind the step's forward.
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            stream.wait_event(ready)
-            for part, some in zip(parts, here, strict=True):
-                part.copy_(gather(self.pages, some), non_blocking=True)
-        stream.synchronize()
+        slots = page_slots_of(rows, save.blocks, self._block_size, torch.device("cpu"))
+        self._staging.copy(slots, parts, ready)
+        self._chunks.publish(save.record)
+        return True
 
 
 def recorded() -> Any:

@@ -75,7 +75,7 @@ class WorkerSide:
             self.told.held,
             populate=True,
         )
-        self.copies = Copies(self.chunks, self.told, self.spec.block_size)
+        self.copies = Copies(self.chunks, self.told, self.spec.block_size, config.staging_bytes)
         self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.refusal: str | None = (
             "the worker has no access to the model; start vLLM with "

@@ -1,0 +1,338 @@
+"""A tier that hangs: what was asked of it is a miss, all else goes on, and nothing is left."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmc.store import Record
+from lmc.store.chunks import Attached, Chunks
+from lmc.store.fetcher import FETCHERS
+from tests.store.hanging import (
+    CALLS,
+    LAYOUT,
+    NBYTES,
+    Hanging,
+    T,
+    disk,
+    fetched,
+    filled,
+    record,
+    rows,
+)
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Return once it is so."""
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+class World:
+    """Chunks with a tier that hangs, alone or in front of a disk, and what became of each fetch."""
+
+    def __init__(self, folder: Path | None, room: int, queue: int) -> None:
+        self.tier = Hanging()
+        self.closed = False
+        self.told: list[tuple[int, bool]] = []
+        self.disk = disk(folder) if folder else None
+        tiers = [Attached(self.tier, "through")]
+        if self.disk:
+            tiers.append(Attached(self.disk, "through"))
+        self.chunks = Chunks(
+            LAYOUT, room * NBYTES, tiers, queue * NBYTES, 0.2, lambda *x: self.told.append(x)
+        )
+
+    def hung_gets(self, first: int = 1000) -> list[Record]:
+        """Every fetching thread of the tier hangs, past its deadline."""
+        self.tier.hang("get")
+        hung: list[Record] = []
+        while len(hung) < FETCHERS:
+            r = record(first := first + 1)
+            self.tier.held[r.id] = rows(1.0)
+            self.chunks.expect(r)
+            self.chunks.fetch(r.slot)
+            until(
+                lambda r=r: (
+                    self.tier.entered.acquire(blocking=False) or (r.slot, False) in self.told
+                )
+            )
+            if self.chunks.arrival(r.slot):  # or a busy machine had no time to begin with it
+                hung.append(r)
+        until(lambda: self.chunks._fetchers[0].overdue == FETCHERS)
+        self.told.clear()
+        return hung
+
+
+@contextmanager
+def world(folder: Path | None = None, room: int = 64, queue: int = 8) -> Iterator[World]:
+    made = World(folder, room, queue)
+    try:
+        yield made
+    finally:
+        made.tier.let_go()
+        if not made.closed:
+            made.chunks.close()
+
+
+def put_on_disk(folder: Path, records: list[Record], value: float) -> None:
+    tier = disk(folder)
+    assert all(tier.put([(r, [rows(value)]) for r in records]))
+    tier.close()
+
+
+def given(chunks: Chunks, slot: int) -> float:
+    """The one value of a chunk."""
+    parts = chunks.parts(slot)
+    assert parts is not None
+    (value,) = {float(x) for part in parts for x in part.unique()}
+    return value
+
+
+def test_behind_hung_gets_others_fail_and_hold_no_memory() -> None:
+    with world() as w:
+        chunks = w.chunks
+        hung = w.hung_gets()
+        assert chunks.memory.size == FETCHERS * NBYTES and w.told == []
+        for i in range(50):
+            w.tier.held[record(i).id] = rows(2.0)
+            assert not fetched(chunks, record(i))
+            assert w.told[-1] == (i, False) and chunks.arrival(i) is None
+        assert chunks.memory.size == FETCHERS * NBYTES
+        for r in hung[:4]:  # as the scheduler does with what was waited for in vain
+            chunks.evict(r.slot)
+        w.tier.let_go()
+        until(lambda: len(w.told) == 50 + FETCHERS)
+        assert sorted(w.told[50:]) == [(r.slot, r not in hung[:4]) for r in hung]
+        assert chunks.memory.size == (FETCHERS - 4) * NBYTES
+        for i in range(200, 248):  # all is as it was before
+            w.tier.held[record(i).id] = rows(3.0)
+            assert fetched(chunks, record(i)) and given(chunks, i) == 3.0
+
+
+def test_what_waits_behind_hung_gets_is_told_by_its_deadline() -> None:
+    """Asked for at a time when nobody knew yet that they hang; and by nobody waited for."""
+    with world() as w:
+        w.tier.hang("get")
+        asked = range(FETCHERS + 10)
+        for i in asked:
+            w.chunks.expect(record(i))
+            w.chunks.fetch(i)
+        fetcher = w.chunks._fetchers[0]
+        until(lambda: len(w.told) + fetcher.overdue == len(asked))
+        assert len(w.told) >= 10 and all(
+            (i, False) in w.told for i in asked if not w.chunks.arrival(i)
+        )
+        assert w.chunks.memory.size == len(w.chunks._arrivals) * NBYTES <= FETCHERS * NBYTES
+        w.tier.let_go()
+        until(lambda: len(w.told) == len(asked))
+        assert not any(whole for _, whole in w.told) and w.chunks.memory.size == 0
+
+
+def test_hung_gets_are_bounded_over_periods() -> None:
+    with world(room=FETCHERS + 2) as w:
+        for period in range(3):
+            hung = w.hung_gets(1000 * (period + 1))
+            assert w.chunks.memory.size == FETCHERS * NBYTES
+            for r in hung:
+                w.chunks.evict(r.slot)
+            w.tier.let_go()
+            until(lambda: len(w.told) == FETCHERS)
+            assert w.chunks.memory.size == 0 and not w.chunks._arrivals
+
+
+def test_a_disk_behind_hung_gets_is_read(tmp_path: Path) -> None:
+    on_disk = [record(i) for i in range(20)]
+    put_on_disk(tmp_path / "kv", on_disk, 5.0)
+    with world(tmp_path / "kv") as w:
+        w.tier.hang("get")
+        assert not fetched_in_time(w.chunks, record(0))  # the first one finds out
+        for r in on_disk[1:]:
+            assert fetched(w.chunks, r) and given(w.chunks, r.slot) == 5.0
+        w.tier.let_go()
+        until(lambda: not w.chunks._arrivals)
+        # What hung goes on to the disk too late, and is told as not there.
+        assert (0, False) in w.told and w.chunks.memory.size == 19 * NBYTES
+        w.tier.held[record(30).id] = rows(6.0)
+        assert fetched(w.chunks, record(30)) and given(w.chunks, 30) == 6.0
+
+
+def fetched_in_time(chunks: Chunks, r: Record) -> bool:
+    """As a claim does, which waits no longer than the patience."""
+    chunks.expect(r)
+    arrival = chunks.arrival(r.slot)
+    assert arrival is not None
+    chunks.fetch(r.slot)
+    return arrival.wait(None, time.monotonic() + 2 * chunks.patience_s)
+
+
+def test_what_a_tier_in_front_lacked_is_offered_to_it(tmp_path: Path) -> None:
+    put_on_disk(tmp_path / "kv", [record(1)], 5.0)
+    with world(tmp_path / "kv") as w:
+        assert fetched(w.chunks, record(1)) and w.chunks.drain(60)
+        assert (w.tier.held[record(1).id] == rows(5.0)).all()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_hung_puts_are_dropped_and_counted(beside: bool, tmp_path: Path) -> None:
+    with world(tmp_path / "kv" if beside else None) as w:
+        w.tier.hang("put")
+        filled(w.chunks, record(0), 1.0)
+        assert w.tier.entered.acquire(timeout=60)
+        for i in range(1, 40):  # 8 fit into the queue, the one that hangs among them
+            filled(w.chunks, record(i), 1.0)
+            if w.disk:
+                assert w.chunks._writers[1].drain(60)
+        assert w.chunks.counts["writes_dropped:hanging"] == 32
+        assert not w.chunks.drain(0.05)
+        for i in range(20):
+            w.chunks.evict(i)
+        assert w.chunks.memory.size == 20 * NBYTES
+        if w.disk:
+            assert w.chunks._writers[1].drain(60)
+            assert all(w.disk.contains([record(i) for i in range(40)]))
+            assert w.chunks.counts["writes_dropped:disk"] == 0
+        w.tier.let_go()
+        assert w.chunks.drain(60)
+        assert len(w.tier.held) == 8
+        filled(w.chunks, record(50), 1.0)
+        assert w.chunks.drain(60) and record(50).id in w.tier.held
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_hung_contains_stop_no_eviction(beside: bool, tmp_path: Path) -> None:
+    with world(tmp_path / "kv" if beside else None) as w:
+        w.tier.hang("contains")
+        for i in range(20):
+            filled(w.chunks, record(i), 1.0)
+        for i in range(20):
+            w.chunks.evict(i)
+        assert w.chunks.memory.size == 0
+        if w.disk:
+            assert w.chunks._writers[1].drain(60)
+            assert sum(w.disk.contains([record(i) for i in range(20)])) >= 8
+
+
+def test_what_a_tier_is_known_to_have_is_not_written_again(tmp_path: Path) -> None:
+    with world(tmp_path / "kv") as w:
+        for i in range(8):
+            filled(w.chunks, record(i), 1.0)
+            assert w.chunks.drain(60)
+        filled(w.chunks, record(0 + 100), 1.0)
+        assert w.chunks.drain(60)
+        offered = [writer._next for writer in w.chunks._writers]
+        for i in range(8):
+            w.chunks.evict(i)
+        assert [writer._next for writer in w.chunks._writers] == offered
+        w.tier.held.clear()  # it let go of what it had: the end finds out
+        w.chunks.close()
+        w.closed = True
+        assert list(w.tier.held) == [record(100).id]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+def test_closing_waits_for_none_that_hangs(call: str, beside: bool, tmp_path: Path) -> None:
+    with world(tmp_path / "kv" if beside else None) as w:
+        if call == "get":
+            w.hung_gets()
+        w.tier.hang(call)
+        for i in range(5):
+            filled(w.chunks, record(i), float(i))
+        closing = threading.Thread(target=w.chunks.close, args=(1.0,), daemon=True)
+        closing.start()
+        closing.join(60)
+        assert not closing.is_alive() and not w.tier.closed
+        if w.disk:
+            again = disk(tmp_path / "kv")
+            assert all(again.contains([record(i) for i in range(5)]))
+            again.close()
+        w.closed = True
+        w.tier.let_go()
+        until(lambda: not w.chunks._arrivals)
+        assert w.chunks.memory.size == 0
+        assert not any(whole for _, whole in w.told)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_process_ends_while_a_tier_hangs(call: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.store.hanging", call, str(tmp_path / "kv")]
+    subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parents[2])
+    tier = disk(tmp_path / "kv")
+    assert tier.contains([record(2)]) == [True]
+    tier.close()
+
+
+class Raising(Hanging):
+    """Raises whatever it is told to, from each call that is named."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: type[BaseException] = Exception
+        self.broken: set[str] = set()
+
+    def _wait(self, call: str) -> None:
+        if call in self.broken:
+            raise self.error(call)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.parametrize("call", CALLS)
+def test_whatever_a_tier_raises_is_a_miss(call: str, error: Any) -> None:
+    tier, told = Raising(), []
+    chunks = Chunks(
+        LAYOUT, 64 * NBYTES, [Attached(tier, "through")], fetched=lambda *x: told.append(x)
+    )
+    tier.error, tier.broken = error, {call}
+    for i in range(2 * FETCHERS):  # more than there are threads to lose
+        tier.held[record(100 + i).id] = rows(1.0)
+        assert fetched(chunks, record(100 + i)) == (call != "get")
+        filled(chunks, record(i), 2.0)
+        filled(chunks, record(i + 200), 2.0)
+        assert chunks.drain(60)
+        chunks.evict(i)
+        chunks.evict(i + 200)
+        chunks.evict(100 + i)
+    assert chunks.drain(60)
+    assert chunks.memory.size == 0 and len(told) == 2 * FETCHERS
+    assert (chunks.counts["writes_failed:hanging"] > 0) == (call == "put")
+    assert (chunks.counts["fetches_failed"] > 0) == (call == "get")
+    tier.broken = set()
+    tier.held[record(500).id] = rows(4.0)
+    assert fetched(chunks, record(500)) and given(chunks, 500) == 4.0
+    filled(chunks, record(501), 3.0)
+    tier.broken = {"contains"}
+    chunks.close()
+    assert record(501).id in tier.held and tier.closed
+
+
+def test_who_is_told_of_fetches_may_fail() -> None:
+    tier = Hanging()
+    tier.held[record(1).id] = tier.held[record(2).id] = rows(1.0)
+    told: list[int] = []
+
+    def tell(slot: int, whole: bool) -> None:
+        told.append(slot)
+        if slot == 1:
+            raise SystemExit
+
+    chunks = Chunks(LAYOUT, 2 * NBYTES, [Attached(tier, "through")], fetched=tell)
+    assert not fetched(chunks, record(1)) and fetched(chunks, record(2))
+    assert told == [1, 2] and not chunks._arrivals
+    chunks.evict(1)  # as the scheduler has it of a chunk that was not there
+    assert chunks.memory.size == NBYTES
+    chunks.close()
+
+
+def test_rows_are_of_the_size_that_the_tests_say() -> None:
+    assert rows(0.0).nbytes == NBYTES == T * LAYOUT.bytes_per_token
