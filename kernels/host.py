@@ -1,12 +1,13 @@
 """Scatter on a CPU, in compiled loops: the path by which chunks reach vLLM's CPU backend.
 
-Shapes: chunk [L, 2, T, G, D], slots [T], cos and sin [R/2] -> pages L x [N, P, G, D] of K and of V.
-Formula: that of lmc.kernels.scatter, which calls this for float32 on a CPU.
+Shapes: as lmc.kernels.scatter and lmc.kernels.scatter_runs have them.
+Formula: theirs: both call this for float32 on a CPU.
 Bytes:   reads and writes 2*L*T*G*D*b each, and reads the slots.
 Source:  numba (Lam, Pitrou, Seibert, LLVM-HPC 2015). In torch the same is a copy per page and
          layer, and the calls cost twice what the bytes do.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lmc.kernels.paged import PagedKV
 
-_NO_ANGLES = np.empty(0, np.float32)
+_NO_ANGLES = np.empty((0, 0), np.float32)
 
 
 @cache
@@ -29,33 +30,40 @@ def _compiled() -> Any:
     return numba.njit(nogil=True)(_scatter_layer)
 
 
-def _scatter_layer(k, v, new_k, new_v, slots, cos, sin, interleaved):
-    T, G, D = new_k.shape
+def _scatter_layer(k, v, new_k, new_v, slots, runs, layer, cos, sin, interleaved):
+    # One function for both launchers: it is compiled once, and by the first of them.
+    G, D = new_k.shape[1:]
     P = k.shape[1]
-    half = len(cos)
-    start = 0
-    while start < T:
-        # A run of slots inside one page: K may lie transposed there, so the token is the inner
-        # loop, and a run of it is what makes stores consecutive.
-        n = 1
-        while start + n < T and slots[start + n] == slots[start] + n and slots[start + n] % P:
-            n += 1
-        if slots[start] >= 0:
-            page, offset = slots[start] // P, slots[start] % P
-            for g in range(G):
-                for i in range(half):
-                    i_a, i_b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+    for first, T, base, stride, turn in runs:
+        half = cos.shape[1] if turn >= 0 else 0
+        # Row i of this run is i + at_k of new_k, i + at_v of new_v, and goes to slots[i].
+        at_k = base + 2 * layer * stride - first
+        at_v = at_k + stride
+        start, end = first, first + T
+        while start < end:
+            # A run of slots inside one page: K may lie transposed there, so the token is the inner
+            # loop, and a run of it is what makes stores consecutive.
+            n = 1
+            while start + n < end and slots[start + n] == slots[start] + n and slots[start + n] % P:
+                n += 1
+            if slots[start] >= 0:
+                page, offset = slots[start] // P, slots[start] % P
+                row_k, row_v = at_k + start, at_v + start
+                for g in range(G):
+                    for i in range(half):
+                        i_a, i_b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+                        c, s = cos[turn, i], sin[turn, i]
+                        for t in range(n):
+                            a, b = new_k[row_k + t, g, i_a], new_k[row_k + t, g, i_b]
+                            k[page, offset + t, g, i_a] = a * c - b * s
+                            k[page, offset + t, g, i_b] = b * c + a * s
+                    for d in range(2 * half, D):
+                        for t in range(n):
+                            k[page, offset + t, g, d] = new_k[row_k + t, g, d]
                     for t in range(n):
-                        a, b = new_k[start + t, g, i_a], new_k[start + t, g, i_b]
-                        k[page, offset + t, g, i_a] = a * cos[i] - b * sin[i]
-                        k[page, offset + t, g, i_b] = b * cos[i] + a * sin[i]
-                for d in range(2 * half, D):
-                    for t in range(n):
-                        k[page, offset + t, g, d] = new_k[start + t, g, d]
-                for t in range(n):
-                    for d in range(D):
-                        v[page, offset + t, g, d] = new_v[start + t, g, d]
-        start += n
+                        for d in range(D):
+                            v[page, offset + t, g, d] = new_v[row_v + t, g, d]
+            start += n
 
 
 def scatter_host(
@@ -67,18 +75,51 @@ def scatter_host(
     interleaved: bool,
 ) -> None:
     """`scatter` for checked float32 arguments in host memory; layers are shared among threads."""
-    angles = [_NO_ANGLES if x is None else x.numpy() for x in (cos, sin)]
+    angles = [_NO_ANGLES if x is None else x.numpy()[None] for x in (cos, sin)]
     rows, new = slots.numpy(), chunk.numpy()
+    whole = np.array([[0, len(rows), 0, 0, -1 if cos is None else 0]])
     scatter_layer = _compiled()
 
-    def layers(first: int) -> None:
-        for i in range(first, paged.L, threads):
-            k, v = paged.k[i].numpy(), paged.v[i].numpy()
-            scatter_layer(k, v, new[i, 0], new[i, 1], rows, *angles, interleaved)
+    def put(i: int) -> None:
+        k, v = paged.k[i].numpy(), paged.v[i].numpy()
+        scatter_layer(k, v, new[i, 0], new[i, 1], rows, whole, i, *angles, interleaved)
+
+    _by_layer(put, 0, paged.L)
+
+
+def scatter_runs_host(
+    buffer: Tensor,
+    paged: PagedKV,
+    slots: Tensor,
+    runs: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    interleaved: bool,
+    layers: tuple[int, int],
+) -> None:
+    """`scatter_runs` for checked float32 arguments, as `scatter_host`."""
+    angles = [_NO_ANGLES if x is None else x.numpy() for x in (cos, sin)]
+    rows, new, table = slots.numpy(), buffer.numpy(), runs.numpy()
+    scatter_layer = _compiled()
+
+    def put(i: int) -> None:
+        k, v = paged.k[i].numpy(), paged.v[i].numpy()
+        scatter_layer(k, v, new, new, rows, table, i, *angles, interleaved)
+
+    _by_layer(put, *layers)
+
+
+def _by_layer(put: Callable[[int], None], first: int, end: int) -> None:
+    """Call `put` for each layer, on as many threads as torch has."""
+
+    def some(at: int) -> None:
+        for i in range(at, end, threads):
+            put(i)
 
     threads = torch.get_num_threads()
-    others = [_pool(threads).submit(layers, first) for first in range(1, threads)]
-    layers(0)
+    others = [_pool(threads).submit(some, first + i) for i in range(1, threads)]
+    some(first)
     for other in others:
         other.result()
 

@@ -17,6 +17,7 @@ from lmc.kernels.paged import PagedKV
 KERNELS = (
     "gather",
     "scatter",
+    "scatter_runs",
     "rerotate",
     "sparse_attention",
     "split",

@@ -30,13 +30,13 @@ class Rope:
     interleaved: bool
     kind: str
 
-    def angles(self, delta: int) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin `[R / 2]` float32 of a move by `delta` positions.
+    def angles(self, delta: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin `[R / 2]` float32 of a move by `delta` positions; of deltas `[C]`, of each.
 
         The product delta · inv_freq is taken in float64: in float32 it is off by up to
         6e-3 rad at delta = 1e5.
         """
-        angle = self.inv_freq * delta
+        angle = np.multiply.outer(delta, self.inv_freq)
         return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
     @property

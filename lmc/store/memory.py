@@ -84,6 +84,28 @@ class HostMemory:
             held = self._held.get(slot)
             return held.parts if held is not None and held.published else None
 
+    @property
+    def flat(self) -> torch.Tensor:
+        """All of it as rows `[2 · L · tokens, G, D]`, each of one layer and side.
+
+        A run of t tokens from token s on begins at row 2 · L · s; in it, K of layer l begins
+        2 · l · t rows on, and V t rows behind that.
+        """
+        return self._buffer.view(self._dtype).view(-1, self.layout.G, self.layout.D)
+
+    def runs(self, slots: Sequence[int], unpublished: bool = False) -> list[list[Run] | None]:
+        """Where each chunk lies: runs of tokens, in their order; None for one not held.
+
+        Args:
+            unpublished: those count too that are still written.
+        """
+        with self._lock:
+            found = [self._held.get(slot) for slot in slots]
+            return [
+                held.runs if held is not None and (held.published or unpublished) else None
+                for held in found
+            ]
+
     def release(self, slot: int) -> None:
         """Let go of a slot, published or not; one that is not held is no error."""
         with self._lock:

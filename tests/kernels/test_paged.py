@@ -8,6 +8,7 @@ from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV, page_runs
 from lmc.kernels.rerotate import rerotate
 from lmc.kernels.scatter import scatter
+from lmc.kernels.scatter_runs import scatter_runs
 
 
 def test_page_runs_cut_at_pages_gaps_and_holes():
@@ -55,6 +56,8 @@ def test_paged_kv_refuses(k, v, message):
 
 COS, SIN = torch.zeros(32), torch.zeros(32)
 CHUNK, SLOTS = torch.zeros(2, 2, 3, 2, 64), torch.tensor([1, -1, 4])
+# The chunk as a buffer, and its rows as one run of it.
+ROWS, RUNS, TURNS = CHUNK.view(12, 2, 64), torch.tensor([[0, 3, 0, 3, -1]]), COS[None]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,21 @@ CHUNK, SLOTS = torch.zeros(2, 2, 3, 2, 64), torch.tensor([1, -1, 4])
         (lambda p: scatter(CHUNK, p, SLOTS, COS, SIN[:9]), "got 32 and 9"),
         (lambda p: scatter(CHUNK, p, SLOTS, COS.double(), SIN), "cos must be float32"),
         (lambda p: scatter(CHUNK, p, SLOTS, COS.repeat(2), SIN), r"R <= D=64, got .*\[64\]"),
+        (lambda p: scatter_runs(ROWS[:, :1], p, SLOTS, RUNS), r"\[U, 2, 64\].* got .*12, 1, 64"),
+        (lambda p: scatter_runs(ROWS[:, :, ::2], p, SLOTS, RUNS), r"got float32 \[12, 2, 32\]"),
+        (lambda p: scatter_runs(ROWS.mT.contiguous().mT, p, SLOTS, RUNS), "contiguous, got"),
+        (lambda p: scatter_runs(ROWS.half(), p, SLOTS, RUNS), "float32 .*got float16"),
+        (lambda p: scatter_runs(ROWS, p, SLOTS + 60, RUNS), r"got 59\.\.64"),
+        (lambda p: scatter_runs(ROWS, p, SLOTS, RUNS.int()), r"int64 \[n, 5\], got int32"),
+        (lambda p: scatter_runs(ROWS, p, SLOTS, RUNS[:, :4]), r"\[n, 5\], got int64 \[1, 4\]"),
+        (lambda p: scatter_runs(ROWS[:11], p, SLOTS, RUNS), r"11 rows.* got \[0, 3, 0, 3, -1\]"),
+        (lambda p: scatter_runs(ROWS, p, SLOTS[:2], RUNS), r"2 slots.* got \[0, 3, 0, 3, -1\]"),
+        (lambda p: scatter_runs(ROWS, p, SLOTS, RUNS + 1), r"0 turns, got \[1, 4, 1, 4, 0\]"),
+        (lambda p: scatter_runs(ROWS, p, SLOTS, RUNS - 1), r"got \[-1, 2, -1, 2, -2\] for"),
+        (lambda p: scatter_runs(ROWS, p, SLOTS, RUNS, layers=(1, 3)), r"0\.\.2, got 1\.\.3"),
+        (lambda p: scatter_runs(ROWS, p, SLOTS, RUNS, TURNS), "cos and sin go together"),
+        (lambda p: scatter_runs(ROWS, p, SLOTS, RUNS, COS, SIN), r"\[C, R/2\].* got .*\[32\]"),
+        (lambda p: scatter_runs(ROWS, p, SLOTS, RUNS, TURNS, TURNS[:, :9]), "must be alike"),
         (lambda p: gather(p, SLOTS + 60), r"got 59\.\.64"),
         (lambda p: gather(p, SLOTS, CHUNK[:, :, :2]), r"\[2, 2, 3, 2, 64\] .*got"),
         (lambda p: gather(p, SLOTS, CHUNK.half()), "got float16"),

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lmc.kernels import gather as gather_module
+from lmc.kernels import scatter_runs as scatter_runs_module
 from lmc.kernels.cases import Case, make_chunk, make_paged, make_slots
 from lmc.kernels.gather import gather
 from lmc.kernels.rerotate import rerotate
 from lmc.kernels.scatter import scatter
+from lmc.kernels.scatter_runs import RunsCase, scatter_runs
 from lmc.kernels.spec import KERNELS, interpreted, load, verify
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -187,3 +189,17 @@ def test_kernels_leave_slots_out_of_range_alone(monkeypatch):
     out = gather(paged, slots, torch.full((2, 2, 4, 1, 64), 7.0))
     assert (out[:, :, :3] == 7).all()
     assert torch.equal(out[:, 0, 3], torch.stack([k[0, 0] for k in paged.k]))
+
+
+@needs_interpreter
+def test_kernels_leave_runs_out_of_range_alone(monkeypatch):
+    monkeypatch.setattr(scatter_runs_module, "_check_runs", lambda *_: None)
+    inputs = scatter_runs_module.make_inputs(RunsCase(T=10, G=1, D=64), torch.float32, "cpu")
+    first, T, base, stride = inputs["runs"][0, :4].tolist()
+    U = len(inputs["buffer"])
+    inputs["runs"] = torch.tensor([
+        (-1, T, base, stride, 0), (first + 10, T, base, stride, 0), (first, T, base, stride, 2),
+        (first, T, -9 * stride, stride, 0), (first, T, U, stride, 0), (first, 1 << 40, 0, 0, 0),
+    ])  # fmt: skip
+    scatter_runs(**inputs)
+    assert all(x.isnan().all() for x in (*inputs["paged"].k, *inputs["paged"].v))

@@ -37,6 +37,30 @@ def test_holds_what_was_put_until_it_is_evicted() -> None:
     assert memory.parts(7) is None and memory.size == 0
 
 
+def test_runs_say_where_in_the_buffer_a_chunk_lies() -> None:
+    """Row i of a run of t tokens from s on is, of layer l and side k, 2Ls + (2l + k)t + i."""
+    memory = HostMemory(LAYOUT, capacity=12 * 128)
+    for slot in range(6):
+        assert memory.reserve(slot, 2)
+    for slot in (1, 3, 4):
+        memory.release(slot)
+    parts = memory.reserve(7, 6)
+    assert parts is not None and len(parts) == 2
+    for part in parts:
+        part.copy_(torch.randn(part.shape))
+    assert memory.runs([7, 0, 9]) == [None, None, None]
+    assert memory.runs([7, 9], unpublished=True) == [[(2, 4), (6, 10)], None]
+    memory.publish(7)
+    (runs,) = memory.runs([7])
+    assert runs == [(2, 4), (6, 10)]
+    for part, (start, end) in zip(parts, runs, strict=True):
+        for layer, side, i in np.ndindex(2, 2, end - start):
+            row = memory.flat[4 * start + (2 * layer + side) * (end - start) + i]
+            assert torch.equal(row, part[layer, side, i])
+    memory.close()
+    assert memory.runs([7]) == [None] and len(memory.flat) == 0
+
+
 def test_a_get_without_a_target_is_a_view() -> None:
     memory = HostMemory(LAYOUT, capacity=1024)
     rows = np.arange(2 * 2 * 4 * 32, dtype=np.uint8).reshape(2, 2, 4, 32)

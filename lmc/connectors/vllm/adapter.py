@@ -49,7 +49,8 @@ class VLLMAdapter:
         self.max_rows = max_rows
         self._embed = inner.embed_input_ids
         self._attention = attention
-        self._tokens, self._blocks = tokens, blocks
+        # An array, since every layer reads of it.
+        self._tokens, self._blocks = tokens, np.asarray(blocks, np.int64)
         self._current = Current()
         self._outline: Outline | None = None
         self._vllm_config = vllm_config

@@ -13,7 +13,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from lmc.blend.evidence import Deviation, Importance, Need, Outline, runs_of
-from lmc.connectors.vllm.layouts import page_slots_of, views_of
+from lmc.connectors.vllm.layouts import Blocks, page_slots_of, views_of
 from lmc.kernels.deviation import deviation
 from lmc.kernels.importance import importance
 from lmc.kernels.paged import PagedKV
@@ -88,14 +88,15 @@ class PagedAttention(ABC):
             raise ValueError(f"{type(module).__name__} has {len(inside)} attention layers, want 1")
         return inside[0]
 
-    def page_slots(self, rows: np.ndarray, blocks: list[int]) -> torch.Tensor:
+    def page_slots(self, rows: np.ndarray, blocks: Blocks) -> torch.Tensor:
         """Flat page slots `[M]` of rows in the request's blocks."""
         return page_slots_of(rows, blocks, self.block_size, self.device)
 
-    def prepare(self, rows: np.ndarray, blocks: list[int]) -> Rows:
+    def prepare(self, rows: np.ndarray, blocks: Blocks) -> Rows:
         """What is the same in every layer for these rows."""
         reach = int(rows[-1]) + 1
-        table = torch.tensor([blocks[: -(-reach // self.block_size)]], dtype=torch.int32)
+        some = np.asarray(blocks[: -(-reach // self.block_size)], np.int32)
+        table = torch.from_numpy(some)[None]
         page_slots = self.page_slots(rows, blocks)
         return Rows(
             positions=rows,

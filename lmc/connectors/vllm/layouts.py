@@ -6,7 +6,7 @@ order, is the attention backend's business. The views share its memory, whatever
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from lmc.kernels.paged import PagedKV
 
 KV = tuple[torch.Tensor, torch.Tensor]
+Blocks = Sequence[int] | np.ndarray  # a request's block ids, in order; an array where it is long
 
 
 def side_by_side(cache: torch.Tensor) -> KV:
@@ -65,13 +66,22 @@ def views_of(layer: Any) -> KV:
     return LAYOUTS[backend](layer.kv_cache)
 
 
-def page_slots_of(
-    rows: np.ndarray, blocks: list[int], block_size: int, device: torch.device
-) -> torch.Tensor:
+def flat_slots(rows: np.ndarray, blocks: Blocks, block_size: int) -> np.ndarray:
     """Flat page slots `[M]` of rows of a request in its blocks (vLLM's slot mapping)."""
-    table = np.asarray(blocks, np.int64)
-    flat = table[rows // block_size] * block_size + rows % block_size
-    return torch.from_numpy(flat).to(device)
+    if not len(rows):
+        return np.empty(0, np.int64)
+    pages = rows // block_size
+    # Of a list no more is read than is needed: a prompt of many chunks is many calls.
+    first, last = int(pages.min()), int(pages.max())
+    table = np.asarray(blocks[first : last + 1], np.int64)
+    return (table[pages - first] - pages) * block_size + rows
+
+
+def page_slots_of(
+    rows: np.ndarray, blocks: Blocks, block_size: int, device: torch.device
+) -> torch.Tensor:
+    """`flat_slots` on the device."""
+    return torch.from_numpy(flat_slots(rows, blocks, block_size)).to(device)
 
 
 def paged_kv(layers: list[Any]) -> PagedKV:

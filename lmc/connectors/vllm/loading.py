@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 
-from lmc.connectors.vllm.layouts import page_slots_of
+from lmc.connectors.vllm.layouts import flat_slots
 from lmc.connectors.vllm.messages import ChunkLoad
 from lmc.kernels.paged import PagedKV
-from lmc.kernels.scatter import scatter
+from lmc.kernels.scatter_runs import scatter_runs
 from lmc.model.rope import Rope
-from lmc.store.chunks import Arrival
+from lmc.store.chunks import Arrival, Chunks
+from lmc.store.extents import Run
+from lmc.store.memory import HostMemory
 
 
 class LostError(Exception):
@@ -26,87 +28,181 @@ class LostError(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Placement:
-    """Where one chunk goes, and by how much its keys turn.
+class Target:
+    """Where a claim's chunks go.
 
     Attributes:
-        page_slots: of the chunk's rows, int64 [T]; -1 for those that are not wanted.
-        cos, sin: of the rotation, or None.
+        blocks: the request's block ids, int64, in order.
+        pages: of all layers.
+        rope: by which keys turn; where there is none, why.
     """
 
-    load: ChunkLoad
-    page_slots: torch.Tensor
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
-    interleaved: bool
-
-    @property
-    def tokens(self) -> int:
-        """How many of its tokens are wanted."""
-        return self.load.end - self.load.start
-
-    def put(self, parts: Sequence[torch.Tensor], pages: PagedKV) -> None:
-        """Rows `[L, 2, t, G, D]`, in parts along T, into pages of as many layers."""
-        first = 0
-        for part in parts:
-            slots = self.page_slots[first : first + part.shape[2]]
-            first += part.shape[2]
-            scatter(part, pages, slots, self.cos, self.sin, interleaved=self.interleaved)
+    blocks: np.ndarray
+    pages: PagedKV
+    rope: Rope | str
 
 
-def placed(
-    load: ChunkLoad, blocks: list[int], block_size: int, device: torch.device, rope: object
-) -> Placement:
-    """Where the tokens of `load` go in a request that owns `blocks`."""
-    page_slots = torch.full((load.T,), -1, dtype=torch.int64, device=device)
-    first = load.start - load.at
-    wanted = np.arange(load.start, load.end, dtype=np.int64)
-    page_slots[first : first + len(wanted)] = page_slots_of(wanted, blocks, block_size, device)
-    cos = sin = None
-    if load.delta:
-        assert isinstance(rope, Rope)
-        cos, sin = (torch.from_numpy(a).to(page_slots.device) for a in rope.angles(load.delta))
-    return Placement(load, page_slots, cos, sin, isinstance(rope, Rope) and rope.interleaved)
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Which chunks of a claim are there.
+
+    Attributes:
+        held: in host memory, and in which runs of it.
+        arriving: on their way, to be put in place layer by layer.
+        missing: neither.
+    """
+
+    held: list[tuple[ChunkLoad, list[Run]]]
+    arriving: list[tuple[ChunkLoad, Arrival]]
+    missing: list[ChunkLoad]
+
+
+def find(chunks: Chunks, loads: Sequence[ChunkLoad], layered: bool, deadline: float) -> Found:
+    """Look for the chunks of a claim; wait for those on their way, unless they come by layers."""
+    found = Found([], [], [])
+    # First these: what is on its way now may be held a moment later, and never the other way.
+    arrivals = [chunks.arrival(load.slot) for load in loads]
+    if not layered:
+        for arrival in arrivals:
+            if arrival is not None:
+                arrival.wait(None, deadline)
+    held = chunks.memory.runs([load.slot for load in loads])
+    for load, arrival, runs in zip(loads, arrivals, held, strict=True):
+        if runs is not None and _tokens(runs) == load.T:
+            found.held.append((load, runs))
+        elif arrival is not None and layered:
+            found.arriving.append((load, arrival))
+        else:
+            found.missing.append(load)
+    return found
+
+
+class Placement:
+    """Where rows of chunks lie in host memory and where they go: found once, for all layers.
+
+    All of it is arrays over runs and rows, and goes to the device in one piece: a claim may be
+    thousands of chunks.
+
+    Args:
+        held: chunks, and the runs of each.
+        memory: that they lie in.
+
+    Attributes:
+        buffer, pages, slots, runs, cos, sin, interleaved: as `scatter_runs` takes them.
+    """
+
+    def __init__(
+        self, held: Sequence[tuple[ChunkLoad, list[Run]]], memory: HostMemory, target: Target
+    ) -> None:
+        self.buffer, self.pages = memory.flat, target.pages
+        device = target.pages.device
+        runs, rows, deltas = _laid_out(held, memory.layout.L)
+        slots = flat_slots(rows, target.blocks, target.pages.P)
+        index = torch.from_numpy(np.concatenate([runs.ravel(), slots])).to(device)
+        self.runs, self.slots = index[: runs.size].view(runs.shape), index[runs.size :]
+        self.cos = self.sin = None
+        self.interleaved = isinstance(target.rope, Rope) and target.rope.interleaved
+        if deltas.any():
+            assert isinstance(target.rope, Rope)
+            self.cos, self.sin = torch.from_numpy(np.stack(target.rope.angles(deltas))).to(device)
+
+    def put(self, layers: tuple[int, int] | None = None) -> None:
+        """Rows of these layers, or of all, into the pages."""
+        scatter_runs(
+            self.buffer,
+            self.pages,
+            self.slots,
+            self.runs,
+            self.cos,
+            self.sin,
+            interleaved=self.interleaved,
+            layers=layers,
+        )
+
+
+def _laid_out(
+    held: Sequence[tuple[ChunkLoad, list[Run]]], L: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs `[n, 5]` as `scatter_runs` takes them, rows `[M]` of the request, and deltas `[C]`.
+
+    Of a chunk only what is wanted of it.
+    """
+    fields = [(load.start, load.end, load.at, load.delta) for load, _ in held]
+    start, end, at, delta = np.array(fields, np.int64).T
+    deltas, turn = np.unique(delta, return_inverse=True)
+    turn[delta == 0] = -1
+    counts = np.array([len(runs) for _, runs in held])
+    of = np.repeat(np.arange(len(held)), counts)  # the chunk of each run
+    first, behind = np.array([run for _, runs in held for run in runs], np.int64).T
+    T = behind - first
+    before = np.cumsum(T) - T
+    # The request's position of a run's first token: behind its chunk's other runs.
+    place = at[of] + before - before[np.cumsum(counts) - counts][of]
+    low = np.maximum(place, start[of])
+    n = np.maximum(np.minimum(place + T, end[of]) - low, 0)
+    done = np.cumsum(n) - n
+    rows = np.repeat(low - done, n) + np.arange(n.sum())
+    base = 2 * L * first + low - place
+    return np.stack([done, n, base, T, turn[of]], axis=1)[n > 0], rows, deltas
+
+
+def _tokens(runs: list[Run]) -> int:
+    return sum(end - start for start, end in runs)
 
 
 class LayeredLoad:
     """Chunks on their way, each layer of which is put in place when it is first needed.
 
     Args:
-        arriving: what comes, and where it goes.
-        pages: of all layers.
+        arriving: what comes.
+        memory: where it comes to.
+        target: where it goes.
         deadline: `time.monotonic()` at which what has not arrived is lost.
     """
 
     def __init__(
         self,
-        arriving: Sequence[tuple[Arrival, Placement]],
-        pages: PagedKV,
+        arriving: Sequence[tuple[ChunkLoad, Arrival]],
+        memory: HostMemory,
+        target: Target,
         deadline: float,
     ) -> None:
         self._arriving = arriving
-        self._pages = pages
+        self._memory = memory
+        self._target = target
         self._deadline = deadline
+        self._placement: Placement | None = None
         self._done = 0
 
     def until(self, layer: int) -> None:
         """Return when layers 0 to `layer` are in place; LostError if one will not come."""
         while self._done <= layer:
-            for arrival, placement in self._arriving:
-                if not arrival.wait(self._done + 1, self._deadline):
-                    raise LostError(placement.load)
+            for load, arrival in self._arriving:
+                there = arrival.layers > self._done
+                if not there and not arrival.wait(self._done + 1, self._deadline):
+                    raise LostError(load)
+            if self._placement is None:
+                self._placement = self._placed()
             # All that has come meanwhile at once: a launch a layer is dearer than one for many.
-            end = min(arrival.layers for arrival, _ in self._arriving)
-            some = slice(self._done, end)
-            pages = PagedKV(k=self._pages.k[some], v=self._pages.v[some])
-            for arrival, placement in self._arriving:
-                assert arrival.parts is not None
-                placement.put([part[some] for part in arrival.parts], pages)
+            end = min(arrival.layers for _, arrival in self._arriving)
+            self._placement.put((self._done, end))
             self._done = end
 
     def all(self) -> None:
         """Return when everything is in place."""
-        self.until(self._pages.L - 1)
+        self.until(self._target.pages.L - 1)
+
+    def _placed(self) -> Placement:
+        """Where all of it goes: known once a layer of each has come, since each has room then."""
+        slots = [load.slot for load, _ in self._arriving]
+        held = []
+        for (load, _), runs in zip(
+            self._arriving, self._memory.runs(slots, unpublished=True), strict=True
+        ):
+            if runs is None or _tokens(runs) != load.T:
+                raise LostError(load)
+            held.append((load, runs))
+        return Placement(held, self._memory, self._target)
 
 
 def on_any_rank(slots: list[int], failed: bool) -> tuple[set[int], bool]:

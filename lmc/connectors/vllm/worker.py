@@ -24,8 +24,9 @@ from lmc.connectors.vllm.loading import (
     LayeredLoad,
     LostError,
     Placement,
+    Target,
+    find,
     on_any_rank,
-    placed,
 )
 from lmc.connectors.vllm.messages import (
     ChunkLoad,
@@ -271,7 +272,7 @@ class WorkerSide:
         somewhere, failed = on_any_rank([load.slot for load in missing], failed)
         if failed:
             return None, None
-        self._lose([load for load in missing if load not in late])
+        self._lose(missing[len(late) :])
         return [load for load in claim.loads if load.slot in somewhere], arriving
 
     def _place(
@@ -279,27 +280,18 @@ class WorkerSide:
     ) -> tuple[list[ChunkLoad], LayeredLoad | None]:
         # Layers may come while rows are computed; all ranks must know first what is lost.
         layered = get_tp_group().world_size == 1 and claim.computes
-        missing, arriving = list(late), []
-        pages = self._known_pages
-        for load in claim.loads:
-            if load in late:
-                continue
-            arrival = self.chunks.arrival(load.slot)
-            if arrival is not None and not layered and not arrival.wait(None, deadline):
-                missing.append(load)
-                continue
-            block_size, device = self.spec.block_size, pages.k[0].device
-            placement = placed(load, claim.blocks, block_size, device, self._rope)
-            parts = self.chunks.parts(load.slot)
-            if parts is not None and sum(part.shape[2] for part in parts) == load.T:
-                placement.put(parts, pages)
-                self._count_loaded("host", placement)
-            elif arrival is not None and layered:
-                arriving.append((arrival, placement))
-                self._count_loaded("behind", placement)
-            else:
-                missing.append(load)
-        return missing, LayeredLoad(arriving, pages, deadline) if arriving else None
+        known = {load.slot for load in late}
+        loads = [load for load in claim.loads if load.slot not in known]
+        found = find(self.chunks, loads, layered, deadline)
+        target = Target(np.asarray(claim.blocks, np.int64), self._known_pages, self._rope)
+        memory, arriving = self.chunks.memory, None
+        if found.held:
+            Placement(found.held, memory, target).put()
+            self._count_loaded("host", [load for load, _ in found.held])
+        if found.arriving:
+            arriving = LayeredLoad(found.arriving, memory, target, deadline)
+            self._count_loaded("behind", [load for load, _ in found.arriving])
+        return [*late, *found.missing], arriving
 
     def _compute(self, claim: Claim, lost: list[ChunkLoad], arriving: LayeredLoad | None) -> None:
         """The rows of a claim, those of lost chunks among them, layer by layer as chunks come."""
@@ -358,8 +350,9 @@ class WorkerSide:
         self._spoilt |= dict.fromkeys(blocks, step)
         self.told.failed(claim.request_id, blocks)
 
-    def _count_loaded(self, source: str, placement: Placement) -> None:
-        self.counts[f"bytes_loaded:{source}"] += placement.tokens * self.layout.bytes_per_token
+    def _count_loaded(self, source: str, loads: list[ChunkLoad]) -> None:
+        tokens = sum(load.end - load.start for load in loads)
+        self.counts[f"bytes_loaded:{source}"] += tokens * self.layout.bytes_per_token
 
     def _encode(self, encode: Encode, refused: bool) -> None:
         """Compute a chunk alone, in blocks that were lent for it, and keep it."""

@@ -88,15 +88,15 @@ class FaultyWorker(LMCWorker):
 
     def _memory(self, tokens: bytes) -> Callable[[], None]:
         """The device has no room to put chunks in place."""
-        scatter = loading.scatter
+        scatter_runs = loading.scatter_runs
 
         def none_left(*arguments: Any, **options: Any) -> None:
             raise torch.OutOfMemoryError("out of memory")
 
-        loading.scatter = none_left
+        loading.scatter_runs = none_left
 
         def back() -> None:
-            loading.scatter = scatter
+            loading.scatter_runs = scatter_runs
 
         return back
 

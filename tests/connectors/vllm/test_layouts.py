@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
-from lmc.connectors.vllm.layouts import LAYOUTS, cpu_transposed_keys, paged_kv, side_by_side
+from lmc.connectors.vllm.layouts import (
+    LAYOUTS,
+    cpu_transposed_keys,
+    flat_slots,
+    paged_kv,
+    side_by_side,
+)
 
 
 def poisoned(N: int, G: int, P: int, D: int, dtype: torch.dtype) -> torch.Tensor:
@@ -86,3 +93,11 @@ def test_unknown_backends_are_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match="'amx'"):
         paged_kv([AMXLayer()])
+
+
+@pytest.mark.parametrize("rows", [[], [0], [5, 6, 7, 8, 20], [20, 3, 11]], ids=str)
+def test_rows_lie_where_the_block_table_says(rows: list[int]) -> None:
+    blocks = [9, 4, 17, 2, 30, 11]
+    expected = [blocks[row // 4] * 4 + row % 4 for row in rows]
+    for some in (blocks, np.array(blocks)):
+        assert flat_slots(np.array(rows, np.int64), some, 4).tolist() == expected

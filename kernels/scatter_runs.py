@@ -1,0 +1,261 @@
+"""Put rows that lie in runs anywhere in one buffer into the paged KV cache, each run turned alone.
+
+Shapes: buffer [U, G, D], slots [M], runs [n, 5], cos and sin [C, R/2]
+         -> pages L x [N, P, G, D] of K and of V.
+Formula: that of lmc.kernels.scatter for each run (first, T, base, stride, turn): its row i goes to
+         slots[first + i] and is, of layer l and side s, buffer[base + (2*l + s) * stride + i].
+         Keys turn by cos[turn] and sin[turn]; turn -1 is the plain copy.
+Bytes:   reads and writes 2*L*M*G*D*b each, and reads the slots.
+Source:  a claim is many chunks: a launch for each would cost more than its bytes. vLLM's
+         reshape_and_cache has an index per row for the target, here is one per run for the source.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lmc.kernels.cases import Case, make_paged, make_slots
+from lmc.kernels.gather import chunk_bytes
+from lmc.kernels.host import scatter_runs_host
+from lmc.kernels.paged import AOT_ARGS, PagedKV, check_slots, describe
+from lmc.kernels.rerotate import rotate_args, rotate_tile
+from lmc.kernels.scatter import scatter_reference
+from lmc.kernels.spec import ROUNDED, KernelSpec, block_rows, use_kernel
+
+
+def scatter_runs_reference(
+    buffer: Tensor,
+    paged: PagedKV,
+    slots: Tensor,
+    runs: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    layers: tuple[int, int] | None = None,
+) -> None:
+    low, high = layers or (0, paged.L)
+    some = PagedKV(paged.k[low:high], paged.v[low:high])
+    G, D = paged.G, paged.D
+    for first, T, base, stride, turn in runs.tolist():
+        strides = (2 * stride * G * D, stride * G * D, G * D, D, 1)
+        chunk = buffer[base + 2 * low * stride :].as_strided((high - low, 2, T, G, D), strides)
+        angles = (cos[turn], sin[turn]) if cos is not None and sin is not None and turn >= 0 else ()
+        scatter_reference(chunk, some, slots[first : first + T], *angles, interleaved=interleaved)
+
+
+# Numbers that differ from claim to claim, and where an index begins, must not compile it anew.
+@triton.jit(
+    do_not_specialize=["U", "M", "C", "first_layer"],
+    do_not_specialize_on_alignment=["slots", "runs"],
+)
+def _scatter_runs_kernel(
+    buffer, slots, runs, cos, sin, U, M, C, first_layer,
+    table, L, limit, k_n, k_p, k_g, v_n, v_p, v_g,
+    K_D: tl.constexpr, V_D: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    p_run = runs + tl.program_id(0).to(tl.int64) * 5
+    i_g = tl.program_id(1).to(tl.int64)
+    i_l = first_layer + tl.program_id(2).to(tl.int64) // 2
+    i_kv = tl.program_id(2).to(tl.int64) % 2
+    first, T, turn = tl.load(p_run), tl.load(p_run + 1), tl.load(p_run + 4)
+    at = tl.load(p_run + 2) + (2 * i_l + i_kv) * tl.load(p_run + 3)
+    # On a GPU nobody checked them: what is out of range is left alone.
+    inside = (first >= 0) & (first + T <= M) & (at >= 0) & (at + T <= U) & (turn < C)
+    base = tl.multiple_of(tl.load(table + i_kv * L + i_l).to(buffer.dtype), ALIGN)
+    o_d = tl.arange(0, BLOCK_D)
+    for start in range(0, tl.where(inside, T, 0), BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T)
+        b_slot = tl.load(slots + first + o_t, mask=o_t < T, other=-1)
+        b_page, b_offset = b_slot // P, b_slot % P
+        m_t = (b_slot >= 0) & (b_slot < limit)
+        m = m_t[:, None] & (o_d < D)[None, :]
+        p_row = buffer + (at + o_t) * (G * D) + i_g * D
+        p_x = p_row[:, None] + o_d[None, :]
+        if i_kv == 0:
+            p_k = base + i_g * k_g + b_page * k_n + b_offset * k_p
+            if turn < 0:
+                tl.store(p_k[:, None] + (o_d * K_D)[None, :], tl.load(p_x, mask=m), mask=m)
+            elif R > 0:
+                p_cos, p_sin = cos + turn * (R // 2), sin + turn * (R // 2)
+                rotate_tile(
+                    p_row, p_k, m_t, p_cos, p_sin,
+                    1, K_D, D, R, INTERLEAVED, BLOCK_R, BLOCK_REST,
+                )  # fmt: skip
+        else:
+            p_v = base + i_g * v_g + b_page * v_n + b_offset * v_p
+            tl.store(p_v[:, None] + (o_d * V_D)[None, :], tl.load(p_x, mask=m), mask=m)
+
+
+def scatter_runs(
+    buffer: Tensor,
+    paged: PagedKV,
+    slots: Tensor,
+    runs: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    layers: tuple[int, int] | None = None,
+) -> None:
+    """Write rows out of buffer [U, G, D] to `slots` int64 [M], as `runs` int64 [n, 5] have them.
+
+    A run is (first, T, base, stride, turn): see the module. Slots must be distinct; -1 skips a row.
+    layers: the first and the one behind the last, of all of which `runs` speak; None: all.
+
+    With pages on a GPU the buffer lies there too, or in pinned host memory: then the kernel reads
+    it over the bus, by the address that the driver gives it on the device, and nothing is staged
+    (untested on a GPU). Keep what is read unchanged until the current stream has passed.
+    """
+    check_slots(slots, paged)
+    low, high = layers or (0, paged.L)
+    if not 0 <= low < high <= paged.L:
+        raise ValueError(f"layers must be in 0..{paged.L}, got {low}..{high}")
+    if (
+        buffer.shape[1:] != (paged.G, paged.D)
+        or buffer.dtype != paged.dtype
+        or not buffer.is_contiguous()
+    ):
+        raise ValueError(
+            f"buffer must be {paged.dtype} [U, {paged.G}, {paged.D}], contiguous, "
+            f"got {describe(buffer)}"
+        )
+    if paged.k[0].is_cuda and not (buffer.is_cuda or buffer.is_pinned()):
+        raise ValueError(f"buffer must be pinned or on {paged.device}, got {describe(buffer)}")
+    if (cos is None) != (sin is None):
+        raise ValueError(f"cos and sin go together, got cos={cos!r}, sin={sin!r}")
+    R = C = 0
+    if cos is not None and sin is not None:
+        for name, x in (("cos", cos), ("sin", sin)):
+            if x.ndim != 2 or x.dtype != torch.float32 or not 2 <= 2 * x.shape[1] <= paged.D:
+                raise ValueError(
+                    f"{name} must be float32 [C, R/2], 2 <= R <= D={paged.D}, got {describe(x)}"
+                )
+        if cos.shape != sin.shape:
+            raise ValueError(f"cos and sin must be alike, got {describe(cos)}, {describe(sin)}")
+        C, R = len(cos), 2 * cos.shape[1]
+        cos, sin = (x.to(paged.device, non_blocking=True).contiguous() for x in (cos, sin))
+    _check_runs(runs, len(slots), len(buffer), C, paged.L)
+    slots, runs = (x.to(paged.device, non_blocking=True).contiguous() for x in (slots, runs))
+    if not use_kernel(paged.k[0]):
+        put = scatter_runs_host if paged.dtype == torch.float32 else scatter_runs_reference
+        put(buffer, paged, slots, runs, cos, sin, interleaved=interleaved, layers=(low, high))
+    elif len(runs):
+        grid = (len(runs), paged.G, 2 * (high - low))
+        with torch.cuda.device_of(paged.k[0]):
+            _scatter_runs_kernel[grid](
+                buffer, slots, runs, cos, sin, len(buffer), len(slots), C, low,
+                **paged.kernel_args, G=paged.G, D=paged.D,
+                BLOCK_T=block_rows(len(slots), paged.D), BLOCK_D=triton.next_power_of_2(paged.D),
+                **rotate_args(R, paged.D, interleaved),
+            )  # fmt: skip
+
+
+def _check_runs(runs: Tensor, M: int, U: int, C: int, L: int) -> None:
+    """Raise unless runs is int64 [n, 5] of runs inside slots [M], buffer [U] and angles [C].
+
+    What is in them is checked where that is free, on the host, as slots are.
+    """
+    if runs.ndim != 2 or runs.shape[1] != 5 or runs.dtype != torch.int64:
+        raise ValueError(f"runs must be int64 [n, 5], got {describe(runs)}")
+    if runs.device.type != "cpu":
+        return
+    first, T, base, stride, turn = runs.unbind(1)
+    wrong = (runs[:, :4] < 0).any(1) | (first + T > M) | (turn < -1) | (turn >= C)
+    wrong |= base + (2 * L - 1) * stride + T > U
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"runs must be (first, T, base, stride, turn) inside {M} slots, {U} rows of {L} layers "
+            f"and {C} turns, got {runs[at].tolist()} for runs[{at}]"
+        )
+
+
+@dataclass(frozen=True)
+class RunsCase(Case):
+    """T rows out of runs of at most `run`, in any order; the first is copied, two turns follow.
+
+    first: the first layer that is put.
+    """
+
+    run: int = 5
+    first: int = 0
+
+
+def make_inputs(case: RunsCase, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(case.T * 1009 + case.G * 31 + case.D)
+    starts = list(range(0, case.T, case.run))
+    lengths = [min(case.run, case.T - start) for start in starts]
+    runs, token = [], 3  # a few that are nobody's lie before
+    for i in torch.randperm(len(starts), generator=random).tolist():
+        turn = i % 3 - 1 if case.rotate else -1
+        runs.append((starts[i], lengths[i], token * 2 * case.L, lengths[i], turn))
+        token += lengths[i]
+    buffer = torch.randn((token * 2 * case.L, case.G, case.D), generator=random)
+    angles: dict[str, Any] = {}
+    if case.rotate:
+        R = case.R or case.D
+        turns = torch.tensor([[123.0], [-4567.0]], dtype=torch.float64)
+        angle = turns * 1e4 ** (-torch.arange(0, R, 2, dtype=torch.float64) / R)
+        angles = {"cos": angle.cos().float().to(device), "sin": angle.sin().float().to(device)}
+    return {
+        "buffer": buffer.to(device, dtype),
+        "paged": make_paged(case, dtype, device, poisoned=True),
+        "slots": make_slots(case, device),
+        "runs": torch.tensor(runs, dtype=torch.int64, device=device).view(-1, 5),
+        **angles,
+        "interleaved": case.interleaved,
+        "layers": (case.first, case.L),
+    }
+
+
+def _signature(D: int, R: int, interleaved: bool = False) -> dict[str, str | int]:
+    return {
+        "buffer": "*b:16", "slots": "*i64", "runs": "*i64", "cos": "*fp32:16", "sin": "*fp32:16",
+        "U": "i64", "M": "i32", "C": "i32", "first_layer": "i32", **AOT_ARGS,
+        "G": 8, "D": D, "BLOCK_T": block_rows(8192, D), "BLOCK_D": triton.next_power_of_2(D),
+        **rotate_args(R, D, interleaved),
+    }  # fmt: skip
+
+
+SPEC = KernelSpec(
+    name="scatter_runs",
+    launch=scatter_runs,
+    reference=scatter_runs_reference,
+    kernel=_scatter_runs_kernel,
+    cases=(
+        RunsCase(T=1, G=1, D=64),
+        RunsCase(T=37, G=3, D=64, layout="cpu"),
+        RunsCase(T=37, G=3, D=64, layout="cpu", slots="holes", interleaved=True, run=16),
+        RunsCase(T=21, G=2, D=80, R=32, layout="hnd", slots="holes", first=1),
+        RunsCase(T=21, G=2, D=96, R=48, layout="joint", slots="shuffled", interleaved=True),
+        RunsCase(T=90, G=1, D=128, P=8, layout="cpu", slots="shuffled", run=80),
+        RunsCase(T=20, G=2, D=256, L=3, slots="holes", first=2),
+        RunsCase(T=21, G=2, D=64, rotate=False, layout="hnd", slots="shuffled"),
+        RunsCase(T=7, G=2, D=64, slots="none"),
+        RunsCase(T=0, G=2, D=64),
+    ),
+    bench=RunsCase(L=32, T=2048, G=8, D=128, run=33),
+    inputs=make_inputs,
+    bytes=lambda c, b: 2 * chunk_bytes(c, b) + 8 * c.T,
+    check=ROUNDED,
+    aot={
+        "copy": _signature(128, 0),
+        "neox": _signature(128, 128),
+        "interleaved": _signature(128, 128, interleaved=True),
+        "partial": _signature(80, 32),
+    },
+    traffic={
+        "copy": RunsCase(L=1, T=256, G=2, D=128, rotate=False, run=64),
+        "neox": RunsCase(L=1, T=256, G=2, D=128, run=64),
+        "interleaved": RunsCase(L=1, T=256, G=2, D=128, interleaved=True, run=64),
+        "partial": RunsCase(L=1, T=256, G=2, D=80, R=32, run=64),
+    },
+    bus=chunk_bytes,
+)
