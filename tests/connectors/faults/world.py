@@ -92,7 +92,8 @@ def run(session: s.Session, which: list[Case]) -> dict[str, Any]:
     """What became of each case, by its name, and whether index and workers agree in the end."""
     world = World(session)
     outcomes = {case.name: world.outcome(case) for case in which}
-    return {"outcomes": outcomes, "agree": world.agree(), "counts": dict(world.counts)}
+    result = {"outcomes": outcomes, "alone": world.computed_alone(), "agree": world.agree()}
+    return result | {"counts": dict(world.counts)}
 
 
 class World:
@@ -149,6 +150,25 @@ class World:
             "after": after,
             "stored": stored,
         }
+
+    def computed_alone(self) -> list[int]:
+        """Tokens moved of a chunk that the last rank cannot compute alone, and of one it can."""
+        planner = self.side.planner
+        planner._config = self.side.config.model_copy(update={"context": "isolated"})
+        self.side.isolation._policy, self.side.isolation._rate = "isolated", 512
+        moved = []
+        for seed, rank in ((90, self.side.ranks - 1), (91, None)):
+            document = s.text(seed, 70)
+            if rank is not None:
+                self.rpc("fault", "unready", b"", rank)
+            self.session.fresh([s.SYSTEM, document, s.QUESTION], s.EPIC, salt="computed alone")
+            self.rpc("mend")
+            behind = [s.text(92, 33), document, s.QUESTION]
+            answer = self.session.fresh(behind, s.EPIC, save=False, salt="computed alone")
+            moved.append(answer.report["kinds"]["moved"])
+        planner._config = self.side.config
+        self.side.isolation._policy, self.side.isolation._rate = "any", 0
+        return moved
 
     def agree(self) -> bool:
         """Whether each slot that the index has is held by each rank, and no other."""
