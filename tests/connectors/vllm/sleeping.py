@@ -79,7 +79,7 @@ def _met(session: s.Session, i: int, pause: Any, resume: Any) -> dict[str, Any]:
     parts = [s.SYSTEM, s.text(500 + i, 70), s.text(530 + i, 70), s.QUESTION]
     session.llm.reset_prefix_cache()
     session.llm.collective_rpc("slow", args=(0.02,))
-    request = session.add(parts, "prefix", tokens=12)
+    request = session.add(parts, "prefix")
     outputs: dict[str, Any] = {}
 
     def stepped() -> None:
@@ -95,13 +95,23 @@ def _met(session: s.Session, i: int, pause: Any, resume: Any) -> dict[str, Any]:
     while session.engine.has_unfinished_requests():
         stepped()
     session.llm.collective_rpc("slow", args=(0,))
-    session.finish()
-    session.llm.reset_prefix_cache(reset_connector=True)
+    session.llm.collective_rpc("finish_saves")
     return {
         "tokens": list(outputs[request].outputs[0].token_ids),
         "reason": outputs[request].outputs[0].finish_reason,
         "other": list(outputs[other].outputs[0].token_ids),
-        "found_before": session.fresh(BEFORE, "prefix", save=False),
-        "found": session.fresh(parts, "prefix", tokens=12, save=False),
-        "plain": s.plain(session, parts, tokens=12),
+        "found_before": _from_disk(session, BEFORE, "prefix"),
+        "found": _from_disk(session, parts, "prefix"),
+        "plain": _from_disk(session, parts, enabled=False),
     }
+
+
+def _from_disk(session: s.Session, *arguments: Any, **options: Any) -> s.Answer:
+    """One request that stores nothing, alone, with nothing in memory."""
+    session.llm.reset_prefix_cache(reset_connector=True)
+    session.add(*arguments, save=False, **options)
+    while session.engine.has_unfinished_requests():
+        for output in session.engine.step():
+            if output.finished:
+                answer = s.answer_of(output)
+    return answer
