@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import set_forward_context
 
 from lmc.blend.evidence import Deviation, Importance, Outline
@@ -24,6 +25,19 @@ from lmc.model.rope import Rope
 
 T = 64  # tokens of a check
 SHIFT = 100  # positions that keys are moved by
+
+
+def of_any_rank(reason: str | None) -> str | None:
+    """The first reason that a tensor-parallel rank has, the same on all of them.
+
+    What one of them cannot do none does: the model runs on all of them together.
+    """
+    group = get_tp_group()
+    if group.world_size == 1:
+        return reason
+    said: list[str | None] = [None] * group.world_size
+    torch.distributed.all_gather_object(said, reason, group=group.cpu_group)
+    return next((r for r in said if r), None)
 
 
 @torch.inference_mode()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm.logger import init_logger
-
 from lmc.blend.baselines import Prefix
+from lmc.blend.strategy import Strategy
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import (
     LMCConfig,
@@ -22,14 +21,33 @@ from lmc.quality.auto import Auto
 from lmc.quality.gate import ENCODED, admit
 from lmc.quality.profile import Blend, QualityProfile, find_profile
 
-logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
+
+@dataclass(frozen=True)
+class Quality:
+    """What the gate makes of the default strategy.
+
+    Attributes:
+        profile: of the model, if there is one.
+        strategy: as the config has it.
+        admitted: the one that runs, or why none does.
+    """
+
+    profile: QualityProfile | None
+    strategy: Strategy
+    admitted: Strategy | str
+
+    @property
+    def moves(self) -> bool:
+        """Whether requests that name no strategy move chunks."""
+        return not isinstance(self.admitted, str) and self.admitted.moves
 
 
 class QualityGate:
     """What this engine's profile says of a strategy.
 
     Attributes:
-        moves_by_default: whether requests that name no strategy move chunks.
+        weights: digest of the model's weights, or None where they are in no files.
+        default: what becomes of requests that name no strategy.
 
     Raises:
         ValueError: a profile that cannot be read or is of another model, or a strategy of the
@@ -41,9 +59,9 @@ class QualityGate:
     ) -> None:
         self._config, self._L = config, layout.L
         self.profile: QualityProfile | None = None
-        weights = identity.weights_of(vllm_config)
-        if weights is not None and isinstance(rope, Rope):
-            model = (weights, layout.dtype, rope.fingerprint)
+        self.weights = identity.weights_of(vllm_config)
+        if self.weights is not None and isinstance(rope, Rope):
+            model = (self.weights, layout.dtype, rope.fingerprint)
             self.profile = find_profile(*model, ENCODED[config.context], config.profile)
         elif config.profile is not None:
             raise ValueError(
@@ -53,9 +71,12 @@ class QualityGate:
         strategy = build_strategy(config.blend)
         check_layers(strategy, self._L)
         admitted = self._admit(config.blend, strategy)
-        self.moves_by_default = not isinstance(admitted, str) and bool(admitted.moves)
-        if isinstance(admitted, str):
-            logger.warning("lmc does not move chunks by default: %s", admitted)
+        self.default = Quality(self.profile, strategy, admitted)
+
+    @property
+    def moves_by_default(self) -> bool:
+        """Whether requests that name no strategy move chunks."""
+        return self.default.moves
 
     def admit(self, options: RequestOptions) -> tuple[RequestOptions, str | None]:
         """The request's options with the strategy that runs, and why it is exact reuse only.

@@ -69,6 +69,23 @@ def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
     return None
 
 
+def alone_refusal(vllm_config: Any) -> str | None:
+    """Why lmc must not run the model's layers by itself in this engine; None when it may.
+
+    As vLLM's `set_forward_context` has it: there a forward waits for all data-parallel ranks, and
+    the others do not know of one that serves a request of this rank.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.is_moe_model is False:  # None: nobody has said
+        return None
+    if parallel.data_parallel_size > 1 or parallel.use_sequence_parallel_moe:
+        return (
+            "data parallelism with experts: a forward of one rank waits for all others "
+            f"(data_parallel_size {parallel.data_parallel_size})"
+        )
+    return None
+
+
 def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rope | str) -> bytes:
     """Digest of all that makes KV incompatible, but for what differs by request.
 

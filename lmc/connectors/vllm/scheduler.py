@@ -10,7 +10,7 @@ import numpy as np
 from vllm.logger import init_logger
 
 from lmc.blend.evidence import positions
-from lmc.connectors.vllm import identity
+from lmc.connectors.vllm import identity, startup
 from lmc.connectors.vllm.admission import Admission
 from lmc.connectors.vllm.config import LMCConfig, check_memory
 from lmc.connectors.vllm.gate import QualityGate
@@ -47,7 +47,7 @@ class SchedulerSide:
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, config: LMCConfig) -> None:
-        self.config = config
+        self.config, self._vllm_config = config, vllm_config
         rope = identity.rope_of(vllm_config)
         self._rope_refusal = rope if isinstance(rope, str) else None
         self.blend_refusal: str | None = self._rope_refusal or "no worker has reported yet"
@@ -88,15 +88,11 @@ class SchedulerSide:
     def greet(self, hellos: list[WorkerHello]) -> None:
         """Learn from the workers what can be reused, and whether rows can be recomputed."""
         hello = WorkerHello.of_all(hellos, self._overlaps)
+        hello.refusal = self._rope_refusal or hello.refusal
         self.kv_refusal, self._watched = hello.kv_refusal, hello.watched
-        self.blend_refusal = self._rope_refusal or hello.refusal
-        self.admission.computes = hello.computes
-        if self.kv_refusal:
-            logger.warning("lmc neither stores nor reuses KV here: %s", self.kv_refusal)
-        elif self.blend_refusal:
-            logger.warning("lmc reuses exact prefixes only: %s", self.blend_refusal)
-        else:
-            logger.info("lmc moves chunks; context policy: %s", self.config.what_context_costs)
+        self.blend_refusal, self.admission.computes = hello.refusal, hello.computes
+        gate = (self.gate.default, self.gate.weights)
+        startup.say(self._vllm_config, self.config, self.layout, hello, *gate)
 
     # -- admission ---------------------------------------------------------------------------
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
-from lmc.blend.evidence import positions, without
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.adapter import VLLMAdapter
 from lmc.connectors.vllm.attention import BackendAttention, PagedAttention, paged_attention
-from lmc.connectors.vllm.checks import mismoved, misread, self_check
+from lmc.connectors.vllm.checks import mismoved, misread, of_any_rank, self_check
+from lmc.connectors.vllm.computing import NotReadyError, at_most, on_every_rank, with_lost
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.copies import Copies, Told
 from lmc.connectors.vllm.layouts import paged_kv
@@ -117,16 +116,27 @@ class WorkerSide:
         """Watch the model's weights, and blend by its layers unless they do not work as it does."""
         self.watch = WeightsWatch(model)
         self._model = None
-        if self.kv_refusal is not None or self._attention is None:
+        blind = self.kv_refusal or (self.refusal if self._attention is None else None)
+        if blind := of_any_rank(blind):
+            self.refusal = blind
             return
         try:
-            self.refusal = self._checked(model)
+            moving, computing = self._checked(model)
         except Exception as error:  # a model of another shape may fail in any way
-            self.refusal = f"the model cannot be checked: {type(error).__name__}: {error}"
+            moving = computing = f"the model cannot be checked: {type(error).__name__}: {error}"
+        computing = of_any_rank(computing)
+        self.refusal = moving or computing
+        self._model = model if computing is None else None
 
-    def _checked(self, model: Any) -> str | None:
-        """Why chunks cannot be moved on this model; takes it, if its rows can be computed."""
+    def _checked(self, model: Any) -> tuple[str | None, str | None]:
+        """Why chunks cannot be moved on this model, and why rows cannot even be computed."""
         assert self._attention is not None
+        # Kernels are compiled when first launched: better now than within a request.
+        page = self._attention.page_slots(np.arange(self.spec.block_size), blocks=[1])
+        pages = self._known_pages
+        scatter(gather(pages, page), pages, page)
+        if (alone := identity.alone_refusal(self.vllm_config)) is not None:
+            return alone, alone  # before the checks below, whose forwards would not return
         oracle = self._attention
         if not isinstance(oracle, BackendAttention):
             oracle = BackendAttention(oracle.layers, self.spec, self.vllm_config)
@@ -136,13 +146,7 @@ class WorkerSide:
         else:
             self._rope, refusal = mismoved(self._rope, model, oracle, self.vllm_config)
         # Where keys cannot be moved, rows can still be computed in place of what is lost.
-        other = self_check(model, self._attention, oracle, self.vllm_config)
-        # Kernels are compiled when first launched: better now than within a request.
-        page = self._attention.page_slots(np.arange(self.spec.block_size), blocks=[1])
-        pages = self._known_pages
-        scatter(gather(pages, page), pages, page)
-        self._model = model if other is None else None
-        return refusal or other
+        return refusal, self_check(model, self._attention, oracle, self.vllm_config)
 
     def hello(self) -> WorkerHello:
         """What the scheduler must know before the first request."""
@@ -241,9 +245,10 @@ class WorkerSide:
             except LostError as e:
                 self._lose([e.load])
                 late.append(e.load)
-            except Exception:
+            except Exception as e:
                 # Other ranks cannot be told in the midst of a layer.
-                if self._model is None or get_tp_group().world_size > 1:
+                agreed = isinstance(e, NotReadyError) or get_tp_group().world_size == 1
+                if self._model is None or not agreed:
                     raise
                 logger.exception("lmc computes all of its claim on %s", claim.request_id)
                 self._compute_all(claim)
@@ -295,21 +300,14 @@ class WorkerSide:
 
     def _compute(self, claim: Claim, lost: list[ChunkLoad], arriving: LayeredLoad | None) -> None:
         """The rows of a claim, those of lost chunks among them, layer by layer as chunks come."""
-        rows, strategy, outline = claim.rows, claim.strategy, claim.outline
+        claim, anew = with_lost(claim, lost)
         if lost:
-            rows = np.union1d(rows, positions([(load.start, load.end) for load in lost]))
-            anew = np.setdiff1d(rows, claim.rows)
             self.told.recomputed(claim.request_id, anew)
-            if outline is not None:
-                # As Plan.recomputing has it on the scheduler's side.
-                moved, new = without(outline.moved, anew), outline.new + len(anew)
-                outline = replace(outline, moved=moved, new=new)
-        if outline is not None and not outline.moved:
-            strategy = outline = None
-        if len(rows) or strategy is not None:
-            adapter = self._adapter(claim.tokens, claim.blocks, arriving)
-            outcome = adapter.run(rows, strategy, outline)
-            self.counts["rows_computed"] += len(rows)
+        if claim.computes:
+            most = at_most(claim, self.spec.block_size)
+            adapter = self._adapter(claim.tokens, claim.blocks, most, arriving)
+            outcome = adapter.run(claim.rows, claim.strategy, claim.outline)
+            self.counts["rows_computed"] += len(claim.rows)
             self.counts["row_layers_selected"] += sum(len(chosen) for chosen in outcome.selected)
             self.counts["row_layers_probed"] += outcome.probe
             if outcome.probe and len(claim.blocks) * self.spec.block_size < len(claim.tokens):
@@ -320,20 +318,30 @@ class WorkerSide:
     def _compute_all(self, claim: Claim) -> None:
         """Every row of a claim, out of its tokens alone: what full prefill gives."""
         rows = np.arange(claim.start, claim.end, dtype=np.int64)
-        self._adapter(claim.tokens, claim.blocks).run(rows)
+        self._adapter(claim.tokens, claim.blocks, rows).run(rows)
         self.told.recomputed(claim.request_id, np.setdiff1d(rows, claim.rows))
         self.counts["claims_computed"] += 1
         self.counts["rows_computed"] += len(rows)
 
     def _adapter(
-        self, tokens: np.ndarray, blocks: list[int], arriving: LayeredLoad | None = None
+        self,
+        tokens: np.ndarray,
+        blocks: list[int],
+        most: np.ndarray,
+        arriving: LayeredLoad | None = None,
     ) -> VLLMAdapter:
-        if self._model is None or self._attention is None:
-            raise RuntimeError(f"rows cannot be computed: {self.refusal}")
-        before = arriving.until if arriving else lambda layer: None
-        return VLLMAdapter(
-            self._model, self._attention, tokens, blocks, self.max_rows, self.vllm_config, before
-        )
+        """What computes rows, at most those of `most`; NotReadyError on all ranks or on none."""
+
+        def made() -> VLLMAdapter:
+            if self._model is None or self._attention is None:
+                raise RuntimeError(f"rows cannot be computed: {self.refusal}")
+            if get_tp_group().world_size > 1:  # what the layers will want again: it can be had
+                self._attention.prepare(most, blocks)
+            before = arriving.until if arriving else lambda layer: None
+            model = (self._model, self._attention)
+            return VLLMAdapter(*model, tokens, blocks, self.max_rows, self.vllm_config, before)
+
+        return on_every_rank(made)
 
     def _lose(self, loads: list[ChunkLoad]) -> None:
         """Tell the scheduler what is not there."""
@@ -360,7 +368,7 @@ class WorkerSide:
         try:
             if not refused:
                 rows = np.arange(len(encode.tokens), dtype=np.int64)
-                self._adapter(encode.tokens, save.blocks).run(rows)
+                self._adapter(encode.tokens, save.blocks, rows).run(rows)
                 self.counts["rows_computed_alone"] += len(rows)
                 self.copies.save(save)
                 return

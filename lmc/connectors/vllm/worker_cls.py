@@ -70,6 +70,11 @@ class LMCWorker(Worker):
         if level > 1:
             self._weights_changed(None)
 
+    def discard(self, tags: tuple[str, ...]) -> None:
+        if side := _side():
+            side.copies.finish()  # as for `sleep`: `release_kv_cache_memory` lets pages go too
+        super().discard(tags)
+
     @contextmanager
     def _changing(self, version: str | None = None) -> Iterator[None]:
         """Around what changes weights, perhaps in part where it fails."""

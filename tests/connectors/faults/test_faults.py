@@ -78,6 +78,7 @@ def check(engine: str, result: Any) -> None:
             ):
                 wrong.append(f"{name}: {kinds}")
     assert not wrong, f"{engine}:\n" + "\n".join(wrong)
+    assert [tokens > 0 for tokens in result["alone"]] == [False, engine != "no model"]
     assert result["agree"]
 
 

@@ -100,6 +100,28 @@ class FaultyWorker(LMCWorker):
 
         return back
 
+    def _unready(self, tokens: bytes, times: int | None = None) -> Callable[[], None]:
+        """Rows cannot be prepared: block tables, page slots, room for them."""
+        attention = _side()._attention
+        prepare, left = attention.prepare, [times]
+
+        def fails(*arguments: Any) -> Any:
+            if left[0] == 0:
+                return prepare(*arguments)
+            left[0] = None if left[0] is None else left[0] - 1
+            raise torch.OutOfMemoryError("out of memory")
+
+        attention.prepare = fails
+
+        def back() -> None:
+            del attention.prepare  # the instance's; the class's own shows again
+
+        return back
+
+    def _unready_once(self, tokens: bytes) -> Callable[[], None]:
+        """It works with the second try, in which all is computed."""
+        return self._unready(tokens, 1)
+
     def _got(self, tokens: bytes | None, instead: Callable[..., Any]) -> Callable[[], None]:
         """Have the tiers answer otherwise for a chunk, or for all."""
         tiers = [attached.tier for attached in _side().chunks.tiers]

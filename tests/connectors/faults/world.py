@@ -18,10 +18,11 @@ import numpy as np
 from tests.connectors.vllm import scenarios as s
 
 FAULTS = (
-    "none", "lost", "late", "damaged", "hung", "memory",  # in a worker
+    "none", "lost", "late", "damaged", "hung", "memory", "unready", "unready_once",  # in a worker
     "evicted", "aborted", "preempted", "reset",  # in the scheduler
 )  # fmt: skip
-IN_WORKER = FAULTS[1:6]
+IN_WORKER = FAULTS[1:8]
+UNREADY = FAULTS[6:8]  # before rows are computed
 BEHIND = ("late", "damaged", "hung")  # of what a tier behind host memory brings
 CLAIMS: dict[str, Any] = {
     "exact": "prefix",
@@ -57,7 +58,7 @@ def cases(ranks: int, claims: Sequence[str] = tuple(CLAIMS)) -> list[Case]:
     """All that make sense.
 
     What is reset in the midst of a blended answer goes on over other KV, so that nothing is left
-    to compare it with, unless all is computed again.
+    to compare it with, unless all is computed again. Of what is exact no rows are computed.
     """
     everywhere: list[int | None] = [None, 1] if ranks > 1 else [None]
     every = [Case(*c) for c in product(FAULTS, claims, SOURCES, COMPANY, everywhere)]
@@ -67,6 +68,7 @@ def cases(ranks: int, claims: Sequence[str] = tuple(CLAIMS)) -> list[Case]:
         if (case.source == "disk" or case.fault not in BEHIND)
         and (case.rank is None or case.fault in IN_WORKER)
         and not (case.fault == "reset" and case.claim in ("moved", "selective"))
+        and not (case.fault in UNREADY and case.claim == "exact")
     ]
 
 
@@ -90,7 +92,8 @@ def run(session: s.Session, which: list[Case]) -> dict[str, Any]:
     """What became of each case, by its name, and whether index and workers agree in the end."""
     world = World(session)
     outcomes = {case.name: world.outcome(case) for case in which}
-    return {"outcomes": outcomes, "agree": world.agree(), "counts": dict(world.counts)}
+    result = {"outcomes": outcomes, "alone": world.computed_alone(), "agree": world.agree()}
+    return result | {"counts": dict(world.counts)}
 
 
 class World:
@@ -132,7 +135,8 @@ class World:
         # Nobody is served anything wrong by vLLM's own cache, nor out of the store.
         after = self.session.ask(parts, enabled=False, salt=self.salt)
         stored = self.session.fresh(parts, "prefix", save=False, salt=self.salt)
-        if case.claim in ("moved", "selective") and case.fault not in ("late", "hung", "memory"):
+        all_computed = case.fault in ("late", "hung", "memory", *UNREADY)
+        if case.claim in ("moved", "selective") and not all_computed:
             expected = self._alone(case, parts, blend, lost)
         else:
             expected = plain
@@ -146,6 +150,25 @@ class World:
             "after": after,
             "stored": stored,
         }
+
+    def computed_alone(self) -> list[int]:
+        """Tokens moved of a chunk that the last rank cannot compute alone, and of one it can."""
+        planner = self.side.planner
+        planner._config = self.side.config.model_copy(update={"context": "isolated"})
+        self.side.isolation._policy, self.side.isolation._rate = "isolated", 512
+        moved = []
+        for seed, rank in ((90, self.side.ranks - 1), (91, None)):
+            document = s.text(seed, 70)
+            if rank is not None:
+                self.rpc("fault", "unready", b"", rank)
+            self.session.fresh([s.SYSTEM, document, s.QUESTION], s.EPIC, salt="computed alone")
+            self.rpc("mend")
+            behind = [s.text(92, 33), document, s.QUESTION]
+            answer = self.session.fresh(behind, s.EPIC, save=False, salt="computed alone")
+            moved.append(answer.report["kinds"]["moved"])
+        planner._config = self.side.config
+        self.side.isolation._policy, self.side.isolation._rate = "any", 0
+        return moved
 
     def agree(self) -> bool:
         """Whether each slot that the index has is held by each rank, and no other."""

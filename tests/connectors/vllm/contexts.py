@@ -48,12 +48,12 @@ def isolated(session: s.Session) -> dict[str, Any]:
 
 
 def said(session: s.Session) -> list[str]:
-    """What vLLM's log says of the policy when an engine starts."""
+    """What vLLM's log says when an engine starts, by policy."""
     side = session.scheduler.connector._scheduler
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("vllm.lmc.connectors.vllm.scheduler")
+    log = logging.getLogger("vllm.lmc.connectors.vllm.startup")
     level = log.level
     log.setLevel(logging.INFO)
     log.addHandler(handler)
