@@ -57,6 +57,7 @@ class Bench:
                                          quantization=None),
             load_config=SimpleNamespace(load_format="dummy"),
             cache_config=SimpleNamespace(enable_prefix_caching=True),
+            kv_transfer_config=SimpleNamespace(kv_load_failure_policy="recompute"),
             parallel_config=SimpleNamespace(world_size=1, rank=0),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, async_scheduling=False),
         )  # fmt: skip

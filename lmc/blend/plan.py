@@ -24,7 +24,7 @@ from lmc.store import Index
 from lmc.store.lookup import Directory, Found, Known, continues, find
 from lmc.store.record import ContextPolicy
 
-NAMED = struct.Struct("<32sqq")  # a chunk in a recipe: its record's id, where it is placed, its end
+NAMED = struct.Struct("<32sII")  # a chunk in a recipe: its record's id, where it is placed, its end
 KINDS = ("local", "local_blended", "exact", "moved", "recomputed", "new")
 
 
@@ -172,15 +172,15 @@ class Plan:
         first, last = self.first_moved // block_size, (self.end - 1) // block_size
         found = [s for s in self.found if s.end > first * block_size]
         starts, ends = _bounds(found)
-        names = [NAMED.pack(s.record.id, s.at, s.end) for s in found]
+        names = b"".join([NAMED.pack(s.record.id, s.at, s.end) for s in found])
         # Of each block the chunks in it, and the rows computed in it, one behind the other.
         borders = np.arange(first, last + 2) * block_size
-        begin = np.searchsorted(ends, borders[:-1], "right").tolist()
-        end = np.searchsorted(starts, borders[1:], "left").tolist()
+        begin = (NAMED.size * np.searchsorted(ends, borders[:-1], "right")).tolist()
+        end = (NAMED.size * np.searchsorted(starts, borders[1:], "left")).tolist()
         rows = self.rows.astype("<i8").tobytes()
         at = (8 * np.searchsorted(self.rows, borders)).tolist()
         return {
-            first + i: b"".join((head, *names[begin[i] : end[i]], rows[at[i] : at[i + 1]]))
+            first + i: head + names[begin[i] : end[i]] + rows[at[i] : at[i + 1]]
             for i in range(last + 1 - first)
         }
 

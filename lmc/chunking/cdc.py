@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
-AT_ONCE = 1 << 13  # positions that are hashed together, so that they stay in the processor's cache
+AT_ONCE = 1 << 13  # positions looked at together, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,26 @@ class Cdc:
         return np.array(found[:-1], dtype=np.int64)
 
     def _minima(self, tokens: np.ndarray) -> np.ndarray:
+        """Positions of tokens [T] that are local minima, ascending."""
+        w, k = self.window, self.hash_tokens
+        found = [
+            self._minima_of(tokens[p - w - k : p + AT_ONCE - 1 + w]) + p
+            for p in range(w + k, len(tokens) - w + 1, AT_ONCE)
+        ]
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    def _minima_of(self, tokens: np.ndarray) -> np.ndarray:
+        """The minima of a few tokens, counted from the first position that can be one."""
         w, k = self.window, self.hash_tokens
         n = len(tokens) - k + 1  # hashes[i] belongs to position i + k
-        if n < 2 * w + 1:
-            return np.empty(0, dtype=np.int64)
-        hashes = np.zeros(n, dtype=np.uint64)
         ids = tokens.astype(np.uint64)
-        for first in range(0, n, AT_ONCE):
-            some = hashes[first : first + AT_ONCE]
-            for j in range(first, first + k):
-                some ^= ids[j : j + len(some)]
-                splitmix64(some)
+        hashes = np.zeros(n, dtype=np.uint64)
+        for j in range(k):
+            hashes ^= ids[j : j + n]
+            splitmix64(hashes)
         lowest = _lowest(hashes, w)  # of hashes[i : i + w], [n - w + 1]
         here = hashes[w : n - w]
-        minimum = (here < lowest[: n - 2 * w]) & (here <= lowest[w + 1 :])
-        return np.flatnonzero(minimum) + w + k
+        return np.flatnonzero((here < lowest[: n - 2 * w]) & (here <= lowest[w + 1 :]))
 
 
 def _lowest(x: np.ndarray, w: int) -> np.ndarray:

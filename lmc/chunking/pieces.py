@@ -120,7 +120,7 @@ def split(
         pieces += map(Piece, borders, borders[1:])
         if borders[-1] < end:
             pieces.append(Piece(borders[-1], end, closed))
-    if longest is None or max((end - start for start, end, _ in pieces), default=0) <= longest:
+    if longest is None or all(end - start <= longest for start, end, _ in pieces):
         return pieces
     return [part for p in pieces for part in _shorter(p, longest)]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -91,18 +91,15 @@ class Index:
 
     def variants(self, namespace: bytes, content: bytes) -> list[Record]:
         """Visible records of one content, by its token ids' bytes, the latest first; no tails."""
-        return self.variants_of(namespace, [content])[0]
+        return next(self.variants_of(namespace, [content]))
 
-    def variants_of(self, namespace: bytes, contents: Iterable[bytes]) -> list[list[Record]]:
-        """As `variants`, of many contents at once."""
+    def variants_of(self, namespace: bytes, contents: Iterable[bytes]) -> Iterator[list[Record]]:
+        """As `variants`, of one content after the other."""
         self._expire()
         known = self._contents.get(namespace, {})
-        return [
-            [entry.record for entry in reversed(entries) if entry.visible]
-            if (entries := known.get(content))
-            else []
-            for content in contents
-        ]
+        for content in contents:
+            entries = known.get(content, ())
+            yield [entry.record for entry in reversed(entries) if entry.visible]
 
     def coming(self, namespace: bytes, content: bytes) -> list[Record]:
         """Records of one content that are still being stored; no tails."""
@@ -145,8 +142,9 @@ class Index:
         (`known`), when what is not leased does not make enough room (`no_room`), or when the
         policy would rather keep what it has (`not_admitted`).
         """
+        slot = self._next_slot
         record = Record(
-            -1, namespace, key, tokens, start, context, context_after, origin, nbytes, tail
+            slot, namespace, key, tokens, start, context, context_after, origin, nbytes, tail
         )
         return self._take(record, arriving=False)
 
@@ -169,7 +167,8 @@ class Index:
             return None
         for known in replaced:
             self._forget(known.slot)
-        record = replace(record, slot=self._next_slot)
+        if record.slot != self._next_slot:
+            record = replace(record, slot=self._next_slot)
         self._next_slot += 1
         item = self._item(record)
         if not self._make_room(item):

@@ -19,6 +19,7 @@ def keep(
     blended_from: int | None,
     bytes_per_token: int,
     spans: Sequence[tuple[int, int]] = (),
+    done: int = 0,
 ) -> list[tuple[Piece, Record]]:
     """Make room in `index` for every chunk of tokens [T] that it lacks and takes.
 
@@ -27,6 +28,7 @@ def keep(
         blended_from: the first token whose KV is not exact, or None.
         bytes_per_token: of one rank.
         spans: texts that are cut into several of them, and count as computed as one.
+        done: what ends up to here was seen to before.
     """
     ids = np.ascontiguousarray(tokens, "<i8")
     contexts = context_digests(ids, [*(p.start for p in pieces), len(ids)])
@@ -35,6 +37,8 @@ def keep(
     second_end = ends.get(first_end)
     kept = []
     for piece, context, after in zip(pieces, contexts, contexts[1:], strict=False):
+        if piece.end <= done:
+            continue
         content = ids[piece.start : piece.end]
         record = index.put(
             namespace=namespace,

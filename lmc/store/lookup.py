@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -84,6 +84,7 @@ class Known:
 
     Attributes:
         coming: whether something that was asked for is still being stored.
+        free: whether what memory has of a content serves anywhere, and nobody else is asked.
     """
 
     def __init__(
@@ -97,10 +98,11 @@ class Known:
         self._index, self.namespace, self._tiers = index, namespace, tiers
         self.policy = policy
         self.coming = False
+        self.free = policy == "any" and not tiers
         first = [] if begins is None else context_digests(np.array([begins]), [1])
         self._alone = frozenset([NOTHING, *first])
 
-    def in_memory(self, contents: Sequence[bytes]) -> list[list[Record]]:
+    def in_memory(self, contents: Sequence[bytes]) -> Iterator[list[Record]]:
         """What memory has of each content, the latest first."""
         return self._index.variants_of(self.namespace, contents)
 
@@ -119,21 +121,25 @@ class Known:
             coming = self._index.coming(self.namespace, content)
             self.coming = self.coming or any(self._serves(r, place) for r in coming)
         for tier in self._tiers:
-            if known and (not place.chained or any(exact_at(r, place) for r in known)):
+            if known and (not place.chained or any(exact_at(r, *place[:2]) for r in known)):
                 break
             held = {r.id for r in known}
             found = [r for r in self._behind(tier, content) if r.id not in held]
             known = [*known, *(r for r in found if self._serves(r, place))]
         return known
 
-    def movable(self, content: bytes) -> bool:
-        """Whether a variant of a content is known, or coming, that may go anywhere."""
-        index, namespace = self._index, self.namespace
-        stored = [*index.variants(namespace, content), *index.coming(namespace, content)]
-        for tier in self._tiers:
-            if not any(r.context in self._alone for r in stored):
-                stored += self._behind(tier, content)
-        return any(r.context in self._alone and r.origin != "blended" for r in stored)
+    def alone(self, contents: Sequence[bytes]) -> bool:
+        """Whether contents are known, or coming, as computed behind each other and nothing else."""
+        behind = self._alone
+        for content in contents:
+            stored = self._index.variants(self.namespace, content)
+            stored += self._index.coming(self.namespace, content)
+            for tier in self._tiers:
+                if not any(r.context in behind for r in stored):
+                    stored += self._behind(tier, content)
+            known = [r for r in stored if r.context in behind and r.origin != "blended"]
+            behind = frozenset(record.context_after for record in known)
+        return bool(behind)
 
     def _behind(self, tier: Directory, content: bytes) -> list[Record]:
         """What a tier has of a content, the latest first."""
@@ -141,7 +147,7 @@ class Known:
         return [r for r in reversed(tier.find(self.namespace, key)) if r.tokens == content]
 
     def _serves(self, record: Record, place: Place) -> bool:
-        if exact_at(record, place):
+        if exact_at(record, place.start, place.contexts):
             return True
         if not place.moves or self.policy == "any":
             return place.moves
@@ -200,6 +206,7 @@ def find(
     if known.policy == "shared_prefix":
         for start, _, _ in pieces:
             contexts[start]  # borders that chunks may have been computed behind
+    freely = known.free and moves
     wanted = [piece for piece in pieces if piece.end > local]
     contents = [ids[8 * start : 8 * end] for start, end, _ in wanted]
     stored = known.in_memory(contents)
@@ -210,10 +217,13 @@ def find(
         exact: Record | None = None
         if at <= start:
             at = start
-            place = Place(start, contexts, before, reached >= start, moves)
-            variants = known.variants(content, held, place)
+            if held and freely:
+                variants = held
+            else:
+                place = Place(start, contexts, before, reached >= start, moves)
+                variants = known.variants(content, held, place)
             for record in variants:
-                if record.start == start and exact_at(record, place):
+                if record.start == start and exact_at(record, start, contexts):
                     exact = record
                     break
         if exact is not None:
@@ -240,13 +250,11 @@ def find(
     return everything
 
 
-def exact_at(record: Record, place: Place) -> bool:
-    """Whether a record is, there, what full prefill would give."""
+def exact_at(record: Record, start: int, contexts: Contexts) -> bool:
+    """Whether a record is, at `start`, what full prefill would give."""
     # What stands before it has a length: that comes first, since digests cost a pass.
     return (
-        record.start == place.start
-        and record.origin != "blended"
-        and record.context == place.contexts[place.start]
+        record.start == start and record.origin != "blended" and record.context == contexts[start]
     )
 
 

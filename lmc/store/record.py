@@ -90,9 +90,10 @@ def superseded(
 ) -> list[Record] | None:
     """Of one content, the records that `new` takes the place of; None when it would add nothing.
 
-    Kept of a content: one isolated variant, the latest `exact_variants` anchored ones and as many
-    exact ones, and a blended one only while there is no better. So none of these ways of encoding
-    a text pushes out another, whoever sends it.
+    Kept of a content: the latest `exact_variants` isolated ones (it may be part of several texts
+    that were computed alone), as many anchored and as many exact ones, and a blended one only
+    while there is no better. So none of these ways of encoding a text pushes out another, whoever
+    sends it.
 
     Args:
         known: the records of that content, the oldest first; of a tail, the tail of its context.
@@ -113,7 +114,6 @@ def superseded(
         return None
     free = [r for r in same if not leased(r)]
     out = [r for r in free if r.origin == "blended"]
-    kept = 1 if new.origin == "isolated" else exact_variants
     alike = [r for r in same if r.origin == new.origin]
-    oldest = alike[: max(0, len(alike) + 1 - kept)]
+    oldest = alike[: max(0, len(alike) + 1 - exact_variants)]
     return out + [r for r in oldest if r in free]

@@ -50,6 +50,15 @@ def test_cdc_is_its_rule(tokens: np.ndarray) -> None:
     assert SMALL.cuts(tokens).tolist() == brute_force(SMALL, tokens)
 
 
+@given(tokens=st.lists(st.integers(0, 5), min_size=30, max_size=200), at_once=st.integers(1, 40))
+def test_cdc_is_its_rule_wherever_long_prompts_are_parted(tokens: list[int], at_once: int) -> None:
+    ids = np.array(tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lmc.chunking.cdc.AT_ONCE", at_once)
+        parted = SMALL.cuts(ids).tolist()
+    assert parted == SMALL.cuts(ids).tolist()
+
+
 @given(before=IDS, other=IDS, tokens=IDS, after=IDS)
 def test_cdc_minima_depend_on_content_alone(
     before: np.ndarray, other: np.ndarray, tokens: np.ndarray, after: np.ndarray

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -164,9 +163,6 @@ class Copies:
         self._staging: Staging | None = None
         # One thread, so that saves and frees happen in the order the scheduler wanted.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lmc-save")
-        self._lock = threading.Lock()
-        self._saving: Counter[str] = Counter()
-        self._released: set[str] = set()
 
     @property
     def pages(self) -> PagedKV | None:
@@ -179,10 +175,7 @@ class Copies:
 
     def save(self, save: ChunkSave) -> None:
         """Copy a chunk as it is in the pages once the device has done what it was given so far."""
-        ready = recorded()
-        with self._lock:
-            self._saving[save.request_id] += 1
-        self._submit("saves_failed", self._save, save, ready)
+        self._submit("saves_failed", self._save, save, recorded())
 
     def evict(self, slots: Iterable[int]) -> None:
         """Let go of slots, behind all copies that were asked for."""
@@ -196,17 +189,6 @@ class Copies:
         """Begin to bring what is expected under these slots, behind what was let go of."""
         for slot in slots:
             self._submit("fetches_failed", self._chunks.fetch, slot)
-
-    def release(self, request_ids: Iterable[str]) -> None:
-        """These requests wait for their copies before their blocks are freed."""
-        self._released.update(request_ids)
-
-    def released(self) -> set[str]:
-        """Of those, the ones whose copies are done, each told once."""
-        with self._lock:
-            done = {r for r in self._released if not self._saving[r]}
-        self._released -= done
-        return done
 
     def finish(self) -> None:
         """Return when all that was asked for is done."""
@@ -245,11 +227,6 @@ class Copies:
             finally:
                 self._told.held(slot, whole=False)
             raise
-        finally:
-            with self._lock:
-                self._saving[save.request_id] -= 1
-                if not self._saving[save.request_id]:
-                    del self._saving[save.request_id]
 
     def _stored(self, save: ChunkSave, ready: Any) -> bool:
         """Whether there was room for a chunk; then it is there now."""

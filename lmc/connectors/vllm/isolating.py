@@ -1,9 +1,10 @@
-"""Chunks that came behind other text, computed once more, alone, so that they may be moved.
+"""Texts that came behind others, computed once more, alone, so that they may be moved.
 
 Where the store's context policy lets a chunk be moved only if nothing foreign stood before it, most
-of what prompts leave could be used as prefixes alone. So each new chunk of a prompt is computed a
-second time behind nothing: in blocks borrowed from vLLM's pool, a bounded number of tokens a step,
-while answers are decoded or nothing runs at all, and seldom beside other prompts.
+of what prompts leave could be used as prefixes alone. So each new text of a prompt (a span, or a
+chunk where there are no spans) is computed a second time behind nothing: in blocks borrowed from
+vLLM's pool, a bounded number of tokens a step, while answers are decoded or nothing runs at all,
+and seldom beside other prompts. Its chunks follow each other when they are moved, as in the text.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from lmc.connectors.vllm.messages import ChunkSave, Encode
 from lmc.store import Index
 from lmc.store.lookup import Known
 
-SHORTEST = 16  # tokens; less is not worth a chunk's bookkeeping
+SHORTEST = 16  # tokens; less is not worth the bookkeeping
 WAITING = 1 << 16  # tokens that may wait; the oldest are dropped
 SPARE = 8  # one block in so many stays free for requests
 PATIENT = 8  # steps that compute prompts are left alone, but for one in so many
@@ -32,6 +34,13 @@ class _Wanted:
     namespace: bytes
     front: tuple[int, ...]
     content: np.ndarray  # [T]
+    ends: list[int]  # of its chunks
+
+
+@dataclass(frozen=True)
+class _Lent:
+    blocks: list[Any]
+    slots: set[int]  # that the workers have yet to be done with
 
 
 class Isolation:
@@ -66,35 +75,47 @@ class Isolation:
         self._waited = 0  # steps, since something was computed
         self._waiting: OrderedDict[bytes, _Wanted] = OrderedDict()
         self._tokens = 0
-        self._lent: dict[int, list[Any]] = {}  # blocks, by slot
+        self._longest = config.limits.chunk_tokens
+        self._lent: dict[int, _Lent] = {}  # by slot
 
     @property
     def pending(self) -> int:
         """How many chunks wait to be computed."""
         return len(self._waiting)
 
-    def want(self, known: Known, tokens: np.ndarray, pieces: Sequence[Piece]) -> None:
-        """Every chunk of a prompt that no variant is known of that could be moved.
+    def want(
+        self,
+        known: Known,
+        tokens: np.ndarray,
+        pieces: Sequence[Piece],
+        spans: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Every text of a prompt that is not known in a way in which it could be moved.
 
         Args:
             known: what the request's namespace has.
-            tokens: `[T]`. pieces: its chunks.
+            tokens: `[T]`. pieces: its chunks. spans: texts of several chunks.
         """
         if not self._rate:
             return
         begins = self._begins is not None and int(tokens[0]) == self._begins
         front = (int(tokens[0]),) if begins else ()
-        anchored = pieces[0].end if self._policy == "shared_prefix" and pieces else -1
-        for piece in pieces:
-            T = piece.end - piece.start
-            if not piece.closed or T < SHORTEST or piece.start in (0, len(front), anchored):
+        groups = self._texts(pieces, spans)
+        # What the prompt begins with was computed behind nothing, or behind no more than it may be.
+        anchored = groups[0][-1].end if self._policy == "shared_prefix" and groups else -1
+        for group in groups:
+            start, end = group[0].start, group[-1].end
+            short = end - start < SHORTEST
+            if short or not group[-1].closed or start in (0, len(front), anchored):
                 continue
-            content = np.ascontiguousarray(tokens[piece.start : piece.end], "<i8")
+            content = np.ascontiguousarray(tokens[start:end], "<i8")
             key = chunk_key(known.namespace, content)
-            if key in self._waiting or known.movable(content.tobytes()):
+            parts = [tokens[p.start : p.end].astype("<i8").tobytes() for p in group]
+            if key in self._waiting or known.alone(parts):
                 continue
-            self._waiting[key] = _Wanted(known.namespace, front, content)
-            self._tokens += T
+            ends = [piece.end - start for piece in group]
+            self._waiting[key] = _Wanted(known.namespace, front, content, ends)
+            self._tokens += len(content)
         while self._tokens > WAITING:
             self._drop(next(iter(self._waiting)))
             self.counts["chunks_not_computed_alone"] += 1
@@ -140,8 +161,10 @@ class Isolation:
 
     def settle(self, slot: int, pool: Any) -> None:
         """The workers are done with what `slot` was to hold."""
-        if blocks := self._lent.pop(slot, None):
-            pool.free_blocks(blocks)
+        if lent := self._lent.pop(slot, None):
+            lent.slots.discard(slot)
+            if not lent.slots:
+                pool.free_blocks(lent.blocks)
 
     def clear(self) -> None:
         """Nothing that waits is of use any more."""
@@ -151,23 +174,47 @@ class Isolation:
     def _drop(self, key: bytes) -> None:
         self._tokens -= len(self._waiting.pop(key).content)
 
+    def _texts(
+        self, pieces: Sequence[Piece], spans: Sequence[tuple[int, int]]
+    ) -> list[list[Piece]]:
+        """Chunks that are computed together: those of a span, as far as it is not too long."""
+        ends = dict(spans)
+        groups: list[list[Piece]] = []
+        until = 0  # the end of the span that the last group is of
+        for piece in pieces:
+            inside = groups and piece.start not in ends and piece.end <= until
+            if inside and piece.end - groups[-1][0].start <= self._longest:
+                groups[-1].append(piece)
+            else:
+                groups.append([piece])
+                until = ends.get(piece.start, until)
+        return groups
+
     def _lend(self, key: bytes, wanted: _Wanted, pool: Any, blocks: int) -> Encode | None:
         """Room in the index, and blocks to compute in; None where the index takes no more."""
         front, content = wanted.front, wanted.content
         tokens = np.concatenate([np.array(front, np.int64), content])
-        context, after = context_digests(tokens, [len(front), len(tokens)])
-        record = self._index.put(
-            namespace=wanted.namespace,
-            key=key,
-            tokens=content.tobytes(),
-            start=len(front),
-            context=context,
-            context_after=after,
-            origin="isolated",
-            nbytes=len(content) * self._bytes_per_token,
-        )
-        if record is None:
+        borders = [len(front) + end for end in (0, *wanted.ends)]
+        contexts = context_digests(tokens, borders)
+        records = []
+        for i, (start, end) in enumerate(pairwise(borders)):
+            ids = tokens[start:end].astype("<i8")
+            record = self._index.put(
+                namespace=wanted.namespace,
+                key=chunk_key(wanted.namespace, ids),
+                tokens=ids.tobytes(),
+                start=start,
+                context=contexts[i],
+                context_after=contexts[i + 1],
+                origin="isolated",
+                nbytes=len(ids) * self._bytes_per_token,
+            )
+            if record is not None:
+                records.append((record, start, end))
+        if not records:
             return None
-        lent = self._lent[record.slot] = pool.get_new_blocks(blocks)
-        ids = [block.block_id for block in lent]
-        return Encode(tokens, ChunkSave(record, "", len(front), len(tokens), ids))
+        lent = _Lent(pool.get_new_blocks(blocks), {record.slot for record, _, _ in records})
+        self._lent |= dict.fromkeys(lent.slots, lent)
+        ids_of = [block.block_id for block in lent.blocks]
+        saves = [ChunkSave(record, "", start, end, ids_of) for record, start, end in records]
+        return Encode(tokens, saves)

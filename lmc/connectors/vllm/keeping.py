@@ -52,7 +52,9 @@ class Keeping:
         pieces = split(tokens, self._chunker, spans, self._longest)
         namespace, blended_from = tracked.namespace, tracked.blended_from
         per_token = self._bytes_per_token
-        kept = keep(self._index, namespace, tokens, pieces, blended_from, per_token, spans)
+        of = (namespace, tokens, pieces, blended_from, per_token, spans, tracked.seen_to)
+        kept = keep(self._index, *of)
+        tracked.seen_to = next((p.end for p in reversed(pieces) if p.closed), 0)
         for piece, record in kept:
             request_id = tracked.request.request_id
             self._saves.append(ChunkSave(record, request_id, piece.start, piece.end, blocks))

@@ -11,7 +11,9 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from lmc.connectors.vllm.layouts import flat_slots
 from lmc.connectors.vllm.messages import ChunkLoad
+from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
+from lmc.kernels.scatter import scatter
 from lmc.kernels.scatter_runs import scatter_runs
 from lmc.model.rope import Rope
 from lmc.store.chunks import Arrival, Chunks
@@ -203,6 +205,22 @@ class LayeredLoad:
                 raise LostError(load)
             held.append((load, runs))
         return Placement(held, self._memory, self._target)
+
+
+def warm_up(target: Target, memory: HostMemory) -> None:
+    """Launch what loads and saves launch, over one block of `target`, which stays as it is.
+
+    Kernels are compiled when they are first launched: better at start than within a request.
+    """
+    pages, P = target.pages, target.pages.P
+    slots = flat_slots(np.arange(P), target.blocks, P)
+    page = torch.from_numpy(slots).to(pages.device)
+    scatter(gather(pages, page), pages, page)
+    if memory.capacity >= P * memory.layout.bytes_per_token:
+        for delta in (0, 1) if isinstance(target.rope, Rope) else (0,):
+            placement = Placement([(ChunkLoad(0, 0, P, 0, P, delta), [(0, P)])], memory, target)
+            placement.slots.fill_(-1)  # no row of it is wanted
+            placement.put()
 
 
 def on_any_rank(slots: list[int], failed: bool) -> tuple[set[int], bool]:

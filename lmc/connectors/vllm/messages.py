@@ -78,15 +78,15 @@ class ChunkSave:
 
 @dataclass(frozen=True)
 class Encode:
-    """A chunk to be computed once more, alone, in blocks that no request owns.
+    """A text to be computed once more, alone, in blocks that no request owns.
 
     Attributes:
         tokens: token ids `[T]`, int64, computed from position 0 on.
-        save: which of them are kept, out of those blocks.
+        saves: what of them is kept, out of those blocks; at least one.
     """
 
     tokens: np.ndarray
-    save: ChunkSave
+    saves: list[ChunkSave]
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class SchedulerSide:
         try:
             plan = tracked.admitted
             assert plan is not None and plan.claimed == claimed, (plan, claimed)
-            for slot in {s.record.slot for s in plan.found}:
+            for slot in tracked.leased:
                 self.index.touch(slot)
             return claim_of(request_id, tracked.tokens, blocks, plan)
         except BaseException as error:
@@ -297,7 +297,8 @@ class SchedulerSide:
             moves = tracked.options.strategy.moves or self.gate.moves_by_default
             if moves and self.blend_refusal is None and not tracked.prompt_saved:
                 known = self.planner.known(tracked.namespace)
-                self.isolation.want(known, tracked.tokens, tracked.pieces)
+                spans = tracked.options.chunks or ()
+                self.isolation.want(known, tracked.tokens, tracked.pieces, spans)
         except BaseException as error:
             survive(error)
             self.counts["saves_given_up"] += 1
@@ -353,5 +354,5 @@ def given_out(scheduler_output: Any, encodes: list[Encode]) -> set[int]:
     """Blocks that a step may write to for the first time."""
     new = [data.block_ids for data in scheduler_output.scheduled_new_reqs]
     new += [blocks for blocks in scheduler_output.scheduled_cached_reqs.new_block_ids if blocks]
-    lent = [block for encode in encodes for block in encode.save.blocks]
+    lent = [block for encode in encodes for block in encode.saves[0].blocks]
     return {block for groups in new for block in groups[0]}.union(lent)

@@ -67,12 +67,12 @@ class TaintedHasher:
         tokens = self.tokens[first * P : end * P]
         if end * P > len(self.tokens):
             tokens = np.asarray(request.all_token_ids[first * P : end * P])
-        ids, at = tokens.astype("<i8").tobytes(), 0
+        ids, at = tokens.astype("<i4").tobytes(), 0  # vLLM takes no token beyond its vocabulary
         for block in range(first, end):
-            said = (b"lmc-taint", parent, ids[at : at + 8 * P], self.recipes.get(block, b""))
+            said = (b"lmc-taint", parent, ids[at : at + 4 * P], self.recipes.get(block, b""))
             parent = sha256(b"".join(said)).digest()
             new.append(parent)
-            at += 8 * P
+            at += 4 * P
         return new
 
 
@@ -179,7 +179,9 @@ class ChainMap:
 
     def find(self, scope: bytes, exact: list[bytes]) -> Chain | None:
         """The chain that covers most of the blocks with these hashes, cut where they end."""
-        for digest in reversed(exact) if self._chains else ():
+        if self._chains.keys().isdisjoint(exact):
+            return None
+        for digest in reversed(exact):
             if (scopes := self._chains.get(digest)) and scope in scopes:
                 chain, block = scopes[scope]
                 return replace(chain, hashes=chain.hashes[: block - chain.first])

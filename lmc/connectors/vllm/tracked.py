@@ -38,6 +38,7 @@ class Tracked:
         fetched: of slots that came from a tier behind host memory for this request, its name.
         fetching: `time.monotonic()` when those were last asked for.
         blended_from: the first token whose KV is not exact, or None.
+        seen_to: chunks that end up to here have been kept, or were not to be.
         prompt_saved: whether the prompt's chunks have been given to the workers.
         unsaved: its KV is, or may be, of no use to others: nothing of it is stored any more.
         report: what the client is told.
@@ -64,6 +65,7 @@ class Tracked:
     fetched: dict[int, str] = field(default_factory=dict)
     fetching: float = 0.0
     blended_from: int | None = None
+    seen_to: int = 0
     prompt_saved: bool = False
     unsaved: bool = False
     report: dict[str, Any] | None = None
@@ -114,8 +116,11 @@ def report_of(tracked: Tracked, bytes_per_token: int, cost: PrefillCost) -> dict
         blended_from = T if tracked.blended_from is None else tracked.blended_from
         kinds = plan.kinds(local_blended=max(0, local - blended_from))
         computed = plan.computed_runs()
-        for s in plan.found:
-            loaded[tracked.fetched.get(s.record.slot, "host")] += s.end - s.start
+        loaded["host"] = sum(s.end - s.start for s in plan.found)
+        for s in plan.found if tracked.fetched else ():
+            if tier := tracked.fetched.get(s.record.slot):
+                loaded[tier] += s.end - s.start
+                loaded["host"] -= s.end - s.start
     return {
         "prompt_tokens": T,
         "kinds": kinds,

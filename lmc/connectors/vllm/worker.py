@@ -26,6 +26,7 @@ from lmc.connectors.vllm.loading import (
     Target,
     find,
     on_any_rank,
+    warm_up,
 )
 from lmc.connectors.vllm.messages import (
     ChunkLoad,
@@ -36,11 +37,9 @@ from lmc.connectors.vllm.messages import (
     StepMetadata,
     WeightsTold,
     WorkerHello,
-)
+)  # fmt: skip
 from lmc.connectors.vllm.weights import WeightsWatch
-from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
-from lmc.kernels.scatter import scatter
 from lmc.store.chunks import Attached, Chunks
 from lmc.store.tier import taken
 
@@ -91,6 +90,7 @@ class WorkerSide:
         self._attention: PagedAttention | None = None
         self._pages: PagedKV | None = None
         self._stale = False  # the step was made for other weights
+        self._pages_lost = False  # since the last step
         self._failed_blocks: set[int] = set()  # that vLLM has yet to be told of
         self._spoilt: dict[int, int] = {}  # blocks that no save may read: the step they failed in
 
@@ -131,10 +131,7 @@ class WorkerSide:
     def _checked(self, model: Any) -> tuple[str | None, str | None]:
         """Why chunks cannot be moved on this model, and why rows cannot even be computed."""
         assert self._attention is not None
-        # Kernels are compiled when first launched: better now than within a request.
-        page = self._attention.page_slots(np.arange(self.spec.block_size), blocks=[1])
-        pages = self._known_pages
-        scatter(gather(pages, page), pages, page)
+        warm_up(self._target([1]), self.chunks.memory)
         if (alone := identity.alone_refusal(self.vllm_config)) is not None:
             return alone, alone  # before the checks below, whose forwards would not return
         oracle = self._attention
@@ -161,7 +158,8 @@ class WorkerSide:
         for record in metadata.fetches:
             self.chunks.expect(record)
         self.copies.evict(metadata.freed)
-        self._save(metadata, metadata.leaving)
+        self._save(metadata, metadata.leaving, lost=self._pages_lost)
+        self._pages_lost = False
         if metadata.reused:
             self.copies.finish()
         self.copies.fetch(record.slot for record in metadata.fetches)
@@ -193,11 +191,16 @@ class WorkerSide:
                 del self._spoilt[block]
         self.encodes_left = metadata.encodes_left
 
-    def _save(self, metadata: StepMetadata, saves: Iterable[ChunkSave]) -> None:
+    def lose_pages(self) -> None:
+        """What is in the pages is about to go: copy what was asked for, and no more of it."""
+        self.copies.finish()
+        self._pages_lost = True
+
+    def _save(self, metadata: StepMetadata, saves: Iterable[ChunkSave], lost: bool = False) -> None:
         freed = set(metadata.freed)  # before they were saved: nobody would ever let go of them
         for save in saves:
             read = save.blocks[: -(-save.end // self.spec.block_size)]
-            spoilt = self._stale or not self._spoilt.keys().isdisjoint(read)
+            spoilt = lost or self._stale or not self._spoilt.keys().isdisjoint(read)
             if spoilt or save.record.slot in freed:
                 self.counts["saves_refused"] += 1
                 self.told.held(save.record.slot, whole=False)
@@ -288,8 +291,7 @@ class WorkerSide:
         known = {load.slot for load in late}
         loads = [load for load in claim.loads if load.slot not in known]
         found = find(self.chunks, loads, layered, deadline)
-        target = Target(np.asarray(claim.blocks, np.int64), self._known_pages, self._rope)
-        memory, arriving = self.chunks.memory, None
+        target, memory, arriving = self._target(claim.blocks), self.chunks.memory, None
         if found.held:
             Placement(found.held, memory, target).put()
             self._count_loaded("host", [load for load, _ in found.held])
@@ -363,18 +365,21 @@ class WorkerSide:
         self.counts[f"bytes_loaded:{source}"] += tokens * self.layout.bytes_per_token
 
     def _encode(self, encode: Encode, refused: bool) -> None:
-        """Compute a chunk alone, in blocks that were lent for it, and keep it."""
-        save = encode.save
+        """Compute a text alone, in blocks that were lent for it, and keep its chunks."""
+        done = False
         try:
             if not refused:
                 rows = np.arange(len(encode.tokens), dtype=np.int64)
-                self._adapter(encode.tokens, save.blocks, rows).run(rows)
+                self._adapter(encode.tokens, encode.saves[0].blocks, rows).run(rows)
                 self.counts["rows_computed_alone"] += len(rows)
-                self.copies.save(save)
-                return
+                done = True
         except Exception:
-            logger.exception("lmc could not compute a chunk alone")
-        self.told.held(save.record.slot, whole=False)
+            logger.exception("lmc could not compute a text alone")
+        for save in encode.saves:
+            if done:
+                self.copies.save(save)
+            else:
+                self.told.held(save.record.slot, whole=False)
 
     def _look_at_weights(self, metadata: StepMetadata) -> None:
         """Whether the step was made for the weights that are there; if not, say so."""
@@ -389,8 +394,7 @@ class WorkerSide:
             told = WeightsTold(changes, metadata.number, self.watch.version)
             self.told.weights(told)
 
-    @property
-    def _known_pages(self) -> PagedKV:
+    def _target(self, blocks: list[int]) -> Target:
         if self._pages is None:
             raise RuntimeError(f"pages cannot be read: {self.kv_refusal}")
-        return self._pages
+        return Target(np.asarray(blocks, np.int64), self._pages, self._rope)

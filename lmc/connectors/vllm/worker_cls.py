@@ -65,14 +65,14 @@ class LMCWorker(Worker):
 
     def sleep(self, level: int = 1) -> None:
         if side := _side():
-            side.copies.finish()  # out of pages that are about to go
+            side.lose_pages()
         super().sleep(level)
         if level > 1:
             self._weights_changed(None)
 
     def discard(self, tags: tuple[str, ...]) -> None:
         if side := _side():
-            side.copies.finish()  # as for `sleep`: `release_kv_cache_memory` lets pages go too
+            side.lose_pages()  # as for `sleep`: `release_kv_cache_memory` lets pages go too
         super().discard(tags)
 
     @contextmanager

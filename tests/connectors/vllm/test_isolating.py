@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from lmc.blend.epic import Epic
+from lmc.blend.plan import make_plan
 from lmc.chunking.pieces import Piece
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.isolating import WAITING, Isolation
 from lmc.connectors.vllm.messages import Encode
 from lmc.store import Index
 from lmc.store.keep import keep
-from lmc.store.lookup import Known
+from lmc.store.lookup import Known, find
 
 BLOCK, BOS = 32, 7
 
@@ -46,13 +50,13 @@ class World:
         self.index, self.pool = Index(capacity), Pool()
         self.isolation = Isolation(self.config, self.index, BOS, 1, BLOCK, rows)
 
-    def prompt(self, *parts: np.ndarray, closed: bool = True) -> None:
+    def prompt(self, *parts: np.ndarray, closed: bool = True, spans: Any = ()) -> None:
         ends = np.cumsum([len(part) for part in parts]).tolist()
         pieces = [Piece(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         pieces[-1] = Piece(pieces[-1].start, pieces[-1].end, closed)
         tokens = np.concatenate(parts)
         known = Known(self.index, b"n", (), self.config.context, BOS)
-        self.isolation.want(known, tokens, pieces)
+        self.isolation.want(known, tokens, pieces, spans)
 
     def stored(self, *parts: np.ndarray) -> None:
         ends = np.cumsum([len(part) for part in parts]).tolist()
@@ -63,17 +67,18 @@ class World:
     def step(self, scheduled: int = 0, prompts: bool = False) -> list[Encode]:
         encodes = self.isolation.take(self.pool, scheduled, prompts)
         for encode in encodes:
-            assert len(encode.save.blocks) * BLOCK >= len(encode.tokens)
+            assert all(len(save.blocks) * BLOCK >= len(encode.tokens) for save in encode.saves)
         return encodes
 
     def done(self, encodes: list[Encode]) -> None:
         for encode in encodes:
-            self.index.acknowledge(encode.save.record.slot, 0)
-            self.isolation.settle(encode.save.record.slot, self.pool)
+            for save in encode.saves:
+                self.index.acknowledge(save.record.slot, 0)
+                self.isolation.settle(save.record.slot, self.pool)
 
 
 def lengths(encodes: list[Encode]) -> list[int]:
-    return [encode.save.end - encode.save.start for encode in encodes]
+    return [sum(save.end - save.start for save in encode.saves) for encode in encodes]
 
 
 def test_each_new_chunk_behind_another_is_computed_once() -> None:
@@ -84,7 +89,8 @@ def test_each_new_chunk_behind_another_is_computed_once() -> None:
     # Not what stands first, is too short, or may still grow.
     assert lengths(encodes) == [70, 80]
     for encode, part in zip(encodes, (text(1, 70), text(2, 80)), strict=True):
-        record = encode.save.record
+        (save,) = encode.saves
+        record = save.record
         assert (record.origin, record.start) == ("isolated", 0)
         assert np.array_equal(encode.tokens, part)
     assert world.pool.get_num_free_blocks() == 400 - 3 - 3
@@ -100,11 +106,56 @@ def test_the_token_that_prompts_begin_with_stays_in_front() -> None:
     world.prompt(begin, text(1, 70), np.concatenate([text(2, 80)]))
     (encode,) = world.step()  # the first document is behind nothing else as it is
     assert np.array_equal(encode.tokens, [BOS, *text(2, 80)])
-    assert (encode.save.start, encode.save.record.start) == (1, 1)
+    assert (encode.saves[0].start, encode.saves[0].record.start) == (1, 1)
     # Of a prompt that does not begin with it, none is put there.
     other = World()
     other.prompt(text(0, 40), text(2, 80))
-    assert other.step()[0].save.record.start == 0
+    assert other.step()[0].saves[0].record.start == 0
+
+
+def test_the_chunks_of_a_span_are_computed_together_and_follow_each_other() -> None:
+    world = World(limits={"chunk_tokens": 200})
+    parts = [text(i, 40) for i in range(8)]
+    whole = np.concatenate(parts)
+    # A document of three chunks, one of a single chunk, and one that is too long to be one text.
+    spans = [(0, 40), (40, 160), (160, 200), (200, 320)]
+    world.prompt(*parts, spans=spans)
+    encodes = world.step()
+    assert [[save.end for save in encode.saves] for encode in encodes] == [
+        [40, 80, 120], [40], [40, 80, 120],
+    ]  # fmt: skip
+    for encode, (start, end) in zip(encodes, spans[1:], strict=True):
+        assert np.array_equal(encode.tokens, whole[start:end])
+        assert {save.record.origin for save in encode.saves} == {"isolated"}
+    # Blocks go back when the last of a text's chunks is done.
+    free = world.pool.get_num_free_blocks()
+    first = encodes[0].saves
+    world.isolation.settle(first[0].record.slot, world.pool)
+    assert world.pool.get_num_free_blocks() == free
+    world.done(encodes)
+    assert world.pool.get_num_free_blocks() == 400
+    # Elsewhere they are moved as one text, whatever stands in front of it.
+    tokens = np.concatenate([text(50, 33), *parts[1:4], text(51, 20)])
+    pieces = [Piece(a, b) for a, b in pairwise([0, 33, 73, 113, 153, 173])]
+    found = find(tokens, pieces, Known(world.index, b"n", (), "isolated", BOS))
+    assert [(f.start, f.end, f.kind) for f in found] == [
+        (33, 73, "moved"), (73, 113, "moved"), (113, 153, "moved"),
+    ]  # fmt: skip
+    assert make_plan(tokens, pieces, world.index, b"n", Epic(4), context="isolated",
+                     begins=BOS).moved == ((33, 153),)  # fmt: skip
+    # Known as a whole; where a chunk of it has gone, it is computed again, and no more than that.
+    world.prompt(*parts, spans=spans)
+    assert world.isolation.pending == 0
+    world.index.drop(first[1].record.slot)
+    world.prompt(*parts, spans=spans)
+    (again,) = world.step()
+    assert [(save.start, save.end) for save in again.saves] == [(40, 80)]
+
+
+def test_a_span_longer_than_a_chunk_may_be_is_several_texts() -> None:
+    world = World(limits={"chunk_tokens": 100})
+    world.prompt(*(text(i, 40) for i in range(6)), spans=[(40, 240)])
+    assert [len(encode.tokens) for encode in world.step()] == [80, 80, 40]
 
 
 def test_what_clients_sent_alone_is_not_computed_again() -> None:
