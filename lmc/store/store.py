@@ -88,13 +88,18 @@ class Store:
     ) -> None:
         self.close()
 
-    def pieces(self, tokens: Tokens, spans: Sequence[tuple[int, int]] | None = None) -> list[Piece]:
-        """The chunks of tokens [T]; each span is one, where a serving engine would cut it further.
+    def pieces(
+        self,
+        tokens: Tokens,
+        spans: Sequence[tuple[int, int]] | None = None,
+        whole: bool = True,
+    ) -> list[Piece]:
+        """The chunks of tokens [T]: each span is one, or is cut further, as a serving engine does.
 
         Raises:
             ValueError: spans that overlap, descend or lie outside.
         """
-        return split(np.asarray(tokens, np.int64), self.chunker, spans, whole=True)
+        return split(np.asarray(tokens, np.int64), self.chunker, spans, whole=whole)
 
     def lookup(self, tokens: Tokens, spans: Sequence[tuple[int, int]] | None = None) -> list[Found]:
         """What of tokens [T] is stored, in order; no bytes are read.

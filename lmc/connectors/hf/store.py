@@ -31,7 +31,9 @@ class HFStore:
     Args:
         model: whose KV it holds.
         memory_bytes: how much of it in host memory.
-        tiers: places behind host memory, as `Store` takes them.
+        tiers: places behind host memory, as `Store` takes them. With any, spans are cut as serving
+            engines cut them, so that both find what the other has stored; without, each is one
+            chunk, as papers have it.
         policy: what a chunk that is moved may have been computed behind, as an engine's `context`.
 
     Raises:
@@ -50,6 +52,7 @@ class HFStore:
         layout = KVLayout(model.L, shape.G, shape.D, str(model.dtype).removeprefix("torch."))
         # What is kept in memory alone is this model's alone; what outlives it must say which.
         self.namespace = model.namespace() if tiers else b"hf"
+        self._whole = not tiers
         self.store = Store(
             layout,
             self.namespace,
@@ -70,7 +73,7 @@ class HFStore:
             system: how many tokens in front stand before every chunk alike; see `CacheCraft`.
         """
         ids = np.asarray(tokens, np.int64)
-        pieces = self.store.pieces(ids, spans)
+        pieces = self.store.pieces(ids, spans, whole=self._whole)
         kept = self.store.make_room(ids, pieces)
         if not kept:
             return
@@ -117,7 +120,7 @@ class HFStore:
     ) -> Plan:
         """What becomes of each token of a prompt; reuse is never declined for its gain."""
         ids = np.asarray(tokens, np.int64)
-        pieces = self.store.pieces(ids, spans)
+        pieces = self.store.pieces(ids, spans, whole=self._whole)
         plan = self._brought(ids, pieces, strategy)
         if not isinstance(strategy, Dense):
             return plan

@@ -41,7 +41,7 @@ def beside_others(session: s.Session) -> dict[str, Any]:
         session.llm.reset_prefix_cache()
         request = session.add(parts, s.EPIC, save=False)
         tracked = next(iter(side.requests.values()))
-        worker.chunks.memory.release(tracked.plan.found[-1].record.slot)
+        session.lose_last(tracked)
         results["lost"] = session.finish()[request]
         results["stored"] = session.fresh([*parts, s.text(50, 20)], "prefix", tokens=1)
         results["pending"] = side.isolation.pending

@@ -61,7 +61,7 @@ def kept(session: Session, parts: list[list[int]]) -> dict[str, Any]:
         "found": found,
         "final": final,
         "left": {
-            "requests": len(side.requests) + len(side.claims) + len(side.keeping._saving),
+            "requests": len(side.requests) + len(side.claims) + len(side.keeping._missing),
             "slots": len(side.index),
             "held": len(worker.chunks.memory._held),
             "bytes": worker.chunks.memory.size,

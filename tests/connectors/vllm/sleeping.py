@@ -17,15 +17,15 @@ class SlowWorker(LMCWorker):
 
     def slow(self, seconds: float) -> None:
         copies = _side().copies
-        vars(copies).pop("_copy_out", None)
-        copy_out = copies._copy_out
+        vars(copies).pop("_stored", None)
+        stored = copies._stored
 
-        def slowly(*arguments: Any) -> None:
+        def slowly(*arguments: Any) -> Any:
             time.sleep(seconds)
-            copy_out(*arguments)
+            return stored(*arguments)
 
         if seconds:
-            copies._copy_out = slowly
+            copies._stored = slowly
 
     def finished_before_discard(self) -> bool:
         """Whether copies out of pages are over before vLLM lets go of them."""

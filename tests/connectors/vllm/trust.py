@@ -149,7 +149,7 @@ def given_up(session: s.Session) -> dict[str, Any]:
         ("planning", side.planner, "plan"),
         ("waiting", side.planner, "waits"),
         ("keeping", side.keeping, "keep"),
-        ("leasing", side.planner, "lease"),
+        ("leasing", side.planner, "hold"),
     ):
         session.llm.reset_prefix_cache()
         whole = getattr(owner, attribute)

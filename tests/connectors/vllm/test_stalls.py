@@ -1,0 +1,73 @@
+"""Requests that wait or are over keep nothing from others, in a real engine with few pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.connectors.vllm.engine import run_scenario
+from tests.connectors.vllm.stalls import ROWS
+from tests.connectors.vllm.test_engine import same
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def result(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    # A staging buffer of less than a chunk.
+    lmc = {"rows_per_step": ROWS, "staging_bytes": 4096, "memory_bytes": 4 << 20}
+    folder = tmp_path_factory.mktemp("stalls")
+    return run_scenario("tests.connectors.vllm.stalls:stalls", tiny_llama_dir, folder, lmc=lmc)
+
+
+def test_who_is_over_holds_no_pages(result: Any) -> None:
+    assert result["over"] == [True] * 3
+    assert result["free"] == (True, result["blocks"])
+
+
+def test_what_is_saved_is_read_before_its_pages_are_anothers(result: Any) -> None:
+    reused = result["reused"]
+    assert reused["waited"] >= 1 and reused["early"] >= 1
+    for got, plain in zip(reused["got"], reused["plain"], strict=True):
+        same(got, plain)
+        assert got.kinds["exact"] >= 250
+
+
+def test_nothing_is_saved_out_of_pages_that_were_given_up_for_sleep(result: Any) -> None:
+    same(result["asleep"]["got"], result["asleep"]["plain"])
+    assert result["counts"]["saves_refused"] >= 1
+    assert result["asleep"]["got"].kinds["exact"] >= 64  # what was copied before is kept
+
+
+def test_who_waits_finds_what_was_stored_meanwhile(result: Any) -> None:
+    backlog = result["backlog"]
+    reused = [backlog[name].kinds["moved"] for name in ("behind", "afterwards")]
+    assert reused[0] >= reused[1] > 100  # the question too, which comes again there
+    assert result["counts"]["planned_again"] >= 1
+    same(backlog["at_once"], backlog["plain"])
+    assert backlog["at_once"].kinds["exact"] > 200
+    assert result["counts"]["deferred_for_save"] >= 1
+
+
+def test_who_waits_keeps_nothing_in_memory(result: Any) -> None:
+    queue = result["queue"]
+    assert queue["waiting"] == 0 and queue["answers"] == 24
+    assert 0 < queue["most"] <= 2 << 20  # half of it
+    for got, plain in queue["compared"]:
+        same(got, plain)
+
+
+def test_the_rows_of_a_step_are_bounded(result: Any) -> None:
+    rows = result["rows"]
+    assert rows["claims"] == [1, 1, 1]
+    assert result["counts"]["deferred_for_rows"] >= 2
+    for got, plain in zip(rows["got"], rows["plain"], strict=True):
+        same(got, plain)
+
+
+def test_index_and_worker_agree_and_all_leases_are_back(result: Any) -> None:
+    held, known = result["agree"]
+    assert held == known
+    assert (result["leases"], result["kept"]) == (0, 0)
