@@ -47,7 +47,7 @@ class Plan:
         strategy: what chooses rows.
         digest: of all tokens, for a selective strategy: what it chooses may depend on each.
         L: layers of the model, as far as a selective strategy must know them.
-        coming: whether more would have been found but for that it is still being stored.
+        coming: slots of what would have been found, but is still being stored.
     """
 
     T: int
@@ -62,7 +62,7 @@ class Plan:
     strategy: Strategy = field(repr=False)
     digest: bytes = field(default=b"", repr=False)
     L: int = 1
-    coming: bool = False
+    coming: frozenset[int] = frozenset()
 
     @property
     def found_beyond(self) -> int:
@@ -262,7 +262,7 @@ def make_plan(
         strategy=strategy,
         digest=blake3(np.ascontiguousarray(tokens, "<i8").tobytes()).digest() if share else b"",
         L=L or 1,
-        coming=known.coming,
+        coming=frozenset(known.coming),
     )
 
 

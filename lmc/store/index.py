@@ -106,6 +106,11 @@ class Index:
         entries = self._contents.get(namespace, {}).get(content, ())
         return [entry.record for entry in entries if not entry.visible]
 
+    def still_coming(self, slots: Iterable[int]) -> bool:
+        """Whether any of `slots` is still being stored."""
+        entries = (self._entries.get(slot) for slot in slots)
+        return any(entry is not None and not entry.visible for entry in entries)
+
     def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Record]:
         """Visible records, tails too, computed behind `context` that begin with the token `first`.
 

@@ -83,7 +83,7 @@ class Known:
             else counts as isolated.
 
     Attributes:
-        coming: whether something that was asked for is still being stored.
+        coming: slots of what would have served, and is still being stored.
         free: whether what memory has of a content serves anywhere, and nobody else is asked.
     """
 
@@ -97,7 +97,7 @@ class Known:
     ) -> None:
         self._index, self.namespace, self._tiers = index, namespace, tiers
         self.policy = policy
-        self.coming = False
+        self.coming: set[int] = set()
         self.free = policy == "any" and not tiers
         first = [] if begins is None else context_digests(np.array([begins]), [1])
         self._alone = frozenset([NOTHING, *first])
@@ -119,7 +119,7 @@ class Known:
             known = [r for r in stored if self._serves(r, place)]
         if not known:
             coming = self._index.coming(self.namespace, content)
-            self.coming = self.coming or any(self._serves(r, place) for r in coming)
+            self.coming.update(r.slot for r in coming if self._serves(r, place))
         for tier in self._tiers:
             if known and (not place.chained or any(exact_at(r, *place[:2]) for r in known)):
                 break

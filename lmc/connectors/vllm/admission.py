@@ -27,7 +27,7 @@ class Admission:
 
     Args:
         rows: that claims may have computed in one step, all together; one of more goes alone.
-        requests: all that are not over, by id.
+        begun: requests that were admitted and are not over, by id; far fewer than those that wait.
 
     Attributes:
         computes: whether workers compute rows in place of chunks that are lost.
@@ -43,14 +43,15 @@ class Admission:
         namespace: Namespace,
         local: LocalCache,
         keeping: Keeping,
-        requests: dict[str, Tracked],
+        begun: dict[str, Tracked],
     ) -> None:
         self.computes = False
         self.counts: Counter[str] = Counter()
         self._patience_s, self._rows = config.fetch_patience_s, rows
         self._planner, self._reader, self._namespace = planner, reader, namespace
-        self._local, self._keeping, self._requests = local, keeping, requests
+        self._local, self._keeping, self._begun = local, keeping, begun
         self._block_size = local.block_size
+        self._first_in_line: Tracked | None = None
 
     def arrived(self, tracked: Tracked, refusal: str | None) -> None:
         """Plan a new request, and taint it, before vLLM looks into its own cache.
@@ -81,17 +82,19 @@ class Admission:
         """
         if tracked.plan is None:
             return 0
-        if tracked.asked is None:
-            tracked.asked = time.monotonic()
-        if self._outdated(tracked, local):
-            self._replan(tracked, local)
-        elif not tracked.held and self._planned_again(tracked, local):
-            return None
-        if reason := self._waits(tracked, claims):
+        first, tracked.asked = tracked.asked is None, tracked.asked or time.monotonic()
+        reason = self._waits_first(tracked)
+        if reason is None:
+            if self._outdated(tracked, local):
+                self._replan(tracked, local)
+            elif (first or tracked.plan.coming) and self._planned_again(tracked, local):
+                return None
+            reason = self._waits_first(tracked) or self._waits(tracked, claims)
+        if reason:
             self.counts[f"deferred_for_{reason}"] += 1
             return None
         plan = tracked.admitted = tracked.plan.after(local)
-        others = [r for r in self._requests.values() if r is not tracked]
+        others = [r for r in self._begun.values() if r is not tracked]
         # Also where nothing is to be computed: a chunk may be lost.
         if plan.claimed and self._local.hits_uncomputed(tracked, local, others):
             self.counts["deferred"] += 1
@@ -104,26 +107,38 @@ class Admission:
 
     def rows(self, claims: Sequence[Claim]) -> int:
         """Rows that these claims have computed, as many whole ones."""
-        plans = [self._requests[claim.request_id].admitted for claim in claims]
+        plans = [self._begun[claim.request_id].admitted for claim in claims]
         return sum(plan.computed for plan in plans if plan is not None)
 
     # -- parts -------------------------------------------------------------------------------
 
+    def _waits_first(self, tracked: Tracked) -> str | None:
+        """What has to come before a plan is worth anything, if anything has; costs nothing."""
+        assert tracked.plan is not None and tracked.asked is not None
+        if tracked.held:
+            return None
+        patient = time.monotonic() - tracked.asked < self._patience_s
+        if patient and self._planner.index.still_coming(tracked.plan.coming):
+            return "save"
+        if not tracked.needs:
+            return None
+        # Who is first in line for memory stays so, however many that need less come behind.
+        line = self._first_in_line
+        if line is not None and line is not tracked and line.waits:
+            return "memory"
+        self._first_in_line = None if self._planner.room(tracked) else tracked
+        return "memory" if self._first_in_line else None
+
     def _waits(self, tracked: Tracked, claims: Sequence[Claim]) -> str | None:
         """What a request has to wait for, if anything; else what it needs is kept for it."""
-        assert tracked.plan is not None and tracked.asked is not None
-        patient = time.monotonic() - tracked.asked < self._patience_s
-        if tracked.plan.coming and self._keeping.pending and patient:
-            return "save"
-        if not tracked.held and not self._planner.room(tracked):
-            return "memory"
+        assert tracked.plan is not None
         if not self._planner.hold(tracked):
             # Where host memory has no room for what a tier has, what it holds itself must do.
             self._replan(tracked, tracked.local, tiers=False)
             self._planner.hold(tracked)
         # Without rows to compute in its place, a chunk must be there before it is counted on.
-        running = any(r.request.num_computed_tokens for r in self._requests.values()
-                      if r is not tracked)  # fmt: skip
+        others = (r for r in self._begun.values() if r is not tracked)
+        running = any(other.request.num_computed_tokens for other in others)
         if self._planner.waits(tracked, running or not self.computes):
             return "fetch"
         if not self._planner.still_held(tracked):
@@ -154,7 +169,7 @@ class Admission:
         assert plan is not None
         begun = tracked.report is not None
         blended = plan.first_moved is not None and local > plan.first_moved
-        if begun or blended or tracked.seen == self._planner.index.added:
+        if tracked.held or begun or blended or tracked.seen == self._planner.index.added:
             return False
         new, reason = self._planner.plan(tracked, local)
         before = plan.after(local)

@@ -75,6 +75,7 @@ class Planner:
         """From now on this is the request's plan; nothing is kept for it yet."""
         self.release(tracked)
         tracked.plan, tracked.reason = plan, reason
+        tracked.needs = sum(s.record.nbytes for s in plan.found)
         tracked.seen, tracked.gone = self.index.added, self.index.gone
 
     def room(self, tracked: Tracked) -> bool:
@@ -82,9 +83,8 @@ class Planner:
 
         Requests that vLLM has yet to admit keep half of host memory at most, all together.
         """
-        assert tracked.plan is not None
-        need = sum(s.record.nbytes for s in tracked.plan.found)
-        return not self._kept or self._kept + need <= self.index.capacity // 2
+        half = self.index.capacity // 2
+        return not self._kept or self._kept + tracked.needs <= half
 
     def known(self, namespace: bytes) -> Known:
         """What one namespace has, in host memory and in the tiers that are asked now."""
@@ -129,8 +129,8 @@ class Planner:
         """The plan's chunks may go."""
         for slot in tracked.leased:
             self.index.release(slot)
-        self._kept -= tracked.kept
-        tracked.leased, tracked.held, tracked.kept = [], False, 0
+        self._kept -= tracked.needs if tracked.held else 0
+        tracked.leased, tracked.held = [], False
 
     def take_fetches(self) -> list[Record]:
         """What the workers must bring out of the tiers, each told once."""
@@ -191,6 +191,7 @@ class Planner:
         plan = tracked.plan
         assert plan is not None
         tracked.held = True
+        self._kept += tracked.needs
         tracked.leased = sorted({s.record.slot for s in plan.found if s.record.slot >= 0})
         for slot in tracked.leased:
             self.index.lease(slot)
@@ -206,8 +207,6 @@ class Planner:
             adopted[record.id] = taken
             self.index.lease(taken.slot)
             tracked.leased.append(taken.slot)
-        tracked.kept = sum(s.record.nbytes for s in plan.found)
-        self._kept += tracked.kept
         if adopted:
             found = [s._replace(record=adopted.get(s.record.id, s.record)) for s in plan.found]
             tracked.plan = replace(plan, found=tuple(found))

@@ -73,9 +73,10 @@ class SchedulerSide:
         self.isolation = Isolation(config, self.index, begins, *sizes)
         self.keeping = Keeping(config, self.index, per_token, self.block_size, self.ranks)
         self.requests: dict[str, Tracked] = {}
+        self.begun: dict[str, Tracked] = {}  # those of them that were admitted
         self.admission = Admission(
             config, config.rows_per_step or rows, self.planner, self.reader, self.namespace,
-            self.local, self.keeping, self.requests,
+            self.local, self.keeping, self.begun,
         )  # fmt: skip
         self.just_finished: dict[str, Tracked] = {}  # in the step that the workers report on
         self.claims: list[Claim] = []
@@ -116,6 +117,7 @@ class SchedulerSide:
         tracked = self.requests.get(request.request_id)
         if tracked is None:
             return
+        self.begun[request.request_id] = tracked
         if self.local.mixed and tracked.local:
             tracked.unsaved = True
         plan = tracked.admitted
@@ -245,6 +247,7 @@ class SchedulerSide:
         tracked = self.requests.pop(request.request_id, None)
         if tracked is None:
             return None
+        self.begun.pop(request.request_id, None)
         self.just_finished[request.request_id] = tracked
         self.planner.release(tracked)
         self.claims = [c for c in self.claims if c.request_id != request.request_id]
@@ -322,7 +325,7 @@ class SchedulerSide:
     def _claims_failed(self, failed: set[int]) -> None:
         """What was computed over these blocks, and goes on behind them, serves nobody else."""
         self.forgiven |= failed
-        for request_id, tracked in self.requests.items():
+        for request_id, tracked in self.begun.items():
             blocks = self.local.blocks(request_id)
             first = next((i for i, block in enumerate(blocks) if block in failed), None)
             if first is not None:

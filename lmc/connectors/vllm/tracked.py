@@ -33,8 +33,8 @@ class Tracked:
         admitted: the plan cut to what vLLM did hold, once asked.
         seen, gone: `Index.added` and `Index.gone` when it was made, or last looked at.
         asked: `time.monotonic()` when vLLM first wanted to admit the request.
-        held: whether the plan's chunks are kept from eviction: those of the slots `leased`, which
-            are `kept` bytes.
+        needs: bytes of the plan's chunks.
+        held: whether they are kept from eviction: those of the slots `leased`.
         fetched: of slots that came from a tier behind host memory for this request, its name.
         fetching: `time.monotonic()` when those were last asked for.
         blended_from: the first token whose KV is not exact, or None.
@@ -61,7 +61,7 @@ class Tracked:
     asked: float | None = None
     held: bool = False
     leased: list[int] = field(default_factory=list)
-    kept: int = 0
+    needs: int = 0
     fetched: dict[int, str] = field(default_factory=dict)
     fetching: float = 0.0
     blended_from: int | None = None
@@ -69,6 +69,11 @@ class Tracked:
     prompt_saved: bool = False
     unsaved: bool = False
     report: dict[str, Any] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its turn is yet to come, or to come again."""
+        return not self.held and not self.request.is_finished()
 
     @property
     def saves(self) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.connectors.vllm.engine import run_scenario
@@ -71,3 +73,35 @@ def test_index_and_worker_agree_and_all_leases_are_back(result: Any) -> None:
     held, known = result["agree"]
     assert held == known
     assert (result["leases"], result["kept"]) == (0, 0)
+
+
+SOAK_S = float(os.environ.get("LMC_SOAK_S", "1800"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SOAK_S + 600)
+def test_mixed_traffic_leaves_nothing_behind(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Repeated text, aborts, evictions and a tier that hangs: memory stays as it is."""
+    disk = {"name": "tests.connectors.vllm.soak:Hung", "path": str(tmp_path / "kv")}
+    lmc = {
+        "memory_bytes": 1240 * 1536, "tiers": [disk | {"capacity": "8MiB"}],
+        "fetch_patience_s": 0.3, "rows_per_step": 256, "staging_bytes": 16 << 10,
+    }  # fmt: skip
+    got = run_scenario(
+        "tests.connectors.vllm.soak:soak", tiny_llama_dir, tmp_path, lmc=lmc,
+        given=(SOAK_S, 1), timeout=SOAK_S + 500,
+    )  # fmt: skip
+    rss = np.array([sample["rss"] for sample in got["samples"]])
+    fifth = len(rss) // 5
+    grown = np.median(rss[-fifth:]) / np.median(rss[fifth : 2 * fifth])
+    print(
+        f"\nsoak: {SOAK_S:.0f} s, {got['asked']} requests, {got['aborted']} aborted, "
+        f"{got['counts'].get('store:evicted', 0)} chunks evicted, "
+        f"{got['counts'].get('fetches_failed', 0)} fetches failed, {got['wrong']} of "
+        f"{got['compared']} answers wrong, memory of the last fifth / the second {grown:.3f}"
+    )
+    assert got["wrong"] == 0 and got["compared"] > 0
+    assert got["agree"] and got["sizes"][0] == got["sizes"][1]
+    assert got["leases"] == 0 and got["left"] == (0, 0, False, 0)
+    assert got["free"] == (True, got["blocks"])
+    assert grown < 1.02
