@@ -81,8 +81,9 @@ def test_of_one_content_chunks_are_put_one_after_the_other(tmp_path: Path) -> No
     assert disk.contains([spec.record() for spec in tails]) == [False, False, True]
 
     # What is held when the batch begins may be replaced within it.
-    assert disk.put([Spec(3, 1, 20, "isolated").item()]) == [True]
-    assert disk.put([Spec(3, 0, 20, "isolated").item(), Spec(3, 1, 20).item()]) == [True, True]
+    alone = [Spec(3, context, 20, "isolated").item() for context in range(3)]
+    assert disk.put([alone[1]]) == [True] and disk.put([alone[2]]) == [True]
+    assert disk.put([alone[0], alone[1]]) == [True, True]
     disk.close()
 
 
