@@ -4,12 +4,12 @@
 
 Chats about documents, through the model's own chat template, on stock vLLM and on vLLM with lmc as
 it is by default, with a disk behind it. Each turn is asked with vLLM's prefix cache emptied in
-both, as it is when others have used the pages meanwhile: `found` is how much of the turn before,
-its answer included, lmc had; `sooner` how many times sooner its first token came than stock
-vLLM's. In `spans` the first turn says where its documents are and no other does, in `plain` none
-does. At last an engine that is started anew on the same disk is asked the last turn (`restart`).
-Prints medians over conversations with bootstrap intervals, and appends a row a turn to
-benchmarks/results.
+both, as it is when others have used the pages meanwhile: `found` is how much lmc had of the turn
+before, its answer included as far as the chat template writes the same tokens for it; `sooner`
+how many times sooner the first token came than stock vLLM's. In `spans` the first turn says where
+its documents are and no other does, in `plain` none does. At last an engine that is started anew
+on the same disk is asked the last turn (`restart`). Prints medians over conversations with
+bootstrap intervals, and appends a row a turn to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Chat:
         own = some[number :: len(some) // DOCUMENTS][:DOCUMENTS]
         self.texts = [tokenizer.decode(document.ids) for document in own]
         self.answers: list[str] = []
+        self.said: list[list[int]] = []  # token ids of each turn, its answer's too
 
     def prompt(self, turn: int) -> list[int]:
         """Token ids of a turn, with all before it."""
@@ -134,6 +135,7 @@ def talked(chat: Chat, stock: Engine, engine: Engine) -> list[dict[str, Any]]:
             lmc = {"chunks": chat.spans(tokens)} if arm == "spans" and not turn else {}
             answer = engine.ask(Request(tokens, salt, max_tokens=ANSWER, lmc=lmc))
             engine.drain()
+        chat.said.append([*tokens, *answer.token_ids])
         chat.answers.append(chat._tokenizer.decode(answer.token_ids, skip_special_tokens=True))
     return rows
 
@@ -148,12 +150,15 @@ def asked(
 def row_of(chat: Chat, arm: str, turn: int, stock: Answer, answer: Answer) -> dict[str, Any]:
     assert answer.report is not None
     kinds = answer.report["kinds"]
-    before = len(chat.prompt(turn - 1)) + ANSWER
+    pairs = zip(chat.prompt(turn), chat.said[turn - 1], strict=False)
+    before = next((i for i, (here, there) in enumerate(pairs) if here != there), None)
+    before = before or len(chat.said[turn - 1])
+    reused = answer.report["prompt_tokens"] - kinds["new"]
     return {
         "chat": chat.name, "arm": arm, "turn": turn + 1, "kinds": kinds,
         "stock_s": stock.wall_s, "lmc_s": answer.wall_s,
         "equal": stock.token_ids == answer.token_ids,
-        "found": (answer.report["prompt_tokens"] - kinds["new"]) / before,
+        "found": min(reused, before) / before,
         "strategy": answer.report["strategy"], "reason": answer.report["reason"],
     }  # fmt: skip
 

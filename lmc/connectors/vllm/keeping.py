@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lmc.chunking.pieces import split
+from lmc.chunking.pieces import Piece, split
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.messages import ChunkSave
 from lmc.connectors.vllm.tracked import Tracked
@@ -48,13 +48,17 @@ class Keeping:
         """
         assert tracked.options is not None
         tokens = np.asarray(tracked.request.all_token_ids[:computed], "<i8")
-        spans = [span for span in tracked.options.chunks or () if span[1] <= computed]
-        pieces = split(tokens, self._chunker, spans, self._longest)
+        n = min(computed, tracked.request.num_prompt_tokens)
+        spans = [span for span in tracked.options.chunks or () if span[1] <= n]
+        pieces = split(tokens[:n], self._chunker, spans, self._longest)
+        # What was answered is apart: the next turn may go on behind another answer.
+        answer = split(tokens[n:], self._chunker, longest=self._longest)
+        pieces += [Piece(start + n, end + n, closed) for start, end, closed in answer]
         namespace, blended_from = tracked.namespace, tracked.blended_from
         per_token = self._bytes_per_token
         of = (namespace, tokens, pieces, blended_from, per_token, spans, tracked.seen_to)
         kept = keep(self._index, *of)
-        tracked.seen_to = next((p.end for p in reversed(pieces) if p.closed), 0)
+        tracked.seen_to = computed
         for piece, record in kept:
             request_id = tracked.request.request_id
             self._saves.append(ChunkSave(record, request_id, piece.start, piece.end, blocks))
