@@ -42,7 +42,7 @@ ARMS = ("new", "again", "prefix", "epic", "spans")
 class Bench:
     """A scheduler side over a pool of vLLM's blocks, and requests that pass through it."""
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, memory_bytes: int = 1 << 42) -> None:
         text = LlamaConfig(
             hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
             num_key_value_heads=8, head_dim=128, vocab_size=VOCABULARY,
@@ -61,7 +61,7 @@ class Bench:
             parallel_config=SimpleNamespace(world_size=1, rank=0),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, async_scheduling=False),
         )  # fmt: skip
-        config = LMCConfig(memory_bytes=1 << 42, min_recovery=None, context="any")
+        config = LMCConfig(memory_bytes=memory_bytes, min_recovery=None, context="any")
         self.side = SchedulerSide(engine, pages, config)
         self.side.greet([WorkerHello(None, watched=True, computes=True)])
         self.manager = KVCacheManager(pages, longest + 2 * P, P, P)
@@ -70,50 +70,70 @@ class Bench:
         init_none_hash(hashing)
         self.hasher = get_request_block_hasher(P, hashing)
         self.requests = 0
+        self.seconds: dict[str, float] = {}
 
     def ask(self, tokens: list[int], lmc: dict[str, Any]) -> dict[str, float]:
         """One request from its arrival to its end; seconds of each part."""
-        self.requests += 1
-        seconds: dict[str, float] = {}
-
-        def timed(part: str, call: Callable[[], Any]) -> Any:
-            start = time.process_time()
-            result = call()
-            seconds[part] = seconds.get(part, 0.0) + time.process_time() - start
-            return result
-
-        sampling = SamplingParams(max_tokens=8, extra_args={"kv_transfer_params": {"lmc": lmc}})
-        request = timed("vllm", lambda: Request(
-            f"{self.requests}", tokens, sampling, None, block_hasher=self.hasher))  # fmt: skip
-        side, manager = self.side, self.manager
-        timed("plan", lambda: side.on_new_request(request))
-        blocks, local, *_ = manager.get_computed_blocks(request)
-        claimed = timed("plan", lambda: side.matched_tokens(request, local))
+        self.seconds = {}
+        request = self.arrive(tokens, lmc)
+        claimed = self.admit(request)
         assert claimed is not None
-        rest = len(tokens) - local - claimed
+        self.finish(request)
+        assert self.manager.reset_prefix_cache()
+        return self.seconds | {"claimed": claimed}
+
+    def arrive(self, tokens: list[int], lmc: dict[str, Any]) -> Request:
+        """A request comes, and waits."""
+        self.requests += 1
+        sampling = SamplingParams(max_tokens=8, extra_args={"kv_transfer_params": {"lmc": lmc}})
+        request = self.timed("vllm", lambda: Request(
+            f"{self.requests}", tokens, sampling, None, block_hasher=self.hasher))  # fmt: skip
+        self.timed("plan", lambda: self.side.on_new_request(request))
+        return request
+
+    def admit(self, request: Request) -> int | None:
+        """vLLM wants to admit it: what is claimed, or None if it must wait."""
+        side, manager = self.side, self.manager
+        blocks, local, *_ = manager.get_computed_blocks(request)
+        claimed: int | None = self.timed("plan", lambda: side.matched_tokens(request, local))
+        if claimed is None:
+            return None
+        rest = request.num_tokens - local - claimed
         assert manager.allocate_slots(
             request, rest, num_new_computed_tokens=local, new_computed_blocks=blocks,
             num_external_computed_tokens=claimed,
         )  # fmt: skip
         own = manager.get_block_ids(request.request_id)[0]
-        timed("plan", lambda: side.allocated(request, own, claimed))
+        self.timed("plan", lambda: side.allocated(request, own, claimed))
         request.num_computed_tokens = local + claimed
-        self.step(timed, request, rest)
-        request.num_computed_tokens = len(tokens)
-        timed("keep", lambda: side.finish(request, own))
-        manager.free(request)
-        self.step(timed)
-        assert manager.reset_prefix_cache()
-        return seconds | {"claimed": claimed}
+        self.step(request, rest)
+        request.num_computed_tokens = request.num_tokens
+        return claimed
 
-    def step(self, timed: Any, request: Any = None, scheduled: int = 0) -> None:
+    def finish(self, request: Request) -> None:
+        """Its prompt is computed, and it ends."""
+        own = self.manager.get_block_ids(request.request_id)[0]
+        self.timed("keep", lambda: self.side.finish(request, own))
+        self.manager.free(request)
+        self.step()
+
+    def step(self, request: Request | None = None, scheduled: int = 0) -> None:
+        """A step of the engine, whose workers do all that they are told."""
         numbers = {request.request_id: scheduled} if request else {}
-        output = SimpleNamespace(num_scheduled_tokens=numbers, preempted_req_ids=set(),
-                                 scheduled_new_reqs=[], scheduled_cached_reqs=SimpleNamespace(
-                                     new_block_ids=[]))  # fmt: skip
-        metadata = timed("keep", lambda: self.side.step(output))
-        report = WorkerReport(saved=[(save.record.slot, 0) for save in metadata.saves])
-        timed("keep", lambda: self.side.heard(report))
+        output = SimpleNamespace(
+            num_scheduled_tokens=numbers, preempted_req_ids=set(), scheduled_new_reqs=[],
+            scheduled_cached_reqs=SimpleNamespace(new_block_ids=[]),
+        )  # fmt: skip
+        metadata = self.timed("keep", lambda: self.side.step(output))
+        saves = [*metadata.leaving, *metadata.saves]
+        report = WorkerReport(saved=[(save.record.slot, 0) for save in saves])
+        self.timed("keep", lambda: self.side.heard(report))
+
+    def timed(self, part: str, call: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        result = call()
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.process_time() - start
+        return result
 
 
 def measured(T: int, repeats: int) -> dict[str, dict[str, float]]:
