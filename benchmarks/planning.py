@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +42,9 @@ ARMS = ("new", "again", "prefix", "epic", "spans")
 class Bench:
     """A scheduler side over a pool of vLLM's blocks, and requests that pass through it."""
 
-    def __init__(self, longest: int, memory_bytes: int = 1 << 42) -> None:
+    def __init__(
+        self, longest: int, memory_bytes: int = 1 << 42, tiers: Sequence[Any] = ()
+    ) -> None:
         text = LlamaConfig(
             hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
             num_key_value_heads=8, head_dim=128, vocab_size=VOCABULARY,
@@ -61,7 +63,9 @@ class Bench:
             parallel_config=SimpleNamespace(world_size=1, rank=0),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, async_scheduling=False),
         )  # fmt: skip
-        config = LMCConfig(memory_bytes=memory_bytes, min_recovery=None, context="any")
+        config = LMCConfig(
+            memory_bytes=memory_bytes, min_recovery=None, context="any", tiers=tuple(tiers)
+        )
         self.side = SchedulerSide(engine, pages, config)
         self.side.greet([WorkerHello(None, watched=True, computes=True)])
         self.manager = KVCacheManager(pages, longest + 2 * P, P, P)

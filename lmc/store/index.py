@@ -19,7 +19,7 @@ BEHIND = 16  # of what continues a context with the same token, only so many of 
 
 
 class _Entry:
-    __slots__ = ("item", "leases", "missing", "record", "visible")
+    __slots__ = ("item", "leases", "missing", "overdue", "record", "visible")
 
     def __init__(self, record: Record, item: Item, ranks: int, arriving: bool) -> None:
         self.record = record
@@ -27,6 +27,12 @@ class _Entry:
         self.leases = 0
         self.missing = set(range(ranks))  # ranks that have not acknowledged the bytes
         self.visible = arriving or not ranks  # out of another tier it is found at once
+        self.overdue = False  # it has expired, and goes when it is in use no more
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it must stay: it is in use, or some rank would be left holding it."""
+        return bool(self.leases or self.missing)
 
 
 class Index:
@@ -82,6 +88,7 @@ class Index:
         self._freed: list[int] = []
         self._awaited: set[int] = set()  # slots that arrive out of another tier
         self._pinned = _Pinned(self)
+        self._pinned_bytes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -160,6 +167,11 @@ class Index:
         """
         return self._take(record, arriving=True)
 
+    def twin(self, record: Record) -> Record | None:
+        """The visible record of the same variant, if there is one: `record` is another tier's."""
+        same = (r for r in self._same(record) if self._entries[r.slot].visible)
+        return next((r for r in same if r.id == record.id), None)
+
     def arriving(self, slots: Iterable[int]) -> list[int]:
         """Those of `slots` that a rank has yet to say it has, out of another tier."""
         return [slot for slot in slots if slot in self._awaited] if self._awaited else []
@@ -193,6 +205,7 @@ class Index:
         if record.tail:
             self._tails[record.namespace, record.context] = slot
         self.size += record.nbytes
+        self._pinned_bytes += record.nbytes * entry.pinned
         self.counts["adopted" if arriving else "put"] += 1
         if arriving:
             self._awaited.add(slot)
@@ -202,31 +215,48 @@ class Index:
         """Rank `rank` holds the bytes of `slot` now."""
         if slot in self._entries:
             entry = self._entries[slot]
+            pinned = entry.pinned
             entry.missing.discard(rank)
+            self._pinned_bytes -= entry.record.nbytes * (pinned - entry.pinned)
             if not entry.missing:
                 self._awaited.discard(slot)
                 self.added += not entry.visible
                 entry.visible = True
+                self._end(entry)
 
     def touch(self, slot: int) -> None:
         """A use, which the policy may reward."""
-        if (entry := self._entries.get(slot)) is not None:
+        entry = self._entries.get(slot)
+        if entry is not None and not entry.overdue:
             self._policy.touch(entry.item, self._clock())
 
     def lease(self, slot: int) -> None:
         """Keep `slot` until released as often as leased."""
-        self._entries[slot].leases += 1
+        entry = self._entries[slot]
+        self._pinned_bytes += entry.record.nbytes * (not entry.pinned)
+        entry.leases += 1
 
     def release(self, slot: int) -> None:
         """Take one lease back; a slot dropped meanwhile is no error."""
         if slot in self._entries:
-            self._entries[slot].leases -= 1
+            entry = self._entries[slot]
+            entry.leases -= 1
+            self._pinned_bytes -= entry.record.nbytes * (not entry.pinned)
+            self._end(entry)
 
     def drop(self, slot: int) -> None:
         """Forget a record whose bytes are gone or wrong, leased or not."""
         if slot in self._entries:
             self.counts["dropped"] += 1
             self._forget(slot)
+
+    def give_up(self, slot: int) -> None:
+        """Nobody else is to wait for what arrives under `slot`; who uses it already goes on."""
+        if slot in self._entries:
+            if self._entries[slot].leases:
+                self._entries[slot].visible = False
+            else:
+                self.drop(slot)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -250,8 +280,7 @@ class Index:
 
     def _leased(self, record: Record) -> bool:
         """Whether a record must stay; one that is on its way would be held by nobody."""
-        entry = self._entries[record.slot]
-        return bool(entry.leases or entry.missing)
+        return self._entries[record.slot].pinned
 
     def _item(self, record: Record) -> Item:
         # Not the slot: a policy that remembers what it evicted must know it when it comes back.
@@ -265,7 +294,7 @@ class Index:
         )
 
     def _make_room(self, item: Item) -> bool:
-        if item.size > self.capacity:
+        if item.size > self.capacity - self._pinned_bytes:  # else a policy looks at each of those
             self.counts["no_room"] += 1
             return False
         while self.size + item.size > self.capacity:
@@ -279,12 +308,20 @@ class Index:
 
     def _expire(self) -> None:
         for key in self._policy.expired(self._clock()):
-            if key not in self._pinned:  # what is in use goes when it is released
-                self.counts["expired"] += 1
-                self._forget(self._slots[key])
+            entry = self._entries[self._slots[key]]
+            entry.overdue = True
+            self._policy.remove(key)  # or it would be told of it each time
+            self._end(entry)
+
+    def _end(self, entry: _Entry) -> None:
+        """Let go of what is overdue, once it is in use no more."""
+        if entry.overdue and not entry.pinned:
+            self.counts["expired"] += 1
+            self._drop(entry.record.slot)
 
     def _forget(self, slot: int) -> None:
-        self._policy.remove(self._entries[slot].item.key)
+        if not self._entries[slot].overdue:
+            self._policy.remove(self._entries[slot].item.key)
         self._drop(slot)
 
     def _drop(self, slot: int) -> None:
@@ -294,6 +331,7 @@ class Index:
         entry = self._entries.pop(slot)
         record = entry.record
         self.size -= record.nbytes
+        self._pinned_bytes -= record.nbytes * entry.pinned
         del self._slots[entry.item.key]
         end = (record.namespace, record.context_after)
         if self._ends.get(end) == entry.item.key:
@@ -317,8 +355,7 @@ class _Pinned:
         self._index = index
 
     def __contains__(self, key: object) -> bool:
-        entry = self._index._entries[self._index._slots[key]]
-        return bool(entry.leases or entry.missing)
+        return self._index._entries[self._index._slots[key]].pinned
 
 
 def _behind(record: Record) -> bytes:

@@ -14,6 +14,9 @@ Origin = Literal["exact", "isolated", "anchored", "blended"]
 ContextPolicy = Literal["any", "shared_prefix", "isolated"]
 
 
+BUSY = 16  # variants of one content that are all in use, or on their way: no more are taken then
+
+
 def origin_of(
     start: int,
     first_end: int,
@@ -115,5 +118,7 @@ def superseded(
     free = [r for r in same if not leased(r)]
     out = [r for r in free if r.origin == "blended"]
     alike = [r for r in same if r.origin == new.origin]
+    if len(alike) >= max(BUSY, exact_variants) and not any(r in free for r in alike):
+        return None  # a prompt that repeats one text, and none of it is stored yet
     oldest = alike[: max(0, len(alike) + 1 - exact_variants)]
     return out + [r for r in oldest if r in free]

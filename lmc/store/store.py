@@ -229,12 +229,7 @@ class Store:
             return record
         taken = self.index.adopt(record)
         if taken is None:
-            tail = self.index.tail(record.namespace, record.context)
-            here = [
-                *self.index.variants(record.namespace, record.tokens),
-                *([tail] if tail else []),
-            ]
-            return next((r for r in here if r.id == record.id), None)
+            return self.index.twin(record)
         self._free()
         self.chunks.expect(taken)
         self.chunks.fetch(taken.slot)

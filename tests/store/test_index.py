@@ -235,6 +235,12 @@ class IndexMachine(RuleBasedStateMachine):
         assert len(self.index) == len(held)
 
     @invariant()
+    def what_is_pinned_is_counted(self) -> None:
+        entries = self.index._entries.values()
+        pinned = [e.record.nbytes for e in entries if e.leases or e.missing]
+        assert self.index._pinned_bytes == sum(pinned)
+
+    @invariant()
     def leased_stay(self) -> None:
         assert all(slot in self.index for slot in self.leased)
 
@@ -265,6 +271,59 @@ def test_what_a_tier_has_is_found_before_it_is_here_and_kept_until_it_is() -> No
     assert taken.slot in index
     index.acknowledge(taken.slot, 1)
     assert index.arriving([taken.slot]) == []
+
+
+def test_what_is_waited_for_in_vain_is_left_to_those_that_use_it() -> None:
+    index = Index(capacity=100)
+    shared, alone = (replace(put_visible(Index(100), c), slot=-1) for c in (b"x", b"y"))
+    shared, alone = (index.adopt(record) for record in (shared, alone))  # type: ignore[assignment]
+    index.lease(shared.slot)
+    for record in (shared, alone):
+        index.give_up(record.slot)
+    assert index.take_freed() == [alone.slot]
+    assert index.variants(NS, shared.tokens) == []  # nobody new is to wait for it
+    before = index.added
+    index.acknowledge(shared.slot, 0)
+    assert index.variants(NS, shared.tokens) == [shared] and index.added == before + 1
+
+
+def test_no_policy_is_asked_where_nothing_may_go() -> None:
+    """A policy looks at each that must stay: with all of memory in use, at thousands a chunk."""
+    for policy in sorted(set(POLICIES.names()) - {"belady"}):
+        index = Index(capacity=1000, policy=policy)
+        for i in range(100):
+            put(index, bytes([i]))  # none is stored yet
+        asked: list[object] = []
+        index._policy.evict = lambda *a, asked=asked: asked.append(a)  # type: ignore[method-assign,misc]
+        assert put(index, b"new") is None
+        assert asked == [] and index.counts["no_room"] == 1
+
+
+def test_what_expires_in_use_is_looked_at_once() -> None:
+    now = [0.0]
+    index = Index(capacity=1000, policy={"name": "ttl", "seconds": 60}, clock=lambda: now[0])
+    a, b, c = (put_visible(index, content) for content in (b"a", b"b", b"c"))
+    for record in (a, b):
+        index.lease(record.slot)
+    now[0] = 61.0
+    assert index.variants(NS, c.tokens) == []
+    assert not index._policy.expired(now[0])
+    index.touch(a.slot)
+    index.drop(b.slot)  # lost meanwhile
+    assert index.variants(NS, a.tokens) == [a]
+    index.release(a.slot)
+    assert len(index) == 0 and index.size == 0 and index.counts["expired"] == 2
+
+
+def test_a_prompt_that_repeats_one_text_leaves_a_few_of_it() -> None:
+    index = Index(capacity=100_000)
+    taken = [put(index, b"a", i.to_bytes(2, "big")) for i in range(500)]
+    assert sum(record is not None for record in taken) == 16
+    assert taken[0] is not None  # the first ones, which prompts that begin alike have too
+    for record in taken[:16]:
+        assert record is not None
+        index.acknowledge(record.slot, 0)
+    assert put(index, b"a", b"later") is not None
 
 
 def test_what_is_on_its_way_is_not_replaced() -> None:

@@ -82,9 +82,10 @@ class Admission:
         """
         if tracked.plan is None:
             return 0
-        first, tracked.asked = tracked.asked is None, tracked.asked or time.monotonic()
+        tracked.asked = tracked.asked or time.monotonic()
         reason = self._waits_first(tracked)
         if reason is None:
+            first, tracked.turn = not tracked.turn, True
             if self._outdated(tracked, local):
                 self._replan(tracked, local)
             elif (first or tracked.plan.coming) and self._planned_again(tracked, local):
@@ -139,9 +140,10 @@ class Admission:
         # Without rows to compute in its place, a chunk must be there before it is counted on.
         others = (r for r in self._begun.values() if r is not tracked)
         running = any(other.request.num_computed_tokens for other in others)
-        if self._planner.waits(tracked, running or not self.computes):
-            return "fetch"
-        if not self._planner.still_held(tracked):
+        fetch = self._planner.waits(tracked, running or not self.computes)
+        if fetch == "fetch":
+            return fetch
+        if fetch == "late" or not self._planner.still_held(tracked):
             self._replan(tracked, tracked.local)
             return self._waits(tracked, claims)
         rows = self.rows(claims)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -248,3 +248,16 @@ def recorded() -> Any:
     event = torch.cuda.Event()
     event.record()
     return event
+
+
+def reading(saves: Sequence[ChunkSave], spoilt: Container[int], block_size: int) -> set[int]:
+    """Slots of those that would read a spoilt block of their request, or behind one."""
+    before: dict[int, int] = {}  # by list of blocks, how many come before the first spoilt one
+    for blocks in {id(save.blocks): save.blocks for save in saves}.values() if spoilt else ():
+        bad = (i for i, block in enumerate(blocks) if block in spoilt)
+        before[id(blocks)] = next(bad, len(blocks))
+    return {
+        save.record.slot
+        for save in saves
+        if save.end > before.get(id(save.blocks), len(save.blocks)) * block_size
+    }

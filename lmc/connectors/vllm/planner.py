@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -90,10 +90,11 @@ class Planner:
         """What one namespace has, in host memory and in the tiers that are asked now."""
         return Known(self.index, namespace, self._asked(), self._config.context, self._begins)
 
-    def waits(self, tracked: Tracked, others: bool) -> bool:
+    def waits(self, tracked: Tracked, others: bool) -> Literal["fetch", "late"] | None:
         """Whether chunks are on their way, and others would stand still for them.
 
         A request that is alone is admitted: it uses the first layers while the last ones come.
+        Late is what was waited for in vain: the request must do without it, and nobody new waits.
 
         Args:
             others: whether any are running.
@@ -101,14 +102,14 @@ class Planner:
         assert tracked.plan is not None
         coming = self.index.arriving(s.record.slot for s in tracked.plan.found)
         if not coming or not others:
-            return False
+            return None
         if time.monotonic() - tracked.fetching < self._config.fetch_patience_s:
-            self._counts["deferred_for_fetch"] += 1
-            return True
+            return "fetch"
+        self.release(tracked)
         for slot in coming:
-            self.index.drop(slot)
+            self.index.give_up(slot)
         self.leave_tiers_alone()
-        return False
+        return "late"
 
     def leave_tiers_alone(self) -> None:
         """A tier is slow or gone: ask none for a while, so that not every request waits."""
@@ -195,27 +196,33 @@ class Planner:
         tracked.leased = sorted({s.record.slot for s in plan.found if s.record.slot >= 0})
         for slot in tracked.leased:
             self.index.lease(slot)
-        adopted: dict[bytes, Record] = {}
+            self.index.touch(slot)
+        here: dict[bytes, Record] = {}
+        adopted: list[Record] = []
         behind = {s.record.id: s.record for s in plan.found if s.record.slot < 0}
         for record in behind.values():
-            taken = self.index.adopt(record)
+            taken = self.index.twin(record)  # another has had it fetched since this was planned
             if taken is None:
-                for other in adopted.values():
+                taken = self.index.adopt(record)
+                adopted += [taken] if taken is not None else []
+            if taken is None:
+                for other in adopted:
                     self.index.drop(other.slot)
                 self.release(tracked)
                 return False
-            adopted[record.id] = taken
+            here[record.id] = taken
             self.index.lease(taken.slot)
             tracked.leased.append(taken.slot)
-        if adopted:
-            found = [s._replace(record=adopted.get(s.record.id, s.record)) for s in plan.found]
+        if here:
+            found = [s._replace(record=here.get(s.record.id, s.record)) for s in plan.found]
             tracked.plan = replace(plan, found=tuple(found))
-            tracked.fetching = time.monotonic()
-            self._fetches += adopted.values()
+            self._fetches += adopted
             for tier in self._tiers:
-                held = tier.contains(list(adopted.values()))
-                names = zip(adopted.values(), held, strict=True)
+                held = tier.contains(list(here.values()))
+                names = zip(here.values(), held, strict=True)
                 tracked.fetched |= {r.slot: tier.name for r, has in names if has} | tracked.fetched
+        if self.index.arriving(tracked.leased):  # for it, or for another before
+            tracked.fetching = time.monotonic()
         return True
 
 

@@ -154,8 +154,6 @@ class SchedulerSide:
         try:
             plan = tracked.admitted
             assert plan is not None and plan.claimed == claimed, (plan, claimed)
-            for slot in tracked.leased:
-                self.index.touch(slot)
             return claim_of(request_id, tracked.tokens, blocks, plan)
         except BaseException as error:
             survive(error)

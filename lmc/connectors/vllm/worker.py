@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from lmc.connectors.vllm.attention import BackendAttention, PagedAttention, page
 from lmc.connectors.vllm.checks import mismoved, misread, of_any_rank, self_check
 from lmc.connectors.vllm.computing import NotReadyError, at_most, on_every_rank, with_lost
 from lmc.connectors.vllm.config import LMCConfig
-from lmc.connectors.vllm.copies import Copies, Told
+from lmc.connectors.vllm.copies import Copies, Told, reading
 from lmc.connectors.vllm.layouts import paged_kv
 from lmc.connectors.vllm.loading import (
     LayeredLoad,
@@ -196,12 +196,11 @@ class WorkerSide:
         self.copies.finish()
         self._pages_lost = True
 
-    def _save(self, metadata: StepMetadata, saves: Iterable[ChunkSave], lost: bool = False) -> None:
-        freed = set(metadata.freed)  # before they were saved: nobody would ever let go of them
+    def _save(self, metadata: StepMetadata, saves: Sequence[ChunkSave], lost: bool = False) -> None:
+        # Freed before they were saved: nobody would ever let go of them.
+        refused = {*metadata.freed, *reading(saves, self._spoilt, self.spec.block_size)}
         for save in saves:
-            read = save.blocks[: -(-save.end // self.spec.block_size)]
-            spoilt = lost or self._stale or not self._spoilt.keys().isdisjoint(read)
-            if spoilt or save.record.slot in freed:
+            if lost or self._stale or save.record.slot in refused:
                 self.counts["saves_refused"] += 1
                 self.told.held(save.record.slot, whole=False)
             else:

@@ -10,7 +10,7 @@ import torch
 
 from lmc.connectors.vllm import copies as module
 from lmc.connectors.vllm.config import load_config
-from lmc.connectors.vllm.copies import Copies, Staging, Told, pieces
+from lmc.connectors.vllm.copies import Copies, Staging, Told, pieces, reading
 from lmc.connectors.vllm.layouts import cpu_transposed_keys
 from lmc.connectors.vllm.messages import ChunkSave
 from lmc.kernels.gather import gather
@@ -44,6 +44,15 @@ def save_of(slot: int, start: int, end: int, blocks: list[int] = BLOCKS) -> Chun
 def expected(paged: PagedKV, start: int, end: int) -> torch.Tensor:
     slots = torch.tensor([BLOCKS[row // P] * P + row % P for row in range(start, end)])
     return gather(paged, slots)
+
+
+def test_saves_behind_a_spoilt_block_are_known_in_one_pass() -> None:
+    blocks, others = list(range(100)), list(range(200, 300))
+    saves = [save_of(i, 10 * i, 10 * i + 10, blocks) for i in range(30)]
+    saves += [save_of(100 + i, 10 * i, 10 * i + 10, others) for i in range(30)]
+    assert reading(saves, {}, P) == set()
+    # Block 20 holds tokens 80 to 83: of no use is what ends behind token 80.
+    assert reading(saves, {20: 1, 50: 1}, P) == set(range(8, 30))
 
 
 class World:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from benchmarks.planning import Bench, joined
+from lmc.store import Record
 
 RNG = np.random.default_rng(0)
 
@@ -65,6 +72,23 @@ def test_who_is_first_in_line_for_memory_is_served_before_those_that_need_less()
     assert not any(entry.leases for entry in bench.side.index._entries.values())
 
 
+def test_who_waited_for_memory_is_planned_again_when_its_turn_comes() -> None:
+    bench = Bench(4000, memory_bytes=4000 * 131_072)
+    large, other, late = text(2500), text(320), text(200)
+    for document in (large, other):
+        bench.ask(document, {})
+    held = bench.arrive([*other, *text(40)], {"save": False})
+    assert bench.side.matched_tokens(held, 0)
+    first = bench.arrive([*text(30), *late, *large], {"save": False, "blend": "full_reuse"})
+    assert bench.admit(first) is None
+    bench.ask(late, {})  # stored while it waits
+    assert bench.admit(first) is None
+    assert bench.admit(held) == 320
+    claimed = bench.admit(first)
+    assert claimed is not None and claimed > 2650
+    assert bench.side.admission.counts["planned_again"] == 1
+
+
 def test_one_that_leaves_the_line_blocks_nobody() -> None:
     bench = Bench(4000, memory_bytes=4000 * 131_072)
     large, small, other = text(2500), text(300), text(320)
@@ -78,3 +102,52 @@ def test_one_that_leaves_the_line_blocks_nobody() -> None:
     first.status = type(first.status).FINISHED_ABORTED
     bench.side.finish(first, [])
     assert bench.admit(behind) == 300
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A tier whose directory has what `ON_SHELF` has; nobody asks it for bytes here."""
+
+    write: str = "through"
+
+    def open(self, layout: Any, **options: Any) -> Any:
+        def find(namespace: bytes, key: bytes) -> list[Record]:
+            return [replace(r, slot=-1) for r in ON_SHELF if r.key == key and not r.tail]
+
+        def contains(records: Sequence[Record]) -> list[bool]:
+            return [True] * len(records)
+
+        return SimpleNamespace(
+            name="shelf", counts=Counter(), find=find, after=lambda *of: [], contains=contains,
+            close=lambda: None,
+        )  # fmt: skip
+
+
+ON_SHELF: list[Record] = []
+
+
+def test_who_shares_a_fetch_waits_as_long_for_it_and_takes_it_from_nobody() -> None:
+    """A fetch that another request began; and what that one uses, when the second gives up."""
+    bench = Bench(4000, tiers=["tests.connectors.vllm.test_planning:Shelf"])
+    document, side = text(400), bench.side
+    bench.ask(document, {})
+    ON_SHELF[:] = [entry.record for entry in side.index._entries.values()]
+    side.index.clear()
+    running = bench.arrive(text(50), {"save": False})
+    bench.admit(running)  # so that others wait for what they have fetched
+    one, two = (bench.arrive([*document, *text(40)], {"save": False}) for _ in range(2))
+    for _ in range(3):
+        assert bench.admit(one) is None and bench.admit(two) is None
+    assert side.admission.counts == {"deferred_for_fetch": 6} and side.planner.back_at == 0.0
+    fetched = [record.slot for record in side.planner.take_fetches()]
+    assert len(fetched) == len(set(fetched)) > 5
+    # The second has waited long enough; the first still wants what is on its way.
+    side.requests[two.request_id].fetching -= 10
+    assert bench.admit(two) == 0
+    assert side.planner.back_at > 0 and side.index.take_freed() == []
+    assert [side.index._entries[slot].leases for slot in fetched] == [1] * len(fetched)
+    assert bench.admit(one) is None
+    for slot in fetched:
+        side.index.acknowledge(slot, 0)
+    assert bench.admit(one) == 0  # vLLM has what the second computed
+    assert side.admission.counts["replanned"] == 1
