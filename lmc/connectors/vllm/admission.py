@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lmc.blend.plan import Plan
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.keeping import Keeping
 from lmc.connectors.vllm.local import LocalCache
@@ -83,14 +84,14 @@ class Admission:
         if tracked.plan is None:
             return 0
         tracked.asked = tracked.asked or time.monotonic()
-        reason = self._waits_first(tracked)
+        reason = self._waits_first(tracked, claims)
         if reason is None:
             first, tracked.turn = not tracked.turn, True
             if self._outdated(tracked, local):
                 self._replan(tracked, local)
             elif (first or tracked.plan.coming) and self._planned_again(tracked, local):
                 return None
-            reason = self._waits_first(tracked) or self._waits(tracked, claims)
+            reason = self._waits_first(tracked, claims) or self._waits(tracked)
         if reason:
             self.counts[f"deferred_for_{reason}"] += 1
             return None
@@ -113,9 +114,13 @@ class Admission:
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _waits_first(self, tracked: Tracked) -> str | None:
-        """What has to come before a plan is worth anything, if anything has; costs nothing."""
+    def _waits_first(self, tracked: Tracked, claims: Sequence[Claim]) -> str | None:
+        """What is ahead of a request, if anything is; costs nothing."""
         assert tracked.plan is not None and tracked.asked is not None
+        if claims:
+            computed = tracked.plan.after(max(tracked.local, tracked.plan.local)).computed
+            if self.rows(claims) + computed > self._rows:
+                return "rows"
         if tracked.held:
             return None
         patient = time.monotonic() - tracked.asked < self._patience_s
@@ -130,7 +135,7 @@ class Admission:
         self._first_in_line = None if self._planner.room(tracked) else tracked
         return "memory" if self._first_in_line else None
 
-    def _waits(self, tracked: Tracked, claims: Sequence[Claim]) -> str | None:
+    def _waits(self, tracked: Tracked) -> str | None:
         """What a request has to wait for, if anything; else what it needs is kept for it."""
         assert tracked.plan is not None
         if not self._planner.hold(tracked):
@@ -145,10 +150,7 @@ class Admission:
             return fetch
         if fetch == "late" or not self._planner.still_held(tracked):
             self._replan(tracked, tracked.local)
-            return self._waits(tracked, claims)
-        rows = self.rows(claims)
-        if claims and rows + tracked.plan.after(tracked.local).computed > self._rows:
-            return "rows"
+            return self._waits(tracked)
         return None
 
     def _outdated(self, tracked: Tracked, local: int) -> bool:
@@ -176,7 +178,7 @@ class Admission:
         new, reason = self._planner.plan(tracked, local)
         before = plan.after(local)
         tracked.seen = self._planner.index.added
-        if new.claimed - new.computed <= before.claimed - before.computed:
+        if _worth(new) <= _worth(before):
             tracked.plan = replace(plan, coming=new.coming)
             return False
         self.counts["planned_again"] += 1
@@ -202,3 +204,8 @@ class Admission:
         else:
             untaint(tracked.request, self._block_size, local // self._block_size)
         return self._local.held(tracked)
+
+
+def _worth(plan: Plan) -> tuple[int, int]:
+    """Rows that a plan saves; of those that save none, as controls do, what they found."""
+    return plan.claimed - plan.computed, plan.claimed
