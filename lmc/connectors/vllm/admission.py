@@ -19,6 +19,8 @@ from lmc.connectors.vllm.reading import Reader
 from lmc.connectors.vllm.taint import rechain, untaint
 from lmc.connectors.vllm.tracked import Tracked
 
+RESTS = 9  # times as long as planning it took a request is not planned again
+
 
 class Admission:
     """Plans requests when they come, and settles when vLLM wants to admit them what they claim.
@@ -86,10 +88,9 @@ class Admission:
         tracked.asked = tracked.asked or time.monotonic()
         reason = self._waits_first(tracked, claims)
         if reason is None:
-            first, tracked.turn = not tracked.turn, True
             if self._outdated(tracked, local):
                 self._replan(tracked, local)
-            elif (first or tracked.plan.coming) and self._planned_again(tracked, local):
+            elif self._grown(tracked) and self._planned_again(tracked, local):
                 return None
             reason = self._waits_first(tracked, claims) or self._waits(tracked)
         if reason:
@@ -153,6 +154,15 @@ class Admission:
             return self._waits(tracked)
         return None
 
+    def _grown(self, tracked: Tracked) -> bool:
+        """Whether more has been stored since a request was planned, and it is time to look.
+
+        vLLM may ask for it at every step, for want of pages, and something is always being stored.
+        """
+        assert tracked.plan is not None
+        due = tracked.plan.coming or time.monotonic() >= tracked.rested
+        return bool(due) and tracked.seen != self._planner.index.added
+
     def _outdated(self, tracked: Tracked, local: int) -> bool:
         """Whether the plan is of no use any more."""
         assert tracked.plan is not None
@@ -173,11 +183,12 @@ class Admission:
         assert plan is not None
         begun = tracked.report is not None
         blended = plan.first_moved is not None and local > plan.first_moved
-        if tracked.held or begun or blended or tracked.seen == self._planner.index.added:
+        if begun or blended:
             return False
+        start = time.monotonic()
         new, reason = self._planner.plan(tracked, local)
-        before = plan.after(local)
-        tracked.seen = self._planner.index.added
+        before, now = plan.after(local), time.monotonic()
+        tracked.seen, tracked.rested = self._planner.index.added, now + RESTS * (now - start)
         if _worth(new) <= _worth(before):
             tracked.plan = replace(plan, coming=new.coming)
             return False

@@ -33,7 +33,7 @@ class Tracked:
         admitted: the plan cut to what vLLM did hold, once asked.
         seen, gone: `Index.added` and `Index.gone` when it was made, or last looked at.
         asked: `time.monotonic()` when vLLM first wanted to admit the request.
-        turn: whether its turn has come: nothing was ahead of it when vLLM wanted to admit it.
+        rested: `time.monotonic()` before which it is not planned again only because more is stored.
         needs: bytes of the plan's chunks.
         held: whether they are kept from eviction: those of the slots `leased`.
         fetched: of slots that came from a tier behind host memory for this request, its name.
@@ -60,7 +60,7 @@ class Tracked:
     seen: int = 0
     gone: int = 0
     asked: float | None = None
-    turn: bool = False
+    rested: float = 0.0
     held: bool = False
     leased: list[int] = field(default_factory=list)
     needs: int = 0
@@ -75,7 +75,7 @@ class Tracked:
     @property
     def waits(self) -> bool:
         """Whether its turn is yet to come, or to come again."""
-        return not self.held and not self.request.is_finished()
+        return self.plan is not None and not self.held and not self.request.is_finished()
 
     @property
     def saves(self) -> bool:

@@ -148,6 +148,13 @@ def backlog(session: s.Session) -> dict[str, Any]:
     behind = session.finish()[b]
     session.scheduler.max_num_active_reqs = seats
     afterwards = session.fresh([*second[:-1], s.text(432, 20)], "full_reuse", save=False)
+    # A queue for want of pages: vLLM asks for the second one at every step of the first.
+    long = [s.text(436 + i, 300) for i in range(2)]
+    session.llm.reset_prefix_cache()
+    session.add([s.text(438, 40), *long, s.text(439, 20)], "full_reuse", tokens=120)
+    other = [s.text(440, 40), *reversed(long), s.text(441, 20)]
+    b = session.add(other, "full_reuse", tokens=4, save=False)
+    for_pages = session.finish()[b]
     # Sent as soon as the first is answered, when its chunks are still being copied.
     with slow_copies(session, 0.01):
         third = [s.SYSTEM, s.text(433, 80), s.text(434, 90), s.QUESTION]
@@ -158,7 +165,7 @@ def backlog(session: s.Session) -> dict[str, Any]:
         at_once = answered(session)[request]
     drain(session.llm)
     return {
-        "behind": behind, "afterwards": afterwards, "at_once": at_once,
+        "behind": behind, "afterwards": afterwards, "at_once": at_once, "for_pages": for_pages,
         "plain": s.plain(session, third, tokens=4),
     }  # fmt: skip
 
