@@ -15,6 +15,7 @@ from heapq import heappop, heappush
 from typing import ClassVar
 
 from lmc.policies import Item
+from lmc.policies.queues import first_free
 
 
 @dataclass
@@ -43,8 +44,8 @@ class Lfu:
     def evict(self, incoming: Item, now: float, pinned: Container = ()) -> Hashable | None:
         passed, victim = [], None
         while self._heap and victim is None:
-            bucket = self._buckets.get(self._heap[0], ())
-            victim = next((key for key in bucket if key not in pinned), None)
+            bucket = self._buckets.get(self._heap[0])
+            victim = first_free(bucket, pinned) if bucket else None
             if victim is None:  # stale, or all of them are pinned
                 value = heappop(self._heap)
                 if bucket and value not in passed:

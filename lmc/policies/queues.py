@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Container, Hashable
+from typing import Any
+
+
+def first_free(queue: OrderedDict[Hashable, Any], pinned: Container) -> Hashable | None:
+    """The first key that is not pinned, or None.
+
+    Those before it go to the end: they are in use, and would be looked at each time. Where all are
+    pinned the order stays.
+    """
+    for _ in range(len(queue)):
+        key = next(iter(queue))
+        if key not in pinned:
+            return key
+        queue.move_to_end(key)
+    return None
 
 
 class Queue(OrderedDict[Hashable, int]):
@@ -25,11 +40,8 @@ class Queue(OrderedDict[Hashable, int]):
         return size
 
     def oldest(self, pinned: Container = ()) -> Hashable | None:
-        """The oldest key that is not pinned, or None."""
-        for key in self:
-            if key not in pinned:
-                return key
-        return None
+        """The oldest key that is not pinned, or None; those before it go round once more."""
+        return first_free(self, pinned)
 
     def trim(self, limit: float) -> None:
         """Forget the oldest keys until the sizes add up to at most `limit`."""

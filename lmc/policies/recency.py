@@ -7,6 +7,7 @@ from collections.abc import Collection, Container, Hashable
 from dataclasses import dataclass
 
 from lmc.policies import Item
+from lmc.policies.queues import first_free
 
 
 @dataclass
@@ -25,11 +26,10 @@ class Fifo:
         self._queue[item.key] = None
 
     def evict(self, incoming: Item, now: float, pinned: Container = ()) -> Hashable | None:
-        for key in self._queue:
-            if key not in pinned:
-                del self._queue[key]
-                return key
-        return None
+        key = first_free(self._queue, pinned)
+        if key is not None:
+            del self._queue[key]
+        return key
 
     def remove(self, key: Hashable) -> None:
         del self._queue[key]

@@ -347,3 +347,28 @@ def test_none_of_it_imports_torch() -> None:
         "assert not {'torch', 'transformers', 'vllm', 'numba'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["arc", "2q", "fifo", "lfu", "lru", "sieve", "ttl"])
+def test_what_is_in_use_is_not_looked_at_for_each_that_goes(name: str) -> None:
+    """A long prompt that is held: every chunk that another leaves would walk over all of it."""
+
+    class Pinned(set[Any]):
+        asked = 0
+
+        def __contains__(self, key: object) -> bool:
+            self.asked += 1
+            return super().__contains__(key)
+
+    n = 500
+    policy = POLICIES.build(name, capacity=2 * n)
+    pinned = Pinned(range(n))
+    for key in range(2 * n):
+        policy.insert(Item(key), 0.0)
+        if key < n:
+            policy.touch(Item(key), 0.0)
+    for key in range(2 * n, 4 * n):
+        victim = policy.evict(Item(key), 0.0, pinned)
+        assert victim is not None and not set.__contains__(pinned, victim)
+        policy.insert(Item(key), 0.0)
+    assert pinned.asked < 12 * n
