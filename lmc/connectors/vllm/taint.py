@@ -160,7 +160,7 @@ class ChainMap:
         self.limit = limit
         # By vLLM's hash, then by scope: most hashes that are looked for are not here at all.
         self._held = 0  # of all scopes
-        self._chains: OrderedDict[bytes, dict[bytes, tuple[Chain, int]]] = OrderedDict()
+        self._chains: OrderedDict[bytes, tuple[tuple[bytes, Chain, int], ...]] = OrderedDict()
 
     def add(self, scope: bytes, exact: list[bytes], chain: Chain) -> None:
         """Remember `chain` under every block border behind `chain.first` that it reaches.
@@ -170,10 +170,10 @@ class ChainMap:
         """
         for block, digest in enumerate(exact[: chain.first + len(chain.hashes)], 1):
             if block > chain.first:
-                scopes = self._chains.setdefault(digest, {})
-                self._held += scope not in scopes
-                scopes[scope] = (chain, block)
-                self._chains.move_to_end(digest)
+                known = self._chains.pop(digest, ())
+                others = tuple(one for one in known if one[0] != scope)
+                self._chains[digest] = (*others, (scope, chain, block))
+                self._held += 1 + len(others) - len(known)
         while self._held > self.limit:
             self._held -= len(self._chains.popitem(last=False)[1])
 
@@ -182,7 +182,7 @@ class ChainMap:
         if self._chains.keys().isdisjoint(exact):
             return None
         for digest in reversed(exact):
-            if (scopes := self._chains.get(digest)) and scope in scopes:
-                chain, block = scopes[scope]
-                return replace(chain, hashes=chain.hashes[: block - chain.first])
+            for its, chain, block in self._chains.get(digest, ()):
+                if its == scope:
+                    return replace(chain, hashes=chain.hashes[: block - chain.first])
         return None

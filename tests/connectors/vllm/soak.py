@@ -45,6 +45,7 @@ def soak(session: s.Session, seconds: float, seed: int) -> dict[str, Any]:
     """Prompts with repeated text, with spans and without, aborted, evicted, fetched in vain."""
     side, worker = session.scheduler.connector._scheduler, session.lmc_worker
     counts = persistent.counting(session)
+    side.local.chains.limit = 2000  # it is bounded, and full after hours only
     rng = random.Random(seed)
     compared: list[tuple[s.Answer, Any]] = []
     samples: list[dict[str, float]] = []
