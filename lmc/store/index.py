@@ -51,7 +51,8 @@ class Index:
         exact_variants: of one content, how many exact contexts are kept: the latest.
 
     Attributes:
-        added: how many records have become visible so far: has it grown, more may be found.
+        added: how often a record was put or became visible: has it grown, more may be found, or
+            is about to be.
         gone: how many have been let go of so far: has it not grown, what was found is there.
 
     Raises:
@@ -207,6 +208,7 @@ class Index:
         self.size += record.nbytes
         self._pinned_bytes += record.nbytes * entry.pinned
         self.counts["adopted" if arriving else "put"] += 1
+        self.added += not arriving
         if arriving:
             self._awaited.add(slot)
         return record

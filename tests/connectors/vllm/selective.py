@@ -78,7 +78,7 @@ def parted(session: Any, parts: list[list[int]]) -> dict[str, Any]:
     session.fresh(parts, CACHEBLEND, save=False)
     side = session.scheduler.connector._scheduler
     scopes = next(reversed(side.local.chains._chains.values()))
-    chain = next(chain for scope, chain, _ in scopes if b"CacheBlend" in scope)
+    _, chain, _ = scopes[-1]  # the latest of those of this prompt
     held = cached_blocks(side.local.manager.block_pool, chain.hashes)
     side.local.manager.evict_blocks(set(held[2:]))
     results = {}
