@@ -42,7 +42,8 @@ class Room:
         self._folder = folder
         self._counts = counts
         self._policy: Policy = POLICIES.build(policy, capacity=self.limit)
-        self._items: dict[bytes, tuple[Item, float]] = {}  # what the policy holds, and last uses
+        # What the policy holds, when it was last used, and its digest through its last token.
+        self._items: dict[bytes, tuple[Item, float, bytes]] = {}
         self._ends: dict[bytes, bytes] = {}  # context_after -> id
 
     @property
@@ -227,7 +228,7 @@ class Room:
             if id is None or id == incoming.key:
                 break
             assert isinstance(id, bytes)
-            live -= self._items.pop(id)[0].size
+            live -= self._pop(id).size
             out.append(id)
         self.evict(out)
         if live + need > self.limit:
@@ -256,18 +257,26 @@ class Room:
                 parent=self._ends.get(record.context),
             )
             self._ends[record.context_after] = id
-            self._items[id] = (item, header.created)
+            self._items[id] = (item, header.created, record.context_after)
             self._policy.insert(item, header.created)
         read = [(uses.get(id, Use()).last, id) for id in self._items]
         for last, id in sorted(read):
-            item, before = self._items[id]
+            item, before, end = self._items[id]
             if last > before:
                 self._policy.touch(item, last)
-                self._items[id] = (item, last)
+                self._items[id] = (item, last, end)
         expired = list(self._policy.expired(now))
         if expired:
             self.evict([id for id in expired if isinstance(id, bytes)])
 
     def _forget(self, id: bytes) -> None:
-        if self._items.pop(id, None) is not None:
+        if id in self._items:
+            self._pop(id)
             self._policy.remove(id)
+
+    def _pop(self, id: bytes) -> Item:
+        """Let go of what is known of a record that the policy has let go of, or is about to."""
+        item, _, end = self._items.pop(id)
+        if self._ends.get(end) == id:
+            del self._ends[end]
+        return item

@@ -87,6 +87,18 @@ def test_of_one_content_chunks_are_put_one_after_the_other(tmp_path: Path) -> No
     disk.close()
 
 
+def test_what_is_known_of_records_goes_with_them(tmp_path: Path) -> None:
+    """A writer that runs for weeks sees far more records than a folder holds."""
+    disk = opened(tmp_path / "kv", 1 << 20)
+    for content in range(3000):
+        disk.put([Spec(content, content % 200, 20).item()])
+    live = len(disk.folder.catalog)
+    assert 0 < live < 2000
+    assert len(disk.room._items) <= live + 100
+    assert len(disk.room._ends) <= len(disk.room._items)
+    disk.close()
+
+
 def test_a_tail_that_was_replaced_stays_so(tmp_path: Path) -> None:
     """A process that dies between the index and the mark in the file leaves both as if alive."""
     disk = opened(tmp_path / "kv")
