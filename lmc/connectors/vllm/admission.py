@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from lmc.blend.plan import Plan
 from lmc.connectors.vllm.config import LMCConfig
-from lmc.connectors.vllm.keeping import Keeping
 from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import Claim
 from lmc.connectors.vllm.namespaces import Namespace
@@ -45,14 +44,13 @@ class Admission:
         reader: Reader,
         namespace: Namespace,
         local: LocalCache,
-        keeping: Keeping,
         begun: dict[str, Tracked],
     ) -> None:
         self.computes = False
         self.counts: Counter[str] = Counter()
         self._patience_s, self._rows = config.fetch_patience_s, rows
         self._planner, self._reader, self._namespace = planner, reader, namespace
-        self._local, self._keeping, self._begun = local, keeping, begun
+        self._local, self._begun = local, begun
         self._block_size = local.block_size
         self._first_in_line: Tracked | None = None
 

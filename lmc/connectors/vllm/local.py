@@ -39,14 +39,6 @@ class LocalCache:
         blocks: list[int] = self.manager.get_block_ids(request_id)[0]
         return blocks
 
-    def peek(self, tracked: Tracked) -> int:
-        """Tokens that vLLM holds of the exact chain; the last token is never among them."""
-        if not self.enabled:
-            return 0
-        usable = (len(tracked.tokens) - 1) // self.block_size
-        hashes = tracked.request.block_hashes[:usable]
-        return len(cached_blocks(self.manager.block_pool, hashes)) * self.block_size
-
     def earlier_turn(self, tracked: Tracked, local: int) -> Chain | None:
         """The blended blocks of an earlier turn that vLLM still holds, if they reach further."""
         if not self.enabled:
@@ -72,7 +64,7 @@ class LocalCache:
         self.chains.add(tracked.scope, exact_hashes(request), chain)
 
     def held(self, tracked: Tracked) -> int:
-        """Tokens that vLLM holds of the request as it goes by now."""
+        """Tokens that vLLM holds of the request as it goes by now; never the last one."""
         if not self.enabled:
             return 0
         usable = (tracked.request.num_tokens - 1) // self.block_size

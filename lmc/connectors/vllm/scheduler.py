@@ -76,7 +76,7 @@ class SchedulerSide:
         self.begun: dict[str, Tracked] = {}  # those of them that were admitted
         self.admission = Admission(
             config, config.rows_per_step or rows, self.planner, self.reader, self.namespace,
-            self.local, self.keeping, self.begun,
+            self.local, self.begun,
         )  # fmt: skip
         self.just_finished: dict[str, Tracked] = {}  # in the step that the workers report on
         self.claims: list[Claim] = []

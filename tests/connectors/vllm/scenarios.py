@@ -271,9 +271,8 @@ def together(session: Session) -> dict[str, Any]:
     take_stats = side.take_stats
 
     def counted() -> Any:
-        counts.update(
-            side.counts + side.admission.counts
-        )  # each step's go to vLLM's logger and are gone
+        # Each step's go to vLLM's logger and are gone.
+        counts.update(side.counts + side.admission.counts)
         return take_stats()
 
     side.take_stats = counted
