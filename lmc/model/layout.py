@@ -7,6 +7,11 @@ from dataclasses import dataclass
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
+def bytes_of(dtype: str) -> int:
+    """b, the bytes of an element; KeyError for a dtype whose KV cannot be stored."""
+    return _BYTES[dtype]
+
+
 @dataclass(frozen=True)
 class KVLayout:
     """Shape and element type of the KV of one token, of one rank.
