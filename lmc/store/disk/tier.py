@@ -16,12 +16,13 @@ from lmc.model.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located
-from lmc.store.disk.encode import Encoded, Encoder, write_records
+from lmc.store.disk.encode import Encoded, Encoder
 from lmc.store.disk.faults import FAULTS, kind_of
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import Header, HeaderError
 from lmc.store.disk.read import Damaged, Known, known, read_rows
 from lmc.store.disk.room import Room
+from lmc.store.disk.write import write_records
 from lmc.store.record import Record, superseded
 from lmc.store.tier import Rows
 
