@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
-
-import numpy as np
+from typing import Any, Literal, NamedTuple, Protocol
 
 from lmc.model.layout import KVLayout
 from lmc.registry import Registry
 from lmc.store.record import Record
+from lmc.store.sections import Heads, Rows
 
-# Bytes of a chunk buffer: uint8 [L, S, T, R], S = 2 for K and V (1 for MLA's latents) and R the
-# bytes of a token in one layer, G * D * b. A chunk is one such array, or several that follow each
-# other along T.
-Rows = np.ndarray
+# What became of a put: it is held now, it was (or a better variant is), there was no room, the
+# place failed, or it never got there.
+Outcome = Literal["stored", "known", "full", "failed", "dropped"]
+# How long what is stored lasts: as long as a disk, as its copies, or as the place likes.
+Durability = Literal["device", "replicated", "evictable"]
+
+
+class Behind(NamedTuple):
+    """A question: what was computed behind `context` and begins with the token `first`?"""
+
+    context: bytes
+    first: bytes  # 8 bytes, int64
 
 
 def taken(counts: Counter[str]) -> dict[str, int]:
@@ -98,12 +105,11 @@ class TierConfig(Protocol):
         self,
         layout: KVLayout,
         *,
-        shard: int = 0,
-        shards: int = 1,
+        heads: Heads | None = None,
         exact_variants: int = 2,
         label: str = "",
     ) -> Any:
-        """The tier, for one of `shards` ranks. It also tells what it has, as `lookup.Directory`.
+        """The tier, for one rank.
 
         Raises:
             ValueError: a wrong setting, or a place that is not a store's.
