@@ -314,17 +314,17 @@ class Disk:
             if id == record.id:
                 continue
             # One that is known here to be damaged stands in nobody's way.
-            told = [fmt.brief(at.header) for n, at in index.parts(id) if n not in self._bad]
-            forms = [form for _, some in told for form in some]
-            if told and (record.tail or _overlap(forms, new.forms)):
-                known.append(told[0][0])
+            headers = [at.header for part, at in index.parts(id) if part not in self._bad]
+            forms = [form for data in headers for form in fmt.forms_of(data)]
+            if headers and (record.tail or _overlap(forms, new.forms)):
+                known.append(fmt.record_of(headers[0]))
         replaced = superseded(known, record, self._exact_variants)
         return None if replaced is None else [other.id for other in replaced]
 
     def _has(self, index: Reading, id: bytes, wanted: Sequence[Form]) -> bool:
         """Whether there is all that is wanted of a record."""
-        parts = [at for part, at in index.parts(id) if part not in self._bad]
-        forms = [form for at in parts for form in fmt.brief(at.header)[1]]
+        headers = [at.header for part, at in index.parts(id) if part not in self._bad]
+        forms = [form for data in headers for form in fmt.forms_of(data)]
         return bool(forms) and all(covered(form, forms) for form in wanted)
 
     def evict(self, records: Sequence[Record]) -> None:
@@ -379,5 +379,5 @@ def _within(index: Reading, new: Header) -> list[bytes]:
     return [
         id
         for id, located in index.parts(new.record.id)
-        if all(covered(form, new.forms) for form in fmt.brief(located.header)[1])
+        if all(covered(form, new.forms) for form in fmt.forms_of(located.header))
     ]
