@@ -11,7 +11,7 @@ from typing import Any
 from lmc.model.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
-from lmc.store.disk.catalog import RECORD, Reading
+from lmc.store.disk.catalog import Reading
 from lmc.store.disk.directory import Directory
 from lmc.store.disk.encode import Encoded, Encoder
 from lmc.store.disk.faults import FAULTS, kind_of
@@ -306,19 +306,18 @@ class Disk:
             return None
         if record.tail:
             tail = index.tail(record.namespace, record.context)
-            ids = [] if tail is None else [tail]
+            parts = [] if tail is None else [part for part, _ in index.parts(tail)]
         else:
-            ids = [listed[RECORD] for _, listed in index.listed([record.key])]
-        known = []
-        for id in dict.fromkeys(ids):
-            if id == record.id:
-                continue
-            # One that is known here to be damaged stands in nobody's way.
-            headers = [at.header for part, at in index.parts(id) if part not in self._bad]
-            forms = [form for data in headers for form in fmt.forms_of(data)]
-            if headers and (record.tail or _overlap(forms, new.forms)):
-                known.append(fmt.record_of(headers[0]))
-        replaced = superseded(known, record, self._exact_variants)
+            parts = [listed[8:] for _, listed in index.listed([record.key])]
+        # One that is known here to be damaged stands in nobody's way.
+        headers = index.headers(part for part in parts if part not in self._bad)
+        known: dict[bytes, Record] = {}
+        for data in headers.values():
+            other = fmt.record_of(data)
+            if record.tail or _overlap(fmt.forms_of(data), new.forms):
+                known.setdefault(other.id, other)
+        known.pop(record.id, None)
+        replaced = superseded(known.values(), record, self._exact_variants)
         return None if replaced is None else [other.id for other in replaced]
 
     def _has(self, index: Reading, id: bytes, wanted: Sequence[Form]) -> bool:
