@@ -357,6 +357,8 @@ def check(record: Record, forms: Sequence[Form]) -> None:
         raise ValueError(f"got {len(forms)} sections, allowed: 1 to {MOST_FORMS}")
     if not (0 < record.T <= MOST_TOKENS and 0 <= record.start <= MOST_START):
         raise ValueError(f"got T={record.T} and start={record.start}")
+    if record.origin not in _ORIGINS:
+        raise ValueError(f"got origin {record.origin!r}, allowed: {', '.join(_ORIGINS)}")
     if sum(form.nbytes for form in forms) > MOST_PAYLOAD:
         raise ValueError(f"got a payload of more than {MOST_PAYLOAD} bytes")
     for digest in (record.key, record.context, record.context_after):
