@@ -11,11 +11,11 @@ from typing import Any
 from lmc.policies import POLICIES, Item, Policy
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located, SegmentUse, Use
-from lmc.store.disk.encode import Place
 from lmc.store.disk.faults import NoRoomError, kind_of
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import Header, HeaderError
 from lmc.store.disk.read import Damaged, verify
+from lmc.store.disk.write import Place
 
 # Live bytes over capacity, and files of a full folder, at least. Measured: 1.4 to 2.0 bytes written
 # a byte put, against 3.9 to 4.6 at 0.85 and 16 (benchmarks/store.py, churn).
@@ -88,11 +88,11 @@ class Room:
             raise
 
     def evict(self, ids: Sequence[bytes]) -> int:
-        """Forget records, and remove the files that hold nothing else."""
+        """Forget records with all of their parts, and remove the files that hold nothing else."""
         with self._folder.catalog.change() as change:
-            dead = [at for id in ids if (at := change.remove(id)) is not None]
-        self.mark(dead, fmt.DEAD)
-        for id in ids:
+            dead = change.remove_records(ids)
+        self.mark([*dead.values()], fmt.DEAD)
+        for id in dead:
             self._forget(id)
         self._counts["evicted"] += len(dead)
         self._drop_dead_segments()
