@@ -332,8 +332,8 @@ class Chunks:
         """The tier to ask now, for its share of the time that is left."""
         now = time.monotonic()
         while arrival.left and not arrival.abandoned and now < arrival.deadline:
-            n = len(arrival.left)
             i = arrival.left.pop(0)
+            n = 1 + sum(self._breakers[other].closed for other in arrival.left)
             if self._breakers[i].allows():
                 arrival.until = now + (arrival.deadline - now) / n
                 return i

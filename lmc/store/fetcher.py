@@ -248,14 +248,14 @@ class Fetcher:
                 late = [arrival for arrival in self._waiting if arrival.until <= now]
                 for arrival in late:
                     self._waiting.remove(arrival)
-                overdue = [one for one in self._running if one.arrival.until + GRACE_S / 2 <= now]
+                overdue = [one for one in self._running if one.arrival.until <= now]
                 overdue = [one for one in overdue if one not in seen]
                 seen = (seen | set(overdue)) & self._running
                 if not late and not overdue:
                     if self._closing:
                         return
                     ends = [arrival.until for arrival in self._waiting]
-                    ends += [one.arrival.until + GRACE_S / 2 for one in self._running - seen]
+                    ends += [one.arrival.until for one in self._running - seen]
                     first = min(ends, default=math.inf)
                     self._to_watch.wait(None if first == math.inf else max(0.0, first - now))
                     continue

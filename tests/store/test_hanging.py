@@ -157,9 +157,12 @@ def test_a_disk_behind_hung_gets_is_read(tmp_path: Path) -> None:
         until(lambda: not w.chunks._arrivals)
         # What hung came too late to be asked for elsewhere, and is told as not there.
         assert (0, False) in w.told and w.chunks.memory.size == 19 * NBYTES
-        until(lambda: w.chunks._breakers[0].closed)
+        # It has come back without what it was asked for: after a rest it is asked once more.
         w.tier.held[record(30).id] = rows(6.0)
+        assert not fetched(w.chunks, record(30)) and not w.chunks._breakers[0].closed
+        w.chunks._breakers[0]._until = time.monotonic()
         assert fetched(w.chunks, record(30)) and given(w.chunks, 30) == 6.0
+        assert w.chunks._breakers[0].closed
 
 
 def fetched_in_time(chunks: Chunks, r: Record) -> bool:
