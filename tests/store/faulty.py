@@ -21,7 +21,7 @@ from lmc.store.tier import Rows, Tier
 
 # What may go wrong with each call of the files, and of the index.
 FILE_CALLS = ("append", "sync", "read", "pread", "view", "mark", "create", "truncate", "size")
-INDEX_CALLS = ("locate", "contains", "variants", "tail", "change", "segments", "next_seq", "uses")
+INDEX_CALLS = ("locate", "contains", "reading", "change", "segments", "next_seq", "uses")
 
 
 class Faults:
