@@ -180,10 +180,9 @@ class Disk:
             return
         try:
             with self.folder.writing(1.0):
-                if self.folder.catalog.locate(id) != part.located:  # it has been put again
+                if not self.room.quarantine(id, part.located, reason):  # it has been put again
                     self._bad.discard(id)
                     return
-                self.room.quarantine(id, reason)
             self.counts["quarantined"] += 1
         except FAULTS:
             self.counts["index_faults"] += 1
