@@ -13,6 +13,7 @@ import numpy as np
 
 from lmc.store.reads import Reads
 from lmc.store.rows import copy_rows
+from lmc.store.sections import complete
 from lmc.store.tier import Behind
 
 PLACES = {}  # by name: what is held, and how it is found; scheduler and worker share it
@@ -38,7 +39,9 @@ class Remembering:
     def lookup_many(self, namespace, keys, behind, deadline):
         def of(question):
             ids = self.known.get((namespace, question), ())
-            return [self.held[id][0] for id in ids if id in self.held]
+            found = [self.held[id] for id in ids if id in self.held]
+            # Of a model on several ranks, once all of them have put their heads.
+            return [record for record, forms in found if complete([*forms])]
 
         return [of(key) for key in keys], [of(question) for question in behind]
 
@@ -50,7 +53,7 @@ class Remembering:
 
     def put_one(self, record, sections):
         _, there = self.held.get(record.id, (None, {}))
-        if all(form in there for form, _ in sections):
+        if sections and all(form in there for form, _ in sections):
             self.counts["known"] += 1
             return "known"
         # A copy: the memory of the sections is another's once this returns.
@@ -59,6 +62,8 @@ class Remembering:
             for form, parts in sections:
                 copy_rows(parts, [forms[form]])
         except ValueError:  # rows that are not what their form says
+            forms = {}
+        if not forms:
             self.counts["failed"] += 1
             return "failed"
         self.held[record.id] = replace(record, slot=-1), there | forms

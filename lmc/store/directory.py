@@ -294,7 +294,10 @@ class _Desk:
             told[content] = [r for r in records if r.tokens == content] if records else records
         answers.learn(told)
         now = time.monotonic()
-        remembered.update({question: (records, now) for question, records in told.items()})
+        for question, records in told.items():
+            # That something is not there holds only where it would be noticed when it comes.
+            if records or self._epoch is not None:
+                remembered[question] = records, now
 
     def _held(self, namespace: bytes) -> dict[_Question, tuple[list[Record], float]]:
         """What was told of a namespace and still holds."""

@@ -242,6 +242,8 @@ class HostMemory:
         try:
             for (_, source), (_, target) in zip(sections, room, strict=True):
                 copy_rows(source, target)
+            if not room:
+                raise ValueError("got a chunk of no sections")
         except ValueError:  # rows that are not of their form
             self.release(record.slot)
             self.counts["failed"] += 1

@@ -119,9 +119,9 @@ class Directory:
         """Of a record's parts, as the index lists them."""
         if self._bad:
             listed = [part for part in listed if part[8:] not in self._bad]
-        key = tuple(listed)
+        key = (namespace, *listed)
         told = self._told.get(key)
-        if told is None or (told.record is not None and told.record.namespace != namespace):
+        if told is None:
             if len(self._told) >= REMEMBERED:
                 self._told.clear()
             told = self._told[key] = self._read(index, listed, namespace)
