@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Container, Hashable
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from lmc.policies import Item
 from lmc.policies.queues import first_free
@@ -61,11 +62,19 @@ class Ttl(Lru):
         if not self.seconds > 0:
             raise ValueError(f"got seconds {self.seconds}, want more than 0")
         super().__post_init__()
-        self._until: OrderedDict[Hashable, float] = OrderedDict()
+        self._until: dict[Hashable, float] = {}
+        # All that are held, the first to expire on top, and some that are not any more.
+        self._heap: list[tuple[float, int, Hashable]] = []
+        self._inserted = 0  # tells equal times apart
 
     def insert(self, item: Item, now: float) -> None:
         super().insert(item, now)
         self._until[item.key] = now + self.seconds
+        self._push(item.key)
+        if len(self._heap) > 2 * len(self._until) + 64:
+            self._heap.clear()
+            for key in self._until:
+                self._push(key)
 
     def evict(self, incoming: Item, now: float, pinned: Container = ()) -> Hashable | None:
         key = super().evict(incoming, now, pinned)
@@ -78,10 +87,15 @@ class Ttl(Lru):
         del self._until[key]
 
     def expired(self, now: float) -> Collection[Hashable]:
-        # All live equally long, so the order of insertion is the order of expiry.
-        old = []
-        for key, until in self._until.items():
-            if until > now:
-                break
-            old.append(key)
-        return old
+        old: dict[Hashable, None] = {}
+        while self._heap and self._heap[0][0] <= now:
+            until, _, key = heappop(self._heap)
+            if self._until.get(key) == until:
+                old[key] = None
+        for key in old:
+            self._push(key)  # until it is removed
+        return old.keys()
+
+    def _push(self, key: Hashable) -> None:
+        self._inserted += 1
+        heappush(self._heap, (self._until[key], self._inserted, key))

@@ -50,8 +50,11 @@ def verify_all(folder: Folder, done: Callable[[int], None] = lambda nbytes: None
     """
     room = _room(folder)
     found = Verified()
+    at: Located | None = None  # what was read last
 
     def read(located: Located) -> int:
+        nonlocal at
+        at = located
         header = located.unpack()
         verify(folder.segments, located, header)
         return header.record_bytes
@@ -61,7 +64,8 @@ def verify_all(folder: Folder, done: Callable[[int], None] = lambda nbytes: None
         try:
             nbytes = settled(folder, id, read)
         except (Damaged, *FAULTS) as e:
-            found.faults.append(Fault(id, segment, kind_of(e), _quarantine(folder, room, id, e)))
+            gone = _quarantine(folder, room, id, at, e)
+            found.faults.append(Fault(id, segment, kind_of(e), gone))
             continue
         if nbytes is None:
             found.gone += 1
@@ -81,7 +85,7 @@ def to_forget(folder: Folder, found: Iterable[Entry], live_bytes: int | None) ->
     """
     live = sum(use.live for use in folder.catalog.segments().values())
     ids = []
-    for entry in sorted(found, key=lambda entry: entry.used):
+    for entry in sorted(found, key=lambda entry: (entry.use.tick, entry.header.seq)):
         if live_bytes is not None and live <= live_bytes:
             break
         ids.append(entry.id)
@@ -119,16 +123,17 @@ def compact(folder: Folder) -> None:
             more = room.compact_one(folder.catalog.segments())
 
 
-def _quarantine(folder: Folder, room: Room, id: bytes, fault: Exception) -> bool:
+def _quarantine(
+    folder: Folder, room: Room, id: bytes, located: Located | None, fault: Exception
+) -> bool:
     """Whether a record that is at fault itself will not be served again."""
     if folder.read_only or not isinstance(fault, Damaged | EOFError | FileNotFoundError):
         return False
     try:
         with folder.writing():
-            room.quarantine(id, kind_of(fault))
+            return room.quarantine(id, located, kind_of(fault))
     except FAULTS:
         return False
-    return True
 
 
 def _room(folder: Folder) -> Room:

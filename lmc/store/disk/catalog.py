@@ -18,7 +18,9 @@ from typing import Any
 import lmdb
 
 from lmc.store.disk import header as fmt
+from lmc.store.disk import order
 from lmc.store.disk.header import Header
+from lmc.store.disk.order import Since, Use, use_of
 from lmc.store.record import Record
 
 # Address space, the same in every process: about ten million records.
@@ -26,10 +28,10 @@ MAP_BYTES = 1 << 34
 
 _AT = struct.Struct(">IQ")
 _SEGMENT = struct.Struct("<QQQ")
-_USE = struct.Struct("<Qd")
 _SEQ = struct.Struct(">Q")
 _TABLES = (
-    "records", "places", "keys", "behind", "tails", "segments", "used", "quarantined", "meta",
+    "records", "places", "keys", "behind", "tails", "segments", "quarantined", "meta",
+    *order.TABLES,
 )  # fmt: skip
 BEHIND = 16  # of what continues a context with the same token, only so many of the latest are told
 RECORD = slice(8, 40)  # where in a listing the id of the record is
@@ -58,14 +60,6 @@ class SegmentUse:
     end: int = 0
     live: int = 0
     records: int = 0
-
-
-@dataclass
-class Use:
-    """How often a record was read, and when last (seconds since 1970)."""
-
-    hits: int = 0
-    last: float = 0.0
 
 
 class Catalog:
@@ -157,9 +151,20 @@ class Catalog:
             }
 
     def uses(self) -> dict[bytes, Use]:
-        """How records were read, by id; of one that never was, nothing."""
+        """How records were read, by id."""
         with self._env.begin(db=self._db["used"]) as txn:
-            return {id: Use(*_USE.unpack(value)) for id, value in txn.cursor()}
+            return {id: use_of(value) for id, value in txn.cursor()}
+
+    def use(self, id: bytes) -> Use | None:
+        """How a record was read; None when it is gone."""
+        with self._env.begin(db=self._db["used"]) as txn:
+            value = txn.get(id)
+        return None if value is None else use_of(value)
+
+    def since(self, after: bytes, most: int) -> list[Since]:
+        """Records in the order in which they were last put or read: so many, behind `after`."""
+        with self._env.begin(db=self._db["order"]) as txn:
+            return order.since(txn, after, most)
 
     def quarantined(self) -> dict[bytes, str]:
         """Ids of records that failed to verify, and how."""
@@ -178,7 +183,7 @@ class Catalog:
         return {int.from_bytes(numbers[i : i + 4], "big") for i in range(0, len(numbers), 4)}
 
     def next_seq(self) -> int:
-        """The number of the next put."""
+        """The number of the next put; reads count too, so that it tells how much happened."""
         with self._env.begin(db=self._db["meta"]) as txn:
             return int(_SEQ.unpack(txn.get(b"seq", bytes(8)))[0])
 
@@ -300,30 +305,30 @@ class Change:
             self._txn.put(record.key, listed, db=self._db["keys"])
         if record.origin != "blended":
             self._txn.put(_behind(record), listed, db=self._db["behind"])
+        order.enter(self._txn, self._db, id, header)
         use = self._segment(segment)
         use.end = max(use.end, at + header.record_bytes)
         use.live += header.record_bytes
         use.records += 1
         self._seq = max(self._seq, header.seq + 1)
 
-    def remove_records(self, ids: Iterable[bytes]) -> dict[bytes, tuple[int, int]]:
+    def remove_records(self, ids: Iterable[bytes]) -> dict[bytes, Located]:
         """Forget records, by their ids or those of their parts: all parts, and where they were."""
         cursor = self._txn.cursor(self._db["records"])
         parts = [part for id in ids for part, _ in _parts(cursor, id[:32])]
         places = ((part, self.remove(part)) for part in parts)
         return {part: at for part, at in places if at is not None}
 
-    def remove(self, id: bytes, keep_use: bool = False) -> tuple[int, int] | None:
+    def remove(self, id: bytes, keep_use: bool = False) -> Located | None:
         """Forget one part; where it was."""
         value = self._txn.pop(id, db=self._db["records"])
         if value is None:
             return None
-        if not keep_use:
-            self._txn.delete(id, db=self._db["used"])
         segment, at = _AT.unpack_from(value)
         self._txn.delete(value[: _AT.size], db=self._db["places"])
         data = value[_AT.size :]
         record, listed = fmt.record_of(data), _SEQ.pack(fmt.seq_of(data)) + id
+        order.leave(self._txn, self._db, id, keep_use)
         if record.tail:
             key = record.namespace + record.context
             gone = not _parts(self._txn.cursor(self._db["records"]), record.id)
@@ -336,9 +341,9 @@ class Change:
         use = self._segment(segment)
         use.live -= fmt.sizes(data)[1]
         use.records -= 1
-        return segment, at
+        return Located(segment, at, value[_AT.size :])
 
-    def quarantine(self, id: bytes, reason: str) -> tuple[int, int] | None:
+    def quarantine(self, id: bytes, reason: str) -> Located | None:
         """Forget a record that is damaged, but for why; where it was."""
         was = self.remove(id)
         if was is not None:
@@ -365,13 +370,10 @@ class Change:
         self._txn.delete(segment.to_bytes(4, "big"), db=self._db["segments"])
 
     def used(self, id: bytes, hits: int, last: float) -> None:
-        """A record was read `hits` times more."""
-        if self._txn.get(id, db=self._db["records"]) is None:
-            return
-        before = self._txn.get(id, db=self._db["used"])
-        use = Use(*_USE.unpack(before)) if before else Use()
-        value = _USE.pack(use.hits + hits, max(use.last, last))
-        self._txn.put(id, value, db=self._db["used"])
+        """A record was read `hits` times more, after all that was put or read before."""
+        if not self._seq:
+            self._seq = _SEQ.unpack(self._txn.get(b"seq", bytes(8), db=self._db["meta"]))[0]
+        self._seq += order.used(self._txn, self._db, id, hits, last, self._seq)
 
     def finish(self) -> None:
         for number, use in self._segments.items():

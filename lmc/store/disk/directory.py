@@ -55,9 +55,9 @@ class Directory:
         self._folder, self._layout, self._bad = folder, layout, bad
         self._heads = heads or (None if layout is None else (0, layout.G, layout.G))
         self._digests: dict[bytes, bytes] = {}
-        # By what the index lists of a record's parts, number of the put and id of each: nothing of
-        # what was put under a number is ever another.
-        self._told: dict[bytes, Told] = {}
+        # By namespace and what the index lists of a record's parts, number of the put and id of
+        # each: nothing of what was put under a number is ever another.
+        self._told: dict[tuple[bytes, bytes], Told] = {}
         self._judged: dict[tuple[tuple[int, bytes], ...], _Judged] = {}
 
     def lookup_many(
@@ -74,7 +74,7 @@ class Directory:
             for key, listed in all_listed:
                 parts.setdefault(key, []).append(listed)
             # Many are fetched in half the time that one after the other takes.
-            new = [listed[8:] for _, listed in all_listed if listed not in self._told]
+            new = [listed[8:] for _, listed in all_listed if (namespace, listed) not in self._told]
             headers = index.headers(new)
             for key, several in parts.items():
                 if time.monotonic() > deadline:
@@ -143,14 +143,12 @@ class Directory:
         if self._bad:
             each = (listed[at : at + LISTED] for at in range(0, len(listed), LISTED))
             listed = b"".join(part for part in each if part[8:] not in self._bad)
-        told = self._told.get(listed)
+        told = self._told.get((namespace, listed))
         if told is None:
             if len(self._told) >= REMEMBERED:
                 self._told.clear()
-            told = self._told[listed] = self._read(index, listed, namespace, headers)
-        # A record is told to those alone who know the namespace; it is part of the key, too.
-        if told.record is not None and told.record.namespace != namespace:
-            return Told(None, False)
+            told = self._read(index, listed, namespace, headers)
+            self._told[namespace, listed] = told
         return told
 
     def _read(

@@ -10,10 +10,11 @@ from typing import Any
 
 from lmc.policies import POLICIES, Item, Policy
 from lmc.store.disk import header as fmt
-from lmc.store.disk.catalog import Located, SegmentUse, Use
+from lmc.store.disk.catalog import Located, SegmentUse
 from lmc.store.disk.faults import NoRoomError, kind_of
 from lmc.store.disk.folder import Folder
-from lmc.store.disk.header import Header, HeaderError
+from lmc.store.disk.header import Header
+from lmc.store.disk.order import About, about, tick_of
 from lmc.store.disk.read import Damaged, verify
 from lmc.store.disk.write import Place
 
@@ -22,13 +23,17 @@ from lmc.store.disk.write import Place
 OCCUPANCY = 0.8
 SEGMENTS = 64
 LARGEST_SEGMENT = 256 << 20
+# What a put tells the policy of puts and reads: twice as many as there were since the last one, so
+# that it comes to know all of a folder, some more, and never so many that one waits for it.
+SOME, MOST = 256, 4096
 
 
 class Room:
     """Decides where records go and which of them leave. Its caller is the folder's writer.
 
-    The policy is this process's. It is told of what other processes put, evicted and read when
-    room is needed: then it is caught up with the index.
+    The policy is this process's. With every put it is told of some of the puts and reads in the
+    folder, whoever they are of, in their order: what it does not know yet was used last. What
+    others evicted it learns of when it would go.
     """
 
     def __init__(
@@ -42,9 +47,12 @@ class Room:
         self._folder = folder
         self._counts = counts
         self._policy: Policy = POLICIES.build(policy, capacity=self.limit)
-        # What the policy holds, when it was last used, and its digest through its last token.
-        self._items: dict[bytes, tuple[Item, float, bytes]] = {}
-        self._ends: dict[bytes, bytes] = {}  # context_after -> id
+        self._items: dict[bytes, bytes] = {}  # what the policy holds, and what it was told of it
+        self._ends: dict[bytes, bytes] = {}  # of a context's digest -> id
+        self._told = b""  # how far in the order of puts and reads
+        self._happened = 0  # how many there were at the last look
+        self._doubted: list[bytes] = []  # what the policy holds, and others may have evicted
+        self._full_at = -1  # bytes that were free when to give up a segment gave nothing back
 
     @property
     def size(self) -> int:
@@ -60,6 +68,7 @@ class Room:
         need = sum(sizes)
         if need > self.limit:
             raise NoRoomError(f"got {need} bytes, the folder takes {self.limit}")
+        self._tell()
         used = self._folder.catalog.segments()
         if sum(use.live for use in used.values()) + need > self.limit:
             self._evict_for(need)
@@ -98,31 +107,48 @@ class Room:
         self._drop_dead_segments()
         return len(dead)
 
-    def quarantine(self, id: bytes, reason: str) -> None:
-        """Never serve a record again, whoever asks."""
-        with self._folder.catalog.change() as change:
-            at = change.quarantine(id, reason)
-        if at is not None:
-            self.mark([at], fmt.QUARANTINED)
-            self._forget(id)
+    def quarantine(self, id: bytes, located: Located | None, reason: str) -> bool:
+        """Never serve a record again that failed to verify at `located`, whoever asks.
 
-    def mark(self, places: Sequence[Place], state: int) -> None:
-        """Write states into records, so that an index made again knows of them."""
-        for segment, at in places:
+        Returns:
+            False when it is not there any more: moved, evicted or put anew since it was read.
+        """
+        if located is None or self._folder.catalog.locate(id) != located:
+            return False
+        with self._folder.catalog.change() as change:
+            change.quarantine(id, reason)
+        self.mark([located], fmt.QUARANTINED)
+        self._forget(id)
+        return True
+
+    def mark(self, places: Sequence[Located], state: int) -> None:
+        """Write states into records, so that an index made again knows of them.
+
+        Only where the header is the one that the index has: it may be another folder's.
+        """
+        for located in places:
             with contextlib.suppress(OSError):  # else they come back: whole, and evicted again
-                self._folder.segments.mark(segment, at, state)
+                segments, at = self._folder.segments, located.at
+                if not segments.mark(located.segment, at, state, located.header):
+                    self._counts["not_marked"] += 1
 
     def give_up_a_segment(self) -> bool:
         """Where a disk is full and nothing can be copied: let the emptiest file go, live or not.
 
-        Of equals the oldest; the latest, which is still being filled, only where it is alone.
+        Of equals the oldest; the latest, which is still being filled, only where it is alone. When
+        that gave no space back, since somebody has the file open or others took the space, none is
+        given up again before there is more.
+
+        Returns:
+            Whether there may be room now.
         """
-        used = self._folder.catalog.segments()
-        if not used:
+        used, segments = self._folder.catalog.segments(), self._folder.segments
+        free = segments.free()
+        if not used or free <= self._full_at:
             return False
         number = min(sorted(used)[:-1] or used, key=lambda n: used[n].live)
         dropped = [id for id, _ in self._folder.catalog.within(number)]
-        self._folder.segments.unlink(number)  # first: the index may need the space
+        segments.unlink(number)  # first: the index may need the space
         with self._folder.catalog.change() as change:
             for id in dropped:
                 change.remove(id)
@@ -130,7 +156,9 @@ class Room:
         for id in dropped:
             self._forget(id)
         self._counts["evicted"] += len(dropped)
-        return True
+        gained = segments.free() - free >= used[number].end // 2
+        self._full_at = -1 if gained else segments.free() + used[number].end // 2
+        return gained
 
     def compact_one(self, used: dict[int, SegmentUse]) -> bool:
         """Give back the space of the dead in one file; False when no file has any."""
@@ -156,7 +184,7 @@ class Room:
                 verify(self._folder.segments, located, header)
             except (Damaged, EOFError, FileNotFoundError) as e:
                 self._counts["damaged:payload"] += 1
-                self.quarantine(id, kind_of(e))
+                self.quarantine(id, located, kind_of(e))
                 continue
             moved.append((located, header))
         return moved
@@ -191,8 +219,11 @@ class Room:
         # Only the last is ever appended to: no other can have been left with more than is known.
         number = max(there & known.keys(), default=0)
         end = used[number].end if number in used else self.segment_bytes
-        if number in used and segments.size(number) > end:
-            segments.truncate(number, end)
+        if number in used and (size := segments.appendable(number)) != end:
+            if size is None or size < end:
+                end = self.segment_bytes  # it is not ours alone, or was cut short: a new one
+            else:
+                segments.truncate(number, end)
         places = []
         for size in sizes:
             if end + size > self.segment_bytes and (end > 0 or number not in used):
@@ -216,67 +247,88 @@ class Room:
             self._folder.segments.unlink(number)
 
     def _evict_for(self, need: int) -> None:
-        """Evict until `need` bytes more are within the limit, and a little further."""
-        self._catch_up()
+        """Evict until `need` bytes more are within the limit, and as many again."""
+        self._expire()
         live = sum(use.live for use in self._folder.catalog.segments().values())
-        # The policy is caught up once for so many.
-        goal = max(0, self.limit - need - self.limit // 32)
+        goal = max(0, self.limit - 2 * need)
         incoming = Item(key=b"", size=need)
-        out = []
-        while live > goal and self._items:
-            id = self._policy.evict(incoming, time.time())
+        out: list[bytes] = []
+        later: list[tuple[bytes, bytes]] = []
+        while live > goal:
+            id = self._policy.evict(incoming, time.time()) if self._items else None
             if id is None or id == incoming.key:
-                break
+                if live + need <= self.limit or not self._tell():
+                    break
+                continue
             assert isinstance(id, bytes)
-            live -= self._pop(id).size
+            row = self._pop(id)
+            use = self._folder.catalog.use(id)
+            if use is None:  # others evicted it
+                continue
+            if use.tick > tick_of(self._told):  # it was read since, as the policy will be told
+                later.append((id, row))
+                continue
+            live -= about(row).size
             out.append(id)
+        for id, row in later:
+            self._hold(id, row)
         self.evict(out)
         if live + need > self.limit:
             raise NoRoomError(f"got {need} bytes, and the policy keeps what it has")
 
-    def _catch_up(self) -> None:
-        """Tell the policy what was put, evicted and read since it was last asked."""
-        now = time.time()
-        uses = self._folder.catalog.uses()
-        known = dict(self._folder.catalog.records())
-        for id in self._items.keys() - known.keys():
-            self._forget(id)
-        new = []
-        for id, located in known.items():
-            if id not in self._items:
-                try:
-                    new.append((fmt.unpack(located.header), id))
-                except HeaderError:
-                    self._counts["index_faults"] += 1
-        for header, id in sorted(new, key=lambda pair: pair[0].seq):
-            record = header.record
-            item = Item(
-                key=id,
-                size=header.record_bytes,
-                cost=float(record.T),
-                parent=self._ends.get(record.context),
-            )
-            self._ends[record.context_after] = id
-            self._items[id] = (item, header.created, record.context_after)
-            self._policy.insert(item, header.created)
-        read = [(uses.get(id, Use()).last, id) for id in self._items]
-        for last, id in sorted(read):
-            item, before, end = self._items[id]
-            if last > before:
-                self._policy.touch(item, last)
-                self._items[id] = (item, last, end)
-        expired = list(self._policy.expired(now))
+    def _tell(self) -> int:
+        """Tell the policy of puts and reads that it has not been told of; how many."""
+        catalog = self._folder.catalog
+        happened = catalog.next_seq()
+        most = min(SOME + 2 * max(0, happened - self._happened), MOST)
+        self._happened = happened
+        found = catalog.since(self._told, most)
+        for after, id, row in found:
+            self._told = after
+            if id in self._items:
+                self._items[id] = row
+                self._policy.touch(_item(id, about(row)), time.time())
+            else:
+                self._hold(id, row)
+        self._doubt()
+        return len(found)
+
+    def _doubt(self) -> None:
+        """Forget what others evicted, some of it at a time, where it is as much as there is."""
+        if not self._doubted and len(self._items) > 2 * len(self._folder.catalog) + MOST:
+            self._doubted = list(self._items)
+        some = self._doubted[-SOME:]
+        del self._doubted[-SOME:]
+        for id, held in zip(some, self._folder.catalog.contains(some), strict=True):
+            if not held:
+                self._forget(id)
+
+    def _expire(self) -> None:
+        """Evict what the policy does not serve any more."""
+        expired = [id for id in self._policy.expired(time.time()) if isinstance(id, bytes)]
         if expired:
-            self.evict([id for id in expired if isinstance(id, bytes)])
+            self.evict(expired)
+
+    def _hold(self, id: bytes, row: bytes) -> None:
+        """Let the policy hold a record."""
+        told = about(row)
+        self._policy.insert(_item(id, told, self._ends.get(told.begins)), told.created)
+        self._ends[told.ends] = id
+        self._items[id] = row
 
     def _forget(self, id: bytes) -> None:
         if id in self._items:
             self._pop(id)
             self._policy.remove(id)
 
-    def _pop(self, id: bytes) -> Item:
+    def _pop(self, id: bytes) -> bytes:
         """Let go of what is known of a record that the policy has let go of, or is about to."""
-        item, _, end = self._items.pop(id)
-        if self._ends.get(end) == id:
-            del self._ends[end]
-        return item
+        row = self._items.pop(id)
+        ends = about(row).ends
+        if self._ends.get(ends) == id:
+            del self._ends[ends]
+        return row
+
+
+def _item(id: bytes, told: About, parent: bytes | None = None) -> Item:
+    return Item(key=id, size=told.size, cost=float(told.T), parent=parent)

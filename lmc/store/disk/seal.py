@@ -18,7 +18,7 @@ import xxhash
 from lmc.store.disk.segments import fsync_folder
 
 _MAGIC, _VERSION = 0xBEEFC0DE, 1  # of LMDB's files
-TABLES = 2  # version of what an index has: one that lacks a table is made again from the segments
+TABLES = 3  # version of what an index has: one that lacks a table is made again from the segments
 
 
 def seal(folder: Path) -> None:

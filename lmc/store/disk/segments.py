@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 import os
-import threading
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lmc.store.disk.header import PAGE, STATE_AT
+from lmc.store.disk.files import File, Files, name
+from lmc.store.disk.header import PAGE, STATE_AT, same
 
 # What one system call reads: large enough for any disk, small enough to look up between two. What
 # is copied out of the page cache is checked while it is still in the processor's own.
 READ_BYTES = (4 << 20) + 2 * PAGE
 COPY_BYTES = 256 << 10
 IOV_MAX = 512
-_mincore = ctypes.CDLL(None).mincore
-_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-
-
-class _File:
-    """An open file, closed when nobody has it any more: who reads may be another thread."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # also at exit
-        close(self.fd)
+_NAME = re.compile(r"([0-9]{8})\.seg")
 
 
 class Segments:
     """The files of one folder, by number; a number is never used twice.
 
     Files are opened when first needed, with O_DIRECT for what the page cache does not hold where
-    the file system can, and stay open. Errors of the disk come through as OSError.
+    the file system can, and some stay open: the last used ones, as long as they are in the folder.
+    Nothing but plain files of the folder's owner is opened. Errors of the disk come through as
+    OSError.
 
     Args:
         folder: exists.
@@ -45,40 +35,58 @@ class Segments:
     """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
-        self._folder = folder
-        self._root = str(folder)  # a Path takes longer to join than the kernel to look up
         self._read_only = read_only
-        self._lock = threading.Lock()
-        self._files: dict[tuple[int, bool], _File] = {}
-        self._maps: dict[int, tuple[np.ndarray, int]] = {}  # and its address
-        self._direct = True  # until the file system says no
+        self._files = Files(folder, read_only)
 
     def numbers(self) -> list[int]:
         """Numbers of the files that are there, ascending."""
-        paths = [path for path in self._folder.glob("*.seg") if path.is_file()]
-        names = [path.stem for path in paths if len(path.stem) == 8 and path.stem.isdecimal()]
-        return sorted(int(name) for name in names)
+        try:
+            place = self._files.folder()
+        except FileNotFoundError:
+            return []
+        with os.scandir(place.fd) as entries:
+            names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+        return sorted(int(found[1]) for n in names if (found := _NAME.fullmatch(n)))
 
     def create(self, number: int) -> bool:
         """A new, empty file, whose name is durable; False when there is something of that name."""
+        place = self._files.folder()
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW
         try:
-            os.close(os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            os.close(os.open(name(number), flags, 0o600, dir_fd=place.fd))
         except FileExistsError:
             return False
-        fsync_folder(self._folder)
+        os.fsync(place.fd)
         return True
 
     def size(self, number: int) -> int:
         """Bytes of a file; FileNotFoundError when it is gone."""
-        return os.stat(self._path(number)).st_size
+        place = self._files.folder()
+        return os.stat(name(number), dir_fd=place.fd, follow_symlinks=False).st_size
+
+    def appendable(self, number: int) -> int | None:
+        """Bytes of a file, by no other name than its own; None where it has another."""
+        file = self._written(number)
+        found = os.fstat(file.fd)
+        return found.st_size if found.st_nlink == 1 else None
+
+    def free(self) -> int:
+        """Bytes that the file system has left for anybody."""
+        place = self._files.folder()
+        found = os.fstatvfs(place.fd)
+        return found.f_bfree * found.f_frsize
 
     def append(self, number: int, at: int, buffers: Sequence[np.ndarray]) -> None:
         """Write whole pages at the end `at` of a file, or raise with some of them written."""
         views = [b.data for b in buffers if b.nbytes]
         direct = _aligned(buffers)
         while views:
-            file = self._opened(number, direct, write=True)
-            done = os.pwritev(file.fd, views[:IOV_MAX], at)
+            file = self._written(number, direct)
+            try:
+                done = os.pwritev(file.fd, views[:IOV_MAX], at)
+            except OSError as e:
+                self._files.not_direct(number, file, e)
+                continue
             at += done
             direct = direct and done % PAGE == 0  # cut short, as by a disk that is full
             _advance(views, done)
@@ -91,55 +99,47 @@ class Segments:
 
     def sync(self, number: int) -> None:
         """Return when what was appended is on the disk."""
-        os.fdatasync(self._opened(number, direct=False, write=True).fd)
+        file = self._written(number)
+        os.fdatasync(file.fd)
 
     def truncate(self, number: int, end: int) -> None:
         """Cut off what was never acknowledged."""
-        os.ftruncate(self._opened(number, direct=False, write=True).fd, end)
+        file = self._written(number)
+        os.ftruncate(file.fd, end)
 
-    def mark(self, number: int, at: int, state: int) -> None:
-        """Change the state of the record at `at`."""
-        file = self._opened(number, direct=False, write=True)
+    def mark(self, number: int, at: int, state: int, header: bytes) -> bool:
+        """Change the state of the record at `at`; False when its header is another than this."""
+        file = self._written(number)
+        if not same(os.pread(file.fd, len(header), at), header):
+            return False
         os.pwrite(file.fd, bytes([state]), at + STATE_AT)
+        return True
 
     def unlink(self, number: int) -> None:
         """Remove a file; who reads it goes on reading."""
+        place = self._files.folder()
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(number))
+            os.unlink(name(number), dir_fd=place.fd)
         self.forget({number})
 
     def forget(self, numbers: set[int]) -> None:
         """Close files, so that those removed give their space back."""
-        with self._lock:
-            for key in [key for key in self._files if key[0] in numbers]:
-                del self._files[key]
-            for number in numbers & self._maps.keys():
-                del self._maps[number]  # unmapped when the last view of it is gone
+        self._files.forget(numbers)
 
     def opened(self) -> set[int]:
         """Numbers of files that are open here."""
-        with self._lock:
-            return {number for number, _ in self._files} | self._maps.keys()
+        return self._files.numbers()
 
     def view(self, number: int, at: int, length: int) -> np.ndarray | None:
         """Bytes `[at, at + length)` without a copy, uint8; None unless the page cache has them.
 
         A view of what is not in memory would read the disk in page faults, slowly, and kill the
-        process where the disk fails.
+        process where the disk fails or the file was cut short.
         """
-        with self._lock:
-            mapped, address = self._maps.get(number, (None, 0))
-            if mapped is None or len(mapped) < at + length:
-                fd = self._opened(number, direct=False, locked=True).fd
-                end = os.fstat(fd).st_size
-                if end < at + length:
-                    raise EOFError(f"the file ends at {end}, not at {at + length}")
-                mapped = np.frombuffer(mmap.mmap(fd, end, prot=mmap.PROT_READ), np.uint8)
-                address = mapped.ctypes.data
-                self._maps[number] = mapped, address
-        if self.size(number) < at + length:  # touching it would be fatal
-            raise EOFError(f"the file ends before {at + length}")
-        return mapped[at : at + length] if _resident(address + at, length) else None
+        mapped = self._files.mapped(number, at + length)
+        if mapped is None or not mapped.resident(at, length):
+            return None
+        return mapped.data[at : at + length]
 
     def read(
         self,
@@ -168,10 +168,14 @@ class Segments:
         if last is not None:
             views[-1:] = [views[-1][:-rest], last.data]
         most = COPY_BYTES if cached else READ_BYTES
-        file = self._opened(number, direct)
         done = 0
         while done < total:
-            n = os.preadv(file.fd, _first(views, most), at + done)
+            file = self._files.opened(number, direct)
+            try:
+                n = os.preadv(file.fd, _first(views, most), at + done)
+            except OSError as e:
+                self._files.not_direct(number, file, e)
+                continue
             if n == 0:
                 raise EOFError(f"the file ends at {at + done}")
             done += n
@@ -180,42 +184,22 @@ class Segments:
                 into[-1][-rest:] = last[:rest]
             if arrived is not None:
                 arrived(total if done >= total else min(done, total - rest))
-            if n % PAGE:  # cut short
-                file = self._opened(number, direct=False)
+            direct = direct and n % PAGE == 0  # cut short
 
     def pread(self, number: int, at: int, length: int) -> bytes:
         """Up to `length` bytes from `at`, through the page cache."""
-        return os.pread(self._opened(number, direct=False).fd, length, at)
+        file = self._files.opened(number, direct=False)
+        return os.pread(file.fd, length, at)
 
     def close(self) -> None:
-        """Close all files."""
-        self.forget(self.opened())
+        """Close all files; they are opened again if they are needed."""
+        self._files.close()
 
-    def _path(self, number: int) -> str:
-        return f"{self._root}/{number:08d}.seg"
-
-    def _opened(
-        self, number: int, direct: bool, write: bool = False, locked: bool = False
-    ) -> _File:
-        """The file, kept open."""
-        if write and self._read_only:
+    def _written(self, number: int, direct: bool = False) -> File:
+        """The file, to write to it."""
+        if self._read_only:
             raise PermissionError("the store is open for reading only")
-        key = (number, direct and self._direct)
-        with contextlib.nullcontext() if locked else self._lock:
-            if key not in self._files:
-                flags = os.O_RDONLY if self._read_only else os.O_RDWR
-                if key[1]:
-                    try:
-                        fd = os.open(self._path(number), flags | os.O_DIRECT)
-                    except FileNotFoundError:
-                        raise
-                    except OSError:  # tmpfs, some network file systems
-                        self._direct = False
-                        key = (number, False)
-                if not key[1]:
-                    fd = os.open(self._path(number), flags)
-                self._files[key] = _File(fd)
-            return self._files[key]
+        return self._files.opened(number, direct)
 
 
 def aligned(nbytes: int) -> np.ndarray:
@@ -256,15 +240,3 @@ def _first(views: Sequence[memoryview], most: int) -> list[memoryview]:
         if most <= 0:
             break
     return out
-
-
-def _resident(address: int, length: int) -> bool:
-    """Whether all pages of mapped memory are in the page cache."""
-    first = address // PAGE * PAGE
-    length += address - first
-    pages = np.zeros(-(-length // PAGE), np.uint8)
-    found = pages.ctypes.data
-    # What is not there begins as a rule with its first page, and to ask for one is quick.
-    if _mincore(first, PAGE, found) != 0 or not pages[0] & 1:
-        return False
-    return _mincore(first, length, found) == 0 and bool(np.bitwise_and.reduce(pages) & 1)

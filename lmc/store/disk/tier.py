@@ -21,9 +21,10 @@ from lmc.store.disk.read import Part
 from lmc.store.disk.reader import Reader
 from lmc.store.disk.room import Room
 from lmc.store.disk.write import write_records
+from lmc.store.reads import Reads
 from lmc.store.record import Record, superseded
 from lmc.store.sections import Form, Heads, Section, covered
-from lmc.store.tier import Behind, Durability, Outcome
+from lmc.store.tier import Behind, Durability, Handle, Outcome, Wanted
 
 
 class Disk:
@@ -90,6 +91,7 @@ class Disk:
         self._bad: set[bytes] = set()  # what failed to verify, as far as this process knows
         self._directory = Directory(self.folder, layout, heads, self._bad)
         self._reader = Reader(self.folder, self._directory, self._bad, self._set_aside)
+        self._reads = Reads(self.name, self._read)
 
     # -- what is here ------------------------------------------------------------------------
 
@@ -134,6 +136,13 @@ class Disk:
 
     # -- reading -----------------------------------------------------------------------------
 
+    def get_many(self, wanted: Sequence[Wanted]) -> list[Handle]:
+        """As `Tier.get_many`."""
+        return self._reads.start(wanted)
+
+    def _read(self, wanted: Wanted, arrived: Callable[[int], None]) -> bool:
+        return self.get(wanted.record, wanted.into, wanted.deadline, arrived) is not None
+
     def get(
         self,
         record: Record,
@@ -171,10 +180,9 @@ class Disk:
             return
         try:
             with self.folder.writing(1.0):
-                if self.folder.catalog.locate(id) != part.located:  # it has been put again
+                if not self.room.quarantine(id, part.located, reason):  # it has been put again
                     self._bad.discard(id)
                     return
-                self.room.quarantine(id, reason)
             self.counts["quarantined"] += 1
         except FAULTS:
             self.counts["index_faults"] += 1
@@ -350,6 +358,8 @@ class Disk:
                     change.used(id, hits, now)
 
     def close(self) -> None:
+        """As `Tier.close`."""
+        self._reads.close()
         if not self.read_only:
             try:
                 with self.folder.writing(1.0):
