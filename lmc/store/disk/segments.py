@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -186,6 +187,16 @@ class Segments:
     def pread(self, number: int, at: int, length: int) -> bytes:
         """Up to `length` bytes from `at`, through the page cache."""
         return os.pread(self._opened(number, direct=False).fd, length, at)
+
+    def data_from(self, number: int, at: int) -> int:
+        """Where from page `at` on the first page is that is no hole; the end where none is."""
+        fd = self._opened(number, direct=False).fd
+        try:
+            return max(at, os.lseek(fd, at, os.SEEK_DATA) // PAGE * PAGE)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                return self.size(number)
+            raise
 
     def close(self) -> None:
         """Close all files."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,8 @@ from lmc.store.disk.catalog import Located
 from lmc.store.disk.encode import Encoded, Encoder, write_records
 from lmc.store.disk.faults import FAULTS, kind_of
 from lmc.store.disk.folder import Folder
-from lmc.store.disk.header import Header, HeaderError
+from lmc.store.disk.guard import otherwise
+from lmc.store.disk.header import Header
 from lmc.store.disk.read import Damaged, Known, known, read_rows
 from lmc.store.disk.room import Room
 from lmc.store.record import Record, superseded
@@ -30,7 +32,9 @@ class Disk:
     """Chunks in a folder, which outlive the process and may be shared by several.
 
     A put is acknowledged when its bytes are synced to the disk and indexed. A get checks every
-    byte that it gives. One process writes at a time, and none ever waits in order to read.
+    byte that it gives. One process writes at a time, and none ever waits in order to read. In a
+    child of a fork the folder is opened anew when it is first needed. A tier that is closed has
+    nothing and takes nothing; one that is dropped, or open when the interpreter ends, is closed.
 
     Args:
         path: the folder, made when missing. Nothing is written outside it.
@@ -46,7 +50,7 @@ class Disk:
     Raises:
         ValueError: a folder that is no store, or of a newer format; a codec or policy that cannot
             be; a capacity of less than a MiB.
-        OSError: it cannot be opened.
+        OSError: it cannot be opened: see `Folder`.
     """
 
     name = "disk"
@@ -74,61 +78,60 @@ class Disk:
         self.shard, self.shards = shard, shards
         self.read_only = read_only
         self._exact_variants = exact_variants
-        self.folder = Folder(Path(path), read_only)
-        self.counts: Counter[str] = self.folder.counts
-        try:
-            self.room = Room(self.folder, capacity, policy, self.counts)
-        except ValueError:
-            self.folder.close()
-            raise
+        self._path, self._policy = Path(path), policy
+        self.counts: Counter[str] = Counter()
+        self._open()
         self._encode: Encoder | None = None
         if layout is not None:
             label = label.encode()[:255].decode(errors="ignore")
             self._encode = Encoder(layout, shard, shards, compression, label, self.counts)
+
+    def _open(self) -> None:
+        self.folder = Folder(self._path, self.read_only, self.counts)
+        # Not `self`, which could never be dropped then.
+        self._closer = weakref.finalize(self, Folder.close, self.folder)
+        try:
+            self.room = Room(self.folder, self.capacity, self._policy, self.counts)
+        except ValueError:
+            self.folder.close()
+            raise
+        self._path = self.folder.root  # wherever the process goes
         self._uses: Counter[bytes] = Counter()  # reads that the index has not been told of
         self._uses_lock = threading.Lock()
         self._bad: set[bytes] = set()  # what failed to verify, as far as this process knows
 
+    def open_again(self) -> None:
+        """In a child, whose locks, files and index are its parent's, and may be half changed."""
+        if self._closer.detach():  # one thread does; for the others it is closed
+            try:
+                self._open()
+            except (ValueError, *FAULTS) as e:
+                self.counts[f"not_opened:{kind_of(e)}"] += 1
+
     # -- what is here ------------------------------------------------------------------------
 
     @property
+    @otherwise(lambda: 0)
     def size(self) -> int:
         """Bytes of the segment files; 0 where the index cannot be read."""
-        try:
-            return self.room.size
-        except FAULTS:
-            self.counts["index_faults"] += 1
-            return 0
+        return self.room.size
 
+    @otherwise(lambda records: [False] * len(records))
     def contains(self, records: Sequence[Record]) -> list[bool]:
         ids = [self.id_of(record) for record in records]
-        try:
-            held = self.folder.catalog.contains(ids)
-        except FAULTS:
-            self.counts["index_faults"] += 1
-            return [False] * len(ids)
+        held = self.folder.catalog.contains(ids)
         return [known and id not in self._bad for id, known in zip(ids, held, strict=True)]
 
+    @otherwise(lambda namespace, key: [])
     def find(self, namespace: bytes, key: bytes) -> list[Record]:
         """Records of one content that every rank has, in the order of their puts."""
-        try:
-            return self._usable(
-                self.folder.catalog.variants(key, self.shard, self.shards), namespace
-            )
-        except FAULTS:
-            self.counts["index_faults"] += 1
-            return []
+        return self._usable(self.folder.catalog.variants(key, self.shard, self.shards), namespace)
 
+    @otherwise(lambda namespace, context, first: [])
     def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Record]:
         """What continues `context` with the token `first`, of that which every rank has."""
         behind = fmt.namespace_digest(namespace) + context + first
-        try:
-            return self._usable(
-                self.folder.catalog.after(behind, self.shard, self.shards), namespace
-            )
-        except FAULTS:
-            self.counts["index_faults"] += 1
-            return []
+        return self._usable(self.folder.catalog.after(behind, self.shard, self.shards), namespace)
 
     def id_of(self, record: Record) -> bytes:
         """Names this rank's part of a record in the folder."""
@@ -159,6 +162,7 @@ class Disk:
             self._uses[id] += 1
         return rows
 
+    @otherwise(lambda *arguments: None)
     def _get(
         self,
         id: bytes,
@@ -177,7 +181,7 @@ class Disk:
                 if not self._fits(stored, id, record, into):
                     return None
                 return read_rows(self.folder.segments, located, stored, into, deadline, arrived)
-            except (Damaged, HeaderError, EOFError, FileNotFoundError) as e:
+            except (Damaged, EOFError, FileNotFoundError) as e:
                 # Has a writer moved it meanwhile? Then it is elsewhere now.
                 if located is not None and located != before:
                     before = located
@@ -185,7 +189,9 @@ class Disk:
                     continue
                 self._set_aside(id, before, e)
                 return None
-            except (OSError, lmdb.Error) as e:
+            except lmdb.Error:
+                raise
+            except OSError as e:
                 self.counts[kind_of(e)] += 1
                 return None
 
@@ -237,8 +243,8 @@ class Disk:
                     return
                 self.room.quarantine(id, reason)
             self.counts["quarantined"] += 1
-        except FAULTS:
-            self.counts["index_faults"] += 1
+        except FAULTS as e:
+            self.folder.index_fault(e)
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -255,6 +261,7 @@ class Disk:
         done = iter(self.put_encoded(new))
         return [not known and next(done) for known in held]
 
+    @otherwise(lambda encoded: [False] * len(encoded))
     def put_encoded(self, encoded: Sequence[Encoded]) -> list[bool]:
         """As `put`, of chunks of this rank whose namespaces are digests already."""
         done = [False] * len(encoded)
@@ -265,14 +272,21 @@ class Disk:
                     try:
                         acknowledged = self._write(group)
                     except FAULTS as e:
-                        if kind_of(e) != "disk_full" or not self.room.give_up_a_segment():
+                        if not self._make_room(e):
                             raise
                         acknowledged = self._write(group)  # if that is not enough, nothing is
                     for i in acknowledged:
                         done[i] = True
         except FAULTS as e:
             self.counts[f"put_failed:{kind_of(e)}"] += len(encoded) - sum(done)
+            self.folder.index_fault(e)
         return done
+
+    def _make_room(self, fault: Exception) -> bool:
+        """Whether what failed may succeed now."""
+        if kind_of(fault) == "index_full" and self.folder.catalog.env.grow():
+            return True
+        return kind_of(fault) in ("disk_full", "index_full") and self.room.give_up_a_segment()
 
     def _groups(self, encoded: Sequence[Encoded]) -> list[dict[int, Encoded]]:
         """What is written and synced together, by index: no more than there can be room for.
@@ -339,6 +353,7 @@ class Disk:
     def evict(self, records: Sequence[Record]) -> None:
         self.evict_ids([self.id_of(record) for record in records])
 
+    @otherwise(lambda ids: 0)
     def evict_ids(self, ids: Sequence[bytes]) -> int:
         """Let go of records by their ids; how many there were."""
         try:
@@ -346,6 +361,7 @@ class Disk:
                 return self.room.evict(ids)
         except FAULTS as e:
             self.counts[f"evict_failed:{kind_of(e)}"] += len(ids)
+            self.folder.index_fault(e)
             return 0
 
     def _tell_uses(self) -> None:
@@ -359,12 +375,15 @@ class Disk:
                     change.used(id, hits, now)
 
     def close(self) -> None:
-        if not self.read_only:
+        if not self._closer.detach():  # it is closed, or somebody is closing it
+            return
+        if not self.read_only and not self.folder.forked:
             try:
-                with self.folder.writing(1.0):
+                with self.folder, self.folder.writing(1.0):
                     self._tell_uses()
-            except FAULTS:
-                self.counts["index_faults"] += 1
+            except FAULTS as e:
+                if not self.folder.index_fault(e):
+                    self.counts[kind_of(e)] += 1
         self.folder.close()
 
 

@@ -114,8 +114,10 @@ def right(rows: Sequence[Rows], spec: Spec) -> bool:
 
 
 def opened(folder: Path, capacity: int = 64 << 20, **settings: Any) -> Disk:
-    """The store under test."""
-    return Disk(folder, capacity, layout=LAYOUT, exact_variants=EXACT_VARIANTS, **settings)
+    """The store under test, with all of its index."""
+    disk = Disk(folder, capacity, layout=LAYOUT, exact_variants=EXACT_VARIANTS, **settings)
+    disk.folder.settle()
+    return disk
 
 
 def held(disk: Disk) -> dict[bytes, Spec]:
