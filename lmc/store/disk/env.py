@@ -30,6 +30,7 @@ FULL = 0.75  # of the map, when it grows
 READERS = 4096  # transactions that read at a time, of all processes
 _LOCK_BYTES = 64 * (READERS + 1)  # of LMDB's lock file
 READER_CHECK_S = 1.0  # how often the places of dead ones are given back
+REUSED_S = 1.0  # how long a file that is closed may be taken for one that is open
 GATE_S = 1.0  # how long anybody waits because the map grows
 
 _IDENTITY, _BUILDING = b"identity", b"building"  # in the table `meta`
@@ -113,10 +114,7 @@ class Env:
             key_of(folder)
         _allocate(folder / "lock.mdb")
         self.broken = False
-        self._env: Any = lmdb.open(
-            str(folder), map_size=MAP_BYTES, max_dbs=len(tables), mode=0o600, create=new,
-            sync=False, max_readers=READERS,
-        )  # fmt: skip  # and no spare transactions: a child of a fork would end its parent's
+        self._env: Any = _open(folder, len(tables), new)
         self._gate = threading.Condition(threading.Lock())
         self._inside = 0
         self._growing = False
@@ -319,6 +317,26 @@ class _Transaction:
         finally:
             env._writing = None if self._write else env._writing
             env._leave()
+
+
+def _open(folder: Path, tables: int, new: bool) -> Any:
+    """LMDB's environment.
+
+    LMDB's module tells files by their inodes, and forgets one just after it has been closed: when
+    another thread may have made the next file, with the same number.
+    """
+    until = time.monotonic() + REUSED_S
+    while True:
+        try:
+            # No spare transactions: a child of a fork would end its parent's.
+            return lmdb.open(
+                str(folder), map_size=MAP_BYTES, max_dbs=tables, mode=0o600, create=new,
+                sync=False, max_readers=READERS,
+            )  # fmt: skip
+        except lmdb.Error as e:
+            if "already open" not in str(e) or time.monotonic() > until:
+                raise
+        time.sleep(0.002)
 
 
 def _allocate(path: Path) -> None:
