@@ -31,6 +31,10 @@ class Encoded:
         stored = [s._replace(spans=tuple(next(spans) for _ in s.spans)) for s in self.header.stored]
         return replace(self.header, stored=tuple(stored))
 
+    def packed(self) -> tuple[bytes, np.ndarray]:
+        """The bytes of the header, with digests, and the payload: what a place has to hold."""
+        return wire.pack(self.sealed()), self.payload
+
 
 def encode(
     record: Record,
@@ -142,7 +146,7 @@ def decode(header: Header, payload: np.ndarray, into: Sequence[Section]) -> None
     """Verify a payload, uint8 `[payload_bytes]`, and write the sections that are asked for.
 
     Args:
-        into: of forms that the header has, each of some or all of its heads.
+        into: of forms that the header has, each of some or all of its heads; none to verify alone.
 
     Raises:
         ValueError: another payload, or what is asked for is not in it; some may be written.

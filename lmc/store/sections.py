@@ -93,8 +93,8 @@ def covered(form: Form, held: Iterable[Form]) -> bool:
     kin = form.kin
     at, end, _ = form.heads
     for start, stop in sorted(other.heads[:2] for other in held if other.kin == kin):
-        if start > at:
-            return False
+        if start > at or at >= end:
+            break
         at = max(at, stop)
     return at >= end
 

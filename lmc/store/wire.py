@@ -48,7 +48,9 @@ _FIXED = struct.Struct("<ddIQBBBx32s32s32s32s")
 # group, kind, dtype, codec; heads; tokens, L, D, band
 _FORM = struct.Struct("<HBBBxHHHIIHHH")
 _SPAN = struct.Struct("<Q16s")
+_TOKENS = struct.Struct("<I")
 DIGEST_AT = 20
+_FORMS_AT = _PROLOGUE.size + _FIXED.size
 
 Bytes = bytes | bytearray | memoryview
 
@@ -261,42 +263,65 @@ def unpack(data: Bytes) -> Header:
     return Header(record, tuple(stored), created, error, label)
 
 
-def brief(data: Bytes) -> tuple[Record, tuple[Form, ...]]:
-    """Record and forms of a header that was checked before, in a fraction of the time.
+# What an index needs of headers that were checked before, in a fraction of the time.
 
-    Raises:
-        HeaderError: no header can say this.
-    """
+
+def shape_of(data: Bytes) -> tuple[int, bytes]:
+    """T, and what describes the sections, for `forms_of`."""
+    count = _PROLOGUE.unpack_from(data)[2]
+    T = _TOKENS.unpack_from(data, _PROLOGUE.size + 16)[0]
+    return T, bytes(data[_FORMS_AT : _FORMS_AT + count * _FORM.size])
+
+
+@lru_cache(maxsize=1024)
+def forms_of(described: bytes) -> tuple[Form, ...]:
+    """Forms; raises HeaderError for what describes none."""
     try:
-        record, described, *_ = _fields(data)
+        return tuple(
+            _described(described[at : at + _FORM.size])[0]
+            for at in range(0, len(described), _FORM.size)
+        )
     except (ValueError, IndexError, struct.error) as e:
         raise HeaderError(f"got what no header says: {e}") from e
-    return record, tuple(form for form, _, _ in described)
 
 
-def _fields(view: Bytes) -> tuple[Any, ...]:
+def record_of(data: Bytes, namespace: bytes | None = None, nbytes: int = 0) -> Record:
+    """The record that a header is of; raises HeaderError where it can be of none.
+
+    Args:
+        namespace: that it gets; by default the digest.
+        nbytes: of what it is told to.
+    """
+    try:
+        count = _PROLOGUE.unpack_from(data)[2]
+        _, _, T, start, origin, tail, label_bytes, digest, key, context, context_after = (
+            _FIXED.unpack_from(data, _PROLOGUE.size)
+        )
+        ids = np.frombuffer(data, "<u4", T, _FORMS_AT + count * _FORM.size + label_bytes)
+        return Record(
+            -1, digest if namespace is None else namespace, key, ids.astype("<i8").tobytes(),
+            start, context, context_after, _ORIGINS[origin], nbytes, bool(tail),
+        )  # fmt: skip
+    except (ValueError, IndexError, struct.error) as e:
+        raise HeaderError(f"got what no header says: {e}") from e
+
+
+def _fields(view: memoryview) -> tuple[Any, ...]:
     """Record, (form, codec, band) of each section, created, error, label, where spans begin."""
     count = _PROLOGUE.unpack_from(view)[2]
-    fixed = _FIXED.unpack_from(view, _PROLOGUE.size)
-    created, error, T, start, origin, tail, label_bytes, *digests = fixed
-    namespace, key, context, context_after = digests
-    at = _PROLOGUE.size + _FIXED.size
+    created, error, T, _, _, tail, label_bytes, *_ = _FIXED.unpack_from(view, _PROLOGUE.size)
+    at = _FORMS_AT
     described, nbytes = [], 0
     for _ in range(count):
-        form, codec, band, n = _described(bytes(view[at : at + _FORM.size]))
-        described.append((form, codec, band))
+        *section, n = _described(bytes(view[at : at + _FORM.size]))
+        described.append(section)
         nbytes += n
         at += _FORM.size
     label = str(view[at : at + label_bytes], "utf-8")
-    at += label_bytes
-    if tail > 1 or len(view) < at + 4 * T:
-        raise ValueError(f"tail {tail} and T={T} in {len(view)} bytes")
-    tokens = np.frombuffer(view, "<u4", T, at).astype("<i8").tobytes()
-    record = Record(
-        -1, namespace, key, tokens, start, context, context_after, _ORIGINS[origin], nbytes,
-        bool(tail),
-    )  # fmt: skip
-    return record, described, created, error, label, at + 4 * T
+    if tail > 1:
+        raise ValueError(f"tail {tail}")
+    record = record_of(view, nbytes=nbytes)
+    return record, described, created, error, label, at + label_bytes + 4 * T
 
 
 @lru_cache(maxsize=1024)
@@ -332,6 +357,8 @@ def check(record: Record, forms: Sequence[Form]) -> None:
         raise ValueError(f"got {len(forms)} sections, allowed: 1 to {MOST_FORMS}")
     if not (0 < record.T <= MOST_TOKENS and 0 <= record.start <= MOST_START):
         raise ValueError(f"got T={record.T} and start={record.start}")
+    if record.origin not in _ORIGINS:
+        raise ValueError(f"got origin {record.origin!r}, allowed: {', '.join(_ORIGINS)}")
     if sum(form.nbytes for form in forms) > MOST_PAYLOAD:
         raise ValueError(f"got a payload of more than {MOST_PAYLOAD} bytes")
     for digest in (record.key, record.context, record.context_after):

@@ -229,6 +229,7 @@ class Reading:
 
     def __init__(self, txn: Any, db: dict[str, Any]) -> None:
         self._txn, self._db = txn, db
+        self._records = txn.cursor(db["records"])
 
     def listed(self, keys: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
         """Key by key, parts of these contents in the order of their puts; tails excepted."""
@@ -257,14 +258,23 @@ class Reading:
         id: bytes | None = self._txn.get(namespace + context, db=self._db["tails"])
         return id
 
-    def header(self, part: bytes) -> bytes | None:
-        """The bytes of a part's header."""
-        value = self._txn.get(part, db=self._db["records"])
-        return None if value is None else value[_AT.size :]
+    def headers(self, parts: Iterable[bytes]) -> dict[bytes, memoryview]:
+        """The bytes of parts' headers, of those that there are."""
+        found = self._records.getmulti(list(parts))
+        return {id: memoryview(value)[_AT.size :] for id, value in found}
 
     def parts(self, record: bytes) -> list[tuple[bytes, Located]]:
         """Ids and places of what there is of a record, by its id."""
-        return _parts(self._txn.cursor(self._db["records"]), record)
+        return _parts(self._records, record)
+
+    def listed_parts(self, record: bytes) -> bytes:
+        """The same as they are listed elsewhere, one after the other."""
+        out, cursor = b"", self._records
+        more = cursor.set_range(record)
+        while more and (id := cursor.key())[:32] == record:
+            out += _SEQ.pack(fmt.seq_of(cursor.value()[_AT.size : _AT.size + fmt.FRONT])) + id
+            more = cursor.next()
+        return out
 
 
 class Change:
@@ -317,7 +327,7 @@ class Change:
         segment, at = _AT.unpack_from(value)
         self._txn.delete(value[: _AT.size], db=self._db["places"])
         data = value[_AT.size :]
-        record, listed = fmt.brief(data)[0], _SEQ.pack(fmt.seq_of(data)) + id
+        record, listed = fmt.record_of(data), _SEQ.pack(fmt.seq_of(data)) + id
         order.leave(self._txn, self._db, id, keep_use)
         if record.tail:
             key = record.namespace + record.context

@@ -148,9 +148,19 @@ def unpack(data: Bytes) -> Header:
     return Header(wire.unpack(view[FRONT:size]), seq, folder)
 
 
-def brief(data: Bytes) -> tuple[Record, tuple[Form, ...]]:
-    """Record and forms, of bytes that were checked before; raises HeaderError where none can be."""
-    return wire.brief(memoryview(data)[FRONT:])
+def part_of(data: Bytes) -> memoryview:
+    """What is the same in any place: the header for `lmc.store.wire`."""
+    return memoryview(data)[FRONT:]
+
+
+def record_of(data: Bytes) -> Record:
+    """The record, of bytes that were checked before; raises HeaderError where it can be none."""
+    return wire.record_of(part_of(data))
+
+
+def forms_of(data: Bytes) -> tuple[Form, ...]:
+    """The forms of the sections, of bytes that were checked before; raises HeaderError too."""
+    return wire.forms_of(wire.shape_of(part_of(data))[1])
 
 
 def seq_of(data: Bytes) -> int:

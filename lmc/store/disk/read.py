@@ -9,12 +9,14 @@ from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
+from xxhash import xxh3_128_digest
 
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located
 from lmc.store.disk.header import Header, digest_of
 from lmc.store.disk.segments import Segments, aligned
 from lmc.store.payload import covered_by, decode_span, head_bytes
+from lmc.store.record import Record
 from lmc.store.rows import copy_rows
 from lmc.store.sections import Form, Rows, Section
 from lmc.store.wire import order
@@ -30,15 +32,17 @@ class Known:
 
     Attributes:
         id: the part's in its folder.
-        forms: of its sections.
+        record, forms: as `Header`.
         plain: whether all of it is as it was put, and of one section.
         ends: where in the payload each span ends.
         digests: of each span.
         layers: how many layers there are with each span, those of sections before it too.
         payload_at, payload_bytes: as `Header`.
+        shape: of the first section.
     """
 
     header: Header
+    record: Record
     id: bytes
     forms: tuple[Form, ...]
     plain: bool
@@ -47,6 +51,7 @@ class Known:
     layers: tuple[int, ...]
     payload_at: int
     payload_bytes: int
+    shape: tuple[int, int, int, int]
 
 
 @lru_cache(maxsize=4096)  # to unpack a header takes longer than to check a small chunk
@@ -57,6 +62,7 @@ def known(data: bytes) -> Known:
     before = [0, *accumulate(form.L for form in forms)]
     return Known(
         header,
+        header.record,
         header.id,
         forms,
         len(stored) == 1 and stored[0].codec == "none",
@@ -65,6 +71,7 @@ def known(data: bytes) -> Known:
         tuple(before[i] + last for i, _, last, _, _ in header.part.bands()),
         header.payload_at,
         header.payload_bytes,
+        forms[0].shape,
     )
 
 
@@ -140,21 +147,22 @@ def view_part(segments: Segments, part: Part, deadline: float | None) -> list[Se
         TimeoutError: it is later than the deadline.
         OSError: the disk fails.
     """
-    check_deadline(deadline)
+    if deadline is not None:
+        check_deadline(deadline)
     record, located = part.known, part.located
-    front, nbytes = record.payload_at, record.payload_bytes
-    data = segments.view(located.segment, located.at, front + nbytes)
+    front = record.payload_at
+    total = front + record.payload_bytes
+    data = segments.view(located.segment, located.at, total)
     if data is None:
-        data = aligned(front + nbytes)
+        data = aligned(total)
         segments.read(located.segment, located.at, [data])
     check_header(data, part)
-    payload, start = data[front:], 0
+    there, start = data.data, front
     for end, digest in zip(record.ends, record.digests, strict=True):
-        if digest_of(payload[start:end]) != digest:
+        if xxh3_128_digest(there[start : front + end]) != digest:
             raise Damaged("payload")
-        start = end
-    (form,) = record.forms
-    return [Section(form, [payload.reshape(form.shape)])]
+        start = front + end
+    return [Section(record.forms[0], [data[front:].reshape(record.shape)])]
 
 
 Sources = Sequence[tuple[Part, Sequence[tuple[int, Form]]]]
@@ -330,6 +338,6 @@ def _fetch(segments: Segments, part: Part) -> np.ndarray:
 def check_header(head: np.ndarray, part: Part) -> None:
     """Raise Damaged unless the file's header is the index's."""
     header = part.located.header  # alive, as all that are indexed
-    data = head[: len(header)].tobytes()
+    data = bytes(head.data[: len(header)])
     if data != header and (not part.fresh or not fmt.same(data, header)):
         raise Damaged("header")

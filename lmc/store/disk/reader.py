@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -61,8 +59,7 @@ class Reader:
         self._folder, self._directory = folder, directory
         self._bad, self._set_aside = bad, set_aside
         self._counts = folder.counts
-        self._uses: Counter[bytes] = Counter()  # reads that the index has not been told of
-        self._uses_lock = threading.Lock()
+        self._uses: dict[bytes, int] = {}  # reads that the index has not been told of
         # By id, what the index said of records that were read: the file is compared with it at
         # every read, and where it says otherwise the index is asked again.
         self._found: dict[bytes, _Found] = {}
@@ -71,11 +68,10 @@ class Reader:
         """A record has been changed."""
         self._found.pop(id, None)
 
-    def uses(self) -> Counter[bytes]:
+    def uses(self) -> dict[bytes, int]:
         """How often parts were read since this was last asked, by id."""
-        with self._uses_lock:
-            uses, self._uses = self._uses, Counter()
-        return uses
+        uses, self._uses = self._uses, {}
+        return dict(uses)  # in one go: a get that has begun may still count
 
     def get(
         self,
@@ -87,6 +83,21 @@ class Reader:
         """As `Disk.get`; raises what a disk and an index can, and TimeoutError."""
         id = record.id
         found = self._found.get(id)
+        if found is not None and into is None and found.whole is not None:
+            # The way of most gets: all that a longer one costs shows beside a small chunk.
+            part = found.whole
+            if not self._is(record, part):
+                return None
+            try:
+                view = view_part(self._folder.segments, part, deadline)
+            except (Damaged, EOFError, FileNotFoundError):
+                self.forget(id)
+                self._folder.segments.forget({part.located.segment})
+                found = None
+            else:
+                arrived(part.known.shape[0])
+                self._uses[part.known.id] = self._uses.get(part.known.id, 0) + 1
+                return view
         before: Part | None = None
         while True:
             if found is None:
@@ -144,7 +155,7 @@ class Reader:
 
     def _is(self, record: Record, part: Part) -> bool:
         """Whether a part is of the record that was asked for."""
-        stored = part.known.header.record
+        stored = part.known.record
         if (
             stored.tokens == record.tokens
             and stored.key == record.key
@@ -169,9 +180,15 @@ class Reader:
             arrived(got[0].form.L)
             self._used([found.whole])
             return got
-        forms = [form for part in found.parts for form in part.known.forms]
-        wanted = self._directory.own(forms) if into is None else [form for form, _ in into]
-        sources = plan(found.parts, wanted)
+        if into is None:
+            wanted = self._directory.own(f for part in found.parts for f in part.known.forms)
+        else:
+            wanted = [form for form, _ in into]
+        sources: Sources | None
+        if found.whole is not None and (*wanted,) == found.whole.known.forms:
+            sources = [(found.whole, [(0, wanted[0])])]
+        else:
+            sources = plan(found.parts, wanted)
         if sources is None:
             if found.parts[0].fresh:
                 self._counts["other_layout"] += 1
@@ -200,9 +217,9 @@ class Reader:
                 read_part(segments, part, wanted, into, deadline, partial(progress.have, i))
 
     def _used(self, parts: Sequence[Part]) -> None:
-        with self._uses_lock:
-            for part in parts:
-                self._uses[part.known.id] += 1
+        uses = self._uses
+        for part in parts:
+            uses[part.known.id] = uses.get(part.known.id, 0) + 1
 
 
 class _losing:  # noqa: N801 as `contextlib.suppress`; a generator takes longer than a get

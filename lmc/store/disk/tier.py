@@ -11,7 +11,7 @@ from typing import Any
 from lmc.model.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
-from lmc.store.disk.catalog import RECORD, Reading
+from lmc.store.disk.catalog import Reading
 from lmc.store.disk.directory import Directory
 from lmc.store.disk.encode import Encoded, Encoder
 from lmc.store.disk.faults import FAULTS, kind_of
@@ -314,25 +314,24 @@ class Disk:
             return None
         if record.tail:
             tail = index.tail(record.namespace, record.context)
-            ids = [] if tail is None else [tail]
+            parts = [] if tail is None else [part for part, _ in index.parts(tail)]
         else:
-            ids = [listed[RECORD] for _, listed in index.listed([record.key])]
-        known = []
-        for id in dict.fromkeys(ids):
-            if id == record.id:
-                continue
-            # One that is known here to be damaged stands in nobody's way.
-            told = [fmt.brief(at.header) for n, at in index.parts(id) if n not in self._bad]
-            forms = [form for _, some in told for form in some]
-            if told and (record.tail or _overlap(forms, new.forms)):
-                known.append(told[0][0])
-        replaced = superseded(known, record, self._exact_variants)
+            parts = [listed[8:] for _, listed in index.listed([record.key])]
+        # One that is known here to be damaged stands in nobody's way.
+        headers = index.headers(part for part in parts if part not in self._bad)
+        known: dict[bytes, Record] = {}
+        for data in headers.values():
+            other = fmt.record_of(data)
+            if record.tail or _overlap(fmt.forms_of(data), new.forms):
+                known.setdefault(other.id, other)
+        known.pop(record.id, None)
+        replaced = superseded(known.values(), record, self._exact_variants)
         return None if replaced is None else [other.id for other in replaced]
 
     def _has(self, index: Reading, id: bytes, wanted: Sequence[Form]) -> bool:
         """Whether there is all that is wanted of a record."""
-        parts = [at for part, at in index.parts(id) if part not in self._bad]
-        forms = [form for at in parts for form in fmt.brief(at.header)[1]]
+        headers = [at.header for part, at in index.parts(id) if part not in self._bad]
+        forms = [form for data in headers for form in fmt.forms_of(data)]
         return bool(forms) and all(covered(form, forms) for form in wanted)
 
     def evict(self, records: Sequence[Record]) -> None:
@@ -389,5 +388,5 @@ def _within(index: Reading, new: Header) -> list[bytes]:
     return [
         id
         for id, located in index.parts(new.record.id)
-        if all(covered(form, new.forms) for form in fmt.brief(located.header)[1])
+        if all(covered(form, new.forms) for form in fmt.forms_of(located.header))
     ]

@@ -92,7 +92,8 @@ def test_what_is_packed_is_unpacked(header: Header) -> None:
     assert unpack(data) == header
     assert sizes(data) == (len(data), header.record_bytes)
     assert wire.unpack(data[FRONT:]) == header.part  # any place may hold it
-    assert fmt.brief(data) == (header.record, header.forms)
+    assert fmt.forms_of(data) == header.forms
+    assert replace(fmt.record_of(data), nbytes=header.record.nbytes) == header.record
     assert fmt.seq_of(data) == header.seq
     # A file's bytes go on behind it, and its state may be another.
     dead = bytearray(data + b"payload")
