@@ -157,7 +157,9 @@ class Chunks:
     def fetch(self, slots: Iterable[int]) -> None:
         """Bring what is expected under these slots out of the tiers behind, in the background."""
         with self._lock:
-            arrivals = [self._arrivals[slot] for slot in slots]
+            expected = [self._arrivals.get(slot) for slot in slots]
+        arrivals = [arrival for arrival in expected if arrival is not None]
+        self.counts["fetches_failed"] += len(expected) - len(arrivals)
         # What a tier that was late has is asked for behind all others, if at all.
         order = sorted(range(len(self.tiers)), key=lambda i: not self._breakers[i].closed)
         deadline = time.monotonic() + self.patience_s

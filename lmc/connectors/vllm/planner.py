@@ -35,6 +35,7 @@ class Planner:
 
     Attributes:
         index: of host memory, on every rank.
+        directory: of the tiers behind it.
 
     Raises:
         ValueError, OSError: a tier that cannot be opened.
@@ -59,7 +60,7 @@ class Planner:
         # Of these only what they know is asked here; the workers have their bytes.
         opened = identity.open_tiers(config, layout, 0, vllm_config)
         self._tiers = [tier for _, tier in opened]
-        self._directory = Directory(self._tiers, min(LOOKUP_S, config.fetch_patience_s))
+        self.directory = Directory(self._tiers, min(LOOKUP_S, config.fetch_patience_s))
         self._left_alone = 0
         self._sources: dict[int, int] = {}  # by slot on its way, the tier that told of it
         self._fetches: list[Record] = []
@@ -68,7 +69,7 @@ class Planner:
     def ask(self, tracked: Tracked) -> None:
         """Have the tiers asked what they have of a request, in the background."""
         asked = (tracked.namespace, tracked.tokens, tracked.pieces)
-        tracked.lookup = self._directory.ask(*asked, tracked.lookup) if self._tiers else None
+        tracked.lookup = self.directory.ask(*asked, tracked.lookup) if self._tiers else None
         tracked.heard = False
 
     def plan(self, tracked: Tracked, local: int, tiers: bool = True) -> tuple[Plan, str | None]:
@@ -128,7 +129,7 @@ class Planner:
     def late(self, slots: Iterable[int]) -> None:
         """Tiers that do not bring these are slow or gone: they are not asked for a while."""
         for tier in {self._sources[slot] for slot in slots if slot in self._sources}:
-            self._directory.breakers[tier].late()
+            self.directory.breakers[tier].late()
 
     def still_held(self, tracked: Tracked) -> bool:
         """Whether all that the plan needs is there, on its way, or in a tier to be asked for."""
@@ -160,20 +161,20 @@ class Planner:
         counts.update({f"store:{kind}": n for kind, n in taken(self.index.counts).items()})
         for tier in self._tiers:
             counts.update({f"{tier.name}:{kind}": n for kind, n in taken(tier.counts).items()})
-        opened = sum(breaker.opened for breaker in self._directory.breakers)
+        opened = sum(breaker.opened for breaker in self.directory.breakers)
         counts["tiers_left_alone"] += opened - self._left_alone
         self._left_alone = opened
         return +counts
 
     def close(self) -> None:
         """Let go of the tiers."""
-        self._directory.close(tiers=True)
+        self.directory.close(tiers=True)
 
     # -- parts -------------------------------------------------------------------------------
 
     def _told(self, tracked: Tracked) -> Sequence[Answers]:
         """What tiers said that are not left alone."""
-        lookup, breakers = tracked.lookup, self._directory.breakers
+        lookup, breakers = tracked.lookup, self.directory.breakers
         if lookup is None or not lookup.over:
             return []
         pairs = zip(lookup.answers, breakers, strict=True)

@@ -161,10 +161,12 @@ class Files:
     def sweep(self) -> None:
         """Close files that are in the folder no more."""
         self._swept = time.monotonic()
-        gone = set()
+        place, gone = self._place, set()
+        if place is None:
+            return
         for number in self.numbers():
             try:
-                os.stat(name(number), dir_fd=self.folder().fd, follow_symlinks=False)
+                os.stat(name(number), dir_fd=place.fd, follow_symlinks=False)
             except FileNotFoundError:
                 gone.add(number)
             except OSError:  # no answer does not mean that it is gone

@@ -26,6 +26,7 @@ LARGEST_SEGMENT = 256 << 20
 # What a put tells the policy of puts and reads: twice as many as there were since the last one, so
 # that it comes to know all of a folder, some more, and never so many that one waits for it.
 SOME, MOST = 256, 4096
+SPACE_S = 0.1  # how soon a file that was removed gives its space back, or somebody has it open
 
 
 class Room:
@@ -50,7 +51,7 @@ class Room:
         self._items: dict[bytes, bytes] = {}  # what the policy holds, and what it was told of it
         self._ends: dict[bytes, bytes] = {}  # of a context's digest -> id
         self._told = b""  # how far in the order of puts and reads
-        self._happened = 0  # how many there were at the last look
+        self._happened: int | None = None  # how many there were at the last look
         self._doubted: list[bytes] = []  # what the policy holds, and others may have evicted
         self._full_at = -1  # bytes that were free when to give up a segment gave nothing back
 
@@ -147,18 +148,14 @@ class Room:
         if not used or free <= self._full_at:
             return False
         number = min(sorted(used)[:-1] or used, key=lambda n: used[n].live)
-        dropped = [id for id, _ in self._folder.catalog.within(number)]
         segments.unlink(number)  # first: the index may need the space
-        with self._folder.catalog.change() as change:
-            for id in dropped:
-                change.remove(id)
-            change.drop_segment(number)
-        for id in dropped:
-            self._forget(id)
-        self._counts["evicted"] += len(dropped)
-        gained = segments.free() - free >= used[number].end // 2
-        self._full_at = -1 if gained else segments.free() + used[number].end // 2
-        return gained
+        wanted = free + used[number].end // 2
+        until = time.monotonic() + SPACE_S
+        while segments.free() < wanted and time.monotonic() < until:
+            time.sleep(0.001)  # some file systems take their time
+        self._full_at = -1 if segments.free() >= wanted else wanted
+        self._counts["evicted"] += self._drop(number)
+        return self._full_at < 0
 
     def compact_one(self, used: dict[int, SegmentUse]) -> bool:
         """Give back the space of the dead in one file; False when no file has any."""
@@ -174,6 +171,17 @@ class Room:
         return False
 
     # -- parts -------------------------------------------------------------------------------
+
+    def _drop(self, number: int) -> int:
+        """Forget what was in a file that is gone; how many records."""
+        dropped = [id for id, _ in self._folder.catalog.within(number)]
+        with self._folder.catalog.change() as change:
+            for id in dropped:
+                change.remove(id)
+            change.drop_segment(number)
+        for id in dropped:
+            self._forget(id)
+        return len(dropped)
 
     def _whole(self, number: int) -> list[tuple[Located, Header]]:
         """Records of one file that are what was put; those that are not are quarantined."""
@@ -213,6 +221,8 @@ class Room:
         there = set(segments.numbers()) - catalog.unreadable()
         for number in there - known.keys():
             segments.unlink(number)
+        for number in known.keys() - there - catalog.unreadable():
+            self._counts["evicted"] += self._drop(number)  # removed when the index was full
         # Files that others removed give their space back once nobody has them open.
         segments.forget(segments.opened() - there)
         last = catalog.last_segment()
@@ -280,7 +290,8 @@ class Room:
         """Tell the policy of puts and reads that it has not been told of; how many."""
         catalog = self._folder.catalog
         happened = catalog.next_seq()
-        most = min(SOME + 2 * max(0, happened - self._happened), MOST)
+        new = 0 if self._happened is None else max(0, happened - self._happened)
+        most = min(SOME + 2 * new, MOST)
         self._happened = happened
         found = catalog.since(self._told, most)
         for after, id, row in found:
