@@ -12,7 +12,7 @@ from typing import Any
 from lmc.model.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
-from lmc.store.disk.catalog import Reading
+from lmc.store.disk.catalog import Located, Reading
 from lmc.store.disk.directory import Directory
 from lmc.store.disk.encode import Encoded, Encoder
 from lmc.store.disk.faults import FAULTS, kind_of
@@ -24,7 +24,7 @@ from lmc.store.disk.room import Room
 from lmc.store.disk.write import write_records
 from lmc.store.reads import Reads
 from lmc.store.record import Record, superseded
-from lmc.store.sections import Form, Heads, Section, covered
+from lmc.store.sections import Form, Heads, Section, covered, overlap
 from lmc.store.tier import Behind, Durability, Handle, Outcome, Wanted
 
 
@@ -212,7 +212,7 @@ class Disk:
     def _held(self, items: Sequence[tuple[Record, Sequence[Section]]]) -> list[bool]:
         with self.folder.catalog.reading() as index:
             return [
-                self._has(index, record.id, [form for form, _ in sections])
+                self._have(index.parts(record.id), [form for form, _ in sections])
                 for record, sections in items
             ]
 
@@ -275,7 +275,8 @@ class Disk:
         parts: set[bytes] = set()  # of the same records, that the new ones have too
         with folder.catalog.reading() as index:
             for i, e in encoded.items():
-                replaced = self._replaced(index, e.header)
+                there = index.parts(e.header.record.id)
+                replaced = self._replaced(index, e.header, there)
                 if replaced is None:
                     self.counts["known"] += 1
                     outcomes[i] = "known"
@@ -285,7 +286,7 @@ class Disk:
                 else:
                     outcomes[i] = "stored"
                     records.update(replaced)
-                    parts.update(_within(index, e.header))
+                    parts.update(_within(there, e.header))
         new = [encoded[i] for i, outcome in outcomes.items() if outcome == "stored"]
         if not new:
             return outcomes
@@ -305,14 +306,18 @@ class Disk:
         self.counts["bytes_written"] += sum(sizes)
         return outcomes
 
-    def _replaced(self, index: Reading, new: Header) -> list[bytes] | None:
+    def _replaced(
+        self, index: Reading, new: Header, there: Sequence[tuple[bytes, Located]]
+    ) -> list[bytes] | None:
         """Ids of the records that a new one takes the place of; None when it would add nothing.
 
         Of other records it counts who has heads that this part has: ranks put one after the other,
         and one that is behind must not push out what another has put since.
+
+        there: parts of the same record.
         """
         record = new.record
-        if self._has(index, record.id, new.forms):
+        if self._have(there, new.forms):
             return None
         if record.tail:
             tail = index.tail(record.namespace, record.context)
@@ -324,15 +329,15 @@ class Disk:
         known: dict[bytes, Record] = {}
         for data in headers.values():
             other = fmt.record_of(data)
-            if record.tail or _overlap(fmt.forms_of(data), new.forms):
+            if record.tail or overlap(fmt.forms_of(data), new.forms):
                 known.setdefault(other.id, other)
         known.pop(record.id, None)
         replaced = superseded(known.values(), record, self._exact_variants)
         return None if replaced is None else [other.id for other in replaced]
 
-    def _has(self, index: Reading, id: bytes, wanted: Sequence[Form]) -> bool:
-        """Whether there is all that is wanted of a record."""
-        headers = [at.header for part, at in index.parts(id) if part not in self._bad]
+    def _have(self, parts: Sequence[tuple[bytes, Located]], wanted: Sequence[Form]) -> bool:
+        """Whether parts of a record have all that is wanted of it."""
+        headers = [at.header for part, at in parts if part not in self._bad]
         forms = [form for data in headers for form in fmt.forms_of(data)]
         return bool(forms) and all(covered(form, forms) for form in wanted)
 
@@ -381,19 +386,10 @@ def _content(record: Record) -> object:
     return (record.namespace, record.context) if record.tail else record.key
 
 
-def _overlap(some: Sequence[Form], others: Sequence[Form]) -> bool:
-    """Whether forms have heads in common."""
-    return any(
-        a.kin == b.kin and a.heads[0] < b.heads[1] and b.heads[0] < a.heads[1]
-        for a in some
-        for b in others
-    )
-
-
-def _within(index: Reading, new: Header) -> list[bytes]:
+def _within(there: Sequence[tuple[bytes, Located]], new: Header) -> list[bytes]:
     """Ids of parts of the same record that have nothing beside what a new one has."""
     return [
         id
-        for id, located in index.parts(new.record.id)
+        for id, located in there
         if all(covered(form, new.forms) for form in fmt.forms_of(located.header))
     ]
