@@ -7,6 +7,8 @@ import time
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from lmc.store import Record
 from lmc.store.chunks import Attached, Chunks
 from lmc.store.tier import Outcome
@@ -162,3 +164,47 @@ def test_a_tier_that_raises_costs_its_batch_and_no_more() -> None:
     assert tier.contains([record(0), record(1)]) == [False, True]
     writer.close(time.monotonic() + 10, lambda: None)
     assert writer.join(10)
+
+
+@pytest.mark.parametrize("way", ["fetched", "stored"])
+def test_what_a_tier_is_offered_is_what_it_gets(way: str) -> None:
+    """Its owner lets go of the memory, and has it refilled, while it is copied for the tier."""
+    first, second = Plain(), Plain()
+    first.name, second.name = "first", "second"
+    second.held[record(1).id] = rows(5.0)
+    chunks = Chunks(
+        LAYOUT, 256 * T, [Attached(first, "through"), Attached(second, "through")], 256 * T
+    )
+    offer, begun, go_on = chunks._writers[0].offer, threading.Event(), threading.Event()
+
+    def slowly(r: Record, sections: Any) -> bool:
+        begun.set()
+        assert go_on.wait(60)
+        return offer(r, sections)
+
+    chunks._writers[0].offer = slowly  # type: ignore[method-assign]
+    if way == "fetched":
+        chunks.expect(record(1))
+        chunks.fetch([1])
+    else:
+        filling = threading.Thread(target=filled, args=(chunks, record(1), 5.0))
+        filling.start()
+    assert begun.wait(60)
+    gone = threading.Thread(target=chunks.evict, args=(1,))
+    gone.start()
+    until = time.monotonic() + 60
+    while chunks.parts(1) is not None and chunks.arrival(1) is None:  # until it is let go of
+        assert time.monotonic() < until
+        go_on.set()
+    refilled = chunks.reserve(2, T)
+    for part in refilled or ():
+        part.fill_(1e9)
+    go_on.set()
+    gone.join(60)
+    while chunks.reserve(3, T) is None and refilled is None:
+        assert time.monotonic() < until
+    assert chunks.drain(60)
+    assert all((held == rows(5.0)).all() for held in first.held.values())
+    if way == "fetched":
+        assert list(first.held) == [record(1).id]
+    chunks.close()
