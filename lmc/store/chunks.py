@@ -25,6 +25,7 @@ from lmc.store.writer import TOGETHER, Writer
 logger = logging.getLogger(__name__)
 
 Write = Literal["through", "back"]
+LOST = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Drained:
 
     Attributes:
         lacking: by tier, chunks in host memory that it has not acknowledged.
-        lost: chunks that host memory let go of and no tier took, since this was last asked.
+        lost: of what host memory let go of, chunks that a tier was to have and did not take, since
+            this was last asked; no more than `LOST` are counted.
     """
 
     lacking: dict[str, int]
@@ -94,7 +96,8 @@ class Chunks:
         self._held: dict[int, set[int]] = {}  # by slot: tiers that are known to have it too
         self._arrivals: dict[int, Arrival] = {}
         self._lock = threading.Lock()
-        self._closed, self._lost = False, 0
+        self._closed = False
+        self._lost: set[tuple[int, int]] = set()  # slots that are gone, and tiers without them
         self._writers: list[Writer] = []
         self._fetchers: list[Fetcher] = []
         self._breakers: list[Breaker] = []
@@ -199,13 +202,13 @@ class Chunks:
             writer.drain(max(0.0, until - time.monotonic()))
             for record in self._lacking(i):
                 # Of what finds no room in an empty queue nothing more can be had.
-                if self._refused(record, [i]) and writer.room(until - time.monotonic()):
+                if self._refused(record, [i]) and writer.drain(until - time.monotonic()):
                     self._offer(record, [i])
             writer.drain(max(0.0, until - time.monotonic()))
-        names = [behind.tier.name for behind in self.tiers]
-        lost = sum(self.counts[f"writes_lost:{name}"] for name in set(names))
-        lost, self._lost = lost - self._lost, lost
-        return Drained({names[i]: len(self._lacking(i)) for i in self._through()}, lost)
+        with self._lock:
+            lost, self._lost = len(self._lost), set()
+        through = {self.tiers[i].tier.name: len(self._lacking(i)) for i in self._through()}
+        return Drained(through, lost)
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Write what tiers behind lack, as far as time goes, and let go of everything.
@@ -308,9 +311,12 @@ class Chunks:
             here = record.slot in self._records
             if here and kept:
                 self._held.setdefault(record.slot, set()).add(i)
+            if kept:
+                self._lost.discard((record.slot, i))
+            elif not here and len(self._lost) < LOST:
+                self._lost.add((record.slot, i))
         if not kept:
             self.counts[f"writes_{outcome}:{name}"] += 1
-            self.counts[f"writes_lost:{name}"] += not here
 
     def _ask_next(self, arrivals: Sequence[Arrival]) -> None:
         """Ask the next tier of each; where none is left, or no time, the chunk will not come."""

@@ -83,12 +83,7 @@ class Writer:
     def drain(self, timeout_s: float) -> bool:
         """Wait until all that was offered is put; False when that takes longer."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting, timeout_s)
-
-    def room(self, timeout_s: float) -> bool:
-        """Wait until the queue is empty: what is offered then finds room if it ever does."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._queue, timeout_s)
+            return self._changed.wait_for(lambda: not self._waiting, max(0.0, timeout_s))
 
     def close(self, until: float, last: Callable[[], None]) -> None:
         """Put what is waiting; what is left at `until` of `time.monotonic()` is dropped.

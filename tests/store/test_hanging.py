@@ -198,13 +198,12 @@ def test_hung_puts_are_dropped_and_counted(beside: bool, tmp_path: Path) -> None
         for i in range(20):
             w.chunks.evict(i)
         assert w.chunks.memory.size == 20 * NBYTES
-        assert w.chunks.counts["writes_lost:hanging"] == 20
         if w.disk:
             assert w.chunks._writers[1].drain(60)
             assert all(w.disk.contains([record(i) for i in range(40)]))
             assert w.chunks.counts["writes_dropped:disk"] == 0
         lacking = w.chunks.complete(0.05)
-        assert lacking.lacking["hanging"] == 20 and not lacking
+        assert lacking.lacking["hanging"] == 20 and lacking.lost >= 13 and not lacking
         w.tier.let_go()
         assert w.chunks.drain(60)
         assert len(w.tier.held) == 8
