@@ -251,21 +251,28 @@ class Change:
         self._seq = 0
 
     def add(self, header: Header, place: tuple[int, int], data: bytes) -> None:
-        """A part is at `place` from now on; one of its id that was elsewhere is dead there."""
+        """A part is at `place` from now on; one of its id that was elsewhere is dead there.
+
+        So is a tail that another has taken the place of, whichever of them comes first: a crash may
+        have kept it from being marked.
+        """
         segment, at = place
         self.remove(header.id, keep_use=True)
         record, id = header.record, header.id
+        tail = record.namespace + record.context
+        if record.tail:
+            before = self._txn.get(tail, db=self._db["tails"])
+            if before not in (None, record.id):
+                parts = _parts(self._txn.cursor(self._db["records"]), before)
+                if any(fmt.seq_of(located.header) > header.seq for _, located in parts):
+                    return
+                self.remove_records([before])
         self._txn.put(id, _AT.pack(segment, at) + data, db=self._db["records"])
         self._txn.put(_AT.pack(segment, at), id, db=self._db["places"])
         self._txn.delete(id, db=self._db["quarantined"])
         listed = _SEQ.pack(header.seq) + id
         if record.tail:
-            key = record.namespace + record.context
-            # A crash may have kept the one before from being marked as dead.
-            before = self._txn.get(key, db=self._db["tails"])
-            if before not in (None, record.id):
-                self.remove_records([before])
-            self._txn.put(key, record.id, db=self._db["tails"])
+            self._txn.put(tail, record.id, db=self._db["tails"])
         else:
             self._txn.put(record.key, listed, db=self._db["keys"])
         if record.origin != "blended":

@@ -121,6 +121,22 @@ def test_a_tail_that_was_replaced_stays_so(tmp_path: Path) -> None:
     disk.close()
 
 
+def test_of_two_tails_the_later_put_stays_wherever_they_lie(tmp_path: Path) -> None:
+    """One that was moved may lie in front of the one whose place it took."""
+    for turned in (False, True):
+        disk = opened(tmp_path / str(turned))
+        parts = []
+        for seq, spec in enumerate(Spec(1, 0, T, tail=True) for T in (10, 20)):
+            header, data, _ = disk._encode(*spec.item()).pages(seq)
+            parts.append((header, (1, seq << 20), data))
+        with disk.folder.writing(), disk.folder.catalog.change() as change:
+            for part in reversed(parts) if turned else parts:
+                change.add(*part)
+        assert [spec.T for spec in held(disk).values()] == [20]
+        assert [record.T for record in after(disk, Spec(1, 0, 20, tail=True).record())] == [20]
+        disk.close()
+
+
 def test_a_reader_follows_a_record_however_often_it_is_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
