@@ -14,7 +14,7 @@ from lmc.store.disk.segments import Segments
 
 # What is written together, at most: the disk is idle between two writes.
 WRITE_BYTES = 32 << 20
-FIRST_BYTES = 1 << 20  # what is written first, so that the disk is soon at work
+FIRST_BYTES = 2 << 20  # what is written first, so that the disk is soon at work
 Place = tuple[int, int]  # segment, offset
 Call = Callable[[], None]
 Jobs = SimpleQueue[tuple[Call, SimpleQueue[BaseException | None]] | None]
