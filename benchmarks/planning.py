@@ -56,11 +56,12 @@ class Bench:
                               kv_cache_groups=[group])  # fmt: skip
         engine = SimpleNamespace(
             model_config=SimpleNamespace(hf_text_config=text, model="model", dtype=torch.bfloat16,
+                                         get_total_num_kv_heads=lambda: 8,
                                          quantization=None),
             load_config=SimpleNamespace(load_format="dummy"),
             cache_config=SimpleNamespace(enable_prefix_caching=True),
             kv_transfer_config=SimpleNamespace(kv_load_failure_policy="recompute"),
-            parallel_config=SimpleNamespace(world_size=1, rank=0),
+            parallel_config=SimpleNamespace(world_size=1, rank=0, tensor_parallel_size=1),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, async_scheduling=False),
         )  # fmt: skip
         config = LMCConfig(

@@ -21,7 +21,8 @@ from lmc.blend.evidence import (
 from lmc.blend.strategy import Strategy
 from lmc.chunking.pieces import Piece
 from lmc.store import Index
-from lmc.store.lookup import Directory, Found, Known, continues, find
+from lmc.store.directory import Answers
+from lmc.store.lookup import Found, Known, continues, find
 from lmc.store.record import ContextPolicy
 
 NAMED = struct.Struct("<32sII")  # a chunk in a recipe: its record's id, where it is placed, its end
@@ -197,7 +198,7 @@ def make_plan(
     contiguous: bool = False,
     L: int | None = None,
     decline: bool = True,
-    tiers: Sequence[Directory] = (),
+    tiers: Sequence[Answers] = (),
     context: ContextPolicy = "any",
     begins: int | None = None,
 ) -> Plan:
@@ -214,7 +215,7 @@ def make_plan(
         contiguous: claim only exact chunks without gaps, so that no row need be computed.
         L: layers of the model; a selective strategy is not weighed without.
         decline: whether to leave a request alone that blending saves too little of.
-        tiers: what to ask behind the index; what they have has records without a slot.
+        tiers: what those behind the index said they have: records without a slot.
         context: what a chunk that is moved may have been computed behind.
         begins: the token that prompts begin with, if the model has one.
 

@@ -33,6 +33,12 @@ def chunk_key(namespace: bytes, tokens: np.ndarray) -> bytes:
     return blake3(front + _id_bytes(tokens)).digest()
 
 
+def content_keys(namespace: bytes, contents: Iterable[bytes]) -> list[bytes]:
+    """As `chunk_key`, of token ids that are int64 bytes each."""
+    front = len(namespace).to_bytes(8, "little") + namespace
+    return [blake3(front + content).digest() for content in contents]
+
+
 def context_digests(tokens: np.ndarray, positions: Iterable[int]) -> list[bytes]:
     """BLAKE3, 32 bytes each, of `tokens[:p]` for each of the ascending positions p, in one pass.
 

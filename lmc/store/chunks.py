@@ -14,15 +14,18 @@ from typing import Literal
 import torch
 
 from lmc.model.layout import KVLayout
+from lmc.store.breaker import Breaker
 from lmc.store.fetcher import Arrival, Fetcher
 from lmc.store.memory import HostMemory, rows_of
 from lmc.store.record import Record
-from lmc.store.tier import Rows, Tier
-from lmc.store.writer import Writer
+from lmc.store.sections import Heads, Section, full_attention
+from lmc.store.tier import Outcome, Tier
+from lmc.store.writer import TOGETHER, Writer
 
 logger = logging.getLogger(__name__)
 
 Write = Literal["through", "back"]
+LOST = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,23 @@ class Attached:
     write: Write
 
 
+@dataclass(frozen=True)
+class Drained:
+    """What tiers have of what they were to have; true where that is all of it.
+
+    Attributes:
+        lacking: by tier, chunks in host memory that it has not acknowledged.
+        lost: of what host memory let go of, chunks that a tier was to have and did not take, since
+            this was last asked; no more than `LOST` are counted.
+    """
+
+    lacking: dict[str, int]
+    lost: int
+
+    def __bool__(self) -> bool:
+        return not self.lost and not any(self.lacking.values())
+
+
 class Chunks:
     """The bytes of chunks by slot, wherever they are. Which are held is the Index's decision.
 
@@ -45,13 +65,14 @@ class Chunks:
     Args:
         layout: of one rank.
         memory_bytes: host memory, reserved at once.
-        tiers: behind it, in the order in which they are asked; those that hang come last.
+        tiers: behind it, in the order in which they are asked; those that are late come last.
         queue_bytes: of each tier, chunks that wait to be written; more are dropped.
         patience_s: after so long a fetch is given up.
         fetched: told, on any thread, of each fetch that ended: slot, and whether its bytes are
             there.
         populate: whether host memory is taken from the machine now, not when it is first used:
             a fetch into memory never touched takes about twice as long.
+        heads: which of the model's heads the rank has; by default all of them.
     """
 
     def __init__(
@@ -63,24 +84,31 @@ class Chunks:
         patience_s: float = 5.0,
         fetched: Callable[[int, bool], None] = lambda slot, whole: None,
         populate: bool = False,
+        heads: Heads | None = None,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.memory = HostMemory(layout, memory_bytes, populate)
         self.tiers = list(tiers)
         self.patience_s = patience_s
-        self._layout = layout
+        self._layout, self._heads = layout, heads
         self._fetched = fetched
         self._records: dict[int, Record] = {}
         self._held: dict[int, set[int]] = {}  # by slot: tiers that are known to have it too
         self._arrivals: dict[int, Arrival] = {}
         self._lock = threading.Lock()
+        self._closed = False
+        self._lost: set[tuple[int, int]] = set()  # slots that are gone, and tiers without them
         self._writers: list[Writer] = []
         self._fetchers: list[Fetcher] = []
+        self._breakers: list[Breaker] = []
         for i, behind in enumerate(self.tiers):
-            held = partial(self._known, i)
-            self._writers.append(Writer(behind.tier, layout, queue_bytes, self.counts, held))
-            get, name = partial(self._get, i), behind.tier.name
-            self._fetchers.append(Fetcher(name, get, self._end))
+            breaker = Breaker()
+            became = partial(self._became, i)
+            self._breakers.append(breaker)
+            self._fetchers.append(Fetcher(behind.tier, breaker, partial(self._brought, i)))
+            self._writers.append(Writer(behind.tier, layout, queue_bytes, self.counts, became))
+            behind.tier.register(*self.memory.span())
+            behind.tier.register(*self._writers[i].span())
 
     # -- storing -----------------------------------------------------------------------------
 
@@ -94,8 +122,7 @@ class Chunks:
         if self.tiers:
             with self._lock:
                 self._records[record.slot] = record
-            through = [i for i, behind in enumerate(self.tiers) if behind.write == "through"]
-            self._offer(record, through)
+            self._offer(record, self._through())
 
     def evict(self, slot: int) -> None:
         """Let go of a slot in host memory; tiers not known to have the chunk are offered it."""
@@ -104,7 +131,7 @@ class Chunks:
             held = self._held.pop(slot, set())
             arrival = self._arrivals.get(slot)
             if arrival is not None:
-                arrival.abandoned = True  # its thread writes there still, and frees it when done
+                arrival.abandoned = True  # a tier writes there still: it is freed when that ends
                 return
         try:
             if record is not None:
@@ -130,15 +157,26 @@ class Chunks:
         with self._lock:
             self._arrivals[record.slot] = Arrival(record)
 
-    def fetch(self, slot: int) -> None:
-        """Bring what is expected under `slot` out of the tiers behind, in the background."""
+    def fetch(self, slots: Iterable[int]) -> None:
+        """Bring what is expected under these slots out of the tiers behind, in the background."""
         with self._lock:
-            arrival = self._arrivals[slot]
-        arrival.deadline = time.monotonic() + self.patience_s
-        # Where one hangs the others are asked first: what they have comes in time.
-        tiers = range(len(self.tiers))
-        arrival.left = sorted(tiers, key=lambda i: self._fetchers[i].overdue > 0)
-        self._ask_next(arrival)
+            expected = [self._arrivals.get(slot) for slot in slots]
+        arrivals = [arrival for arrival in expected if arrival is not None]
+        self.counts["fetches_failed"] += len(expected) - len(arrivals)
+        # What a tier that was late has is asked for behind all others, if at all.
+        order = sorted(range(len(self.tiers)), key=lambda i: not self._breakers[i].closed)
+        deadline = time.monotonic() + self.patience_s
+        for arrival in arrivals:
+            record = arrival.record
+            arrival.deadline = deadline
+            try:
+                arrival.parts = self.memory.reserve(record.slot, record.T)
+            except ValueError:
+                logger.exception("lmc could not fetch a chunk")
+            if arrival.parts is not None:
+                arrival.left = list(order)
+                arrival.into = self._sections(record, arrival.parts)
+        self._ask_next(arrivals)
 
     def arrival(self, slot: int) -> Arrival | None:
         """The chunk under `slot` while it is on its way."""
@@ -148,109 +186,180 @@ class Chunks:
     # -- the end -----------------------------------------------------------------------------
 
     def drain(self, timeout_s: float = 60.0) -> bool:
-        """Wait until all that was offered to the tiers behind is put; False if that is longer."""
+        """Wait until all that was offered to the tiers behind was put; False if that is longer."""
         until = time.monotonic() + timeout_s
         return all(w.drain(max(0.0, until - time.monotonic())) for w in self._writers)
+
+    def complete(self, timeout_s: float) -> Drained:
+        """Have tiers that are written through put all that is in host memory, and wait for it.
+
+        Returns:
+            What they lack then.
+        """
+        until = time.monotonic() + timeout_s
+        for i in self._through():
+            writer = self._writers[i]
+            writer.drain(max(0.0, until - time.monotonic()))
+            for record in self._lacking(i):
+                # Of what finds no room in an empty queue nothing more can be had.
+                if self._refused(record, [i]) and writer.drain(until - time.monotonic()):
+                    self._offer(record, [i])
+            writer.drain(max(0.0, until - time.monotonic()))
+        with self._lock:
+            lost, self._lost = len(self._lost), set()
+        through = {self.tiers[i].tier.name: len(self._lacking(i)) for i in self._through()}
+        return Drained(through, lost)
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Write what tiers behind lack, as far as time goes, and let go of everything.
 
-        A tier that hangs is left as it is, with the threads that it has.
+        A second time it returns at once. A tier that hangs is left as it is, with the threads that
+        it has.
         """
         with self._lock:
+            if self._closed:
+                return
+            self._closed = True
             for arrival in self._arrivals.values():
                 arrival.abandoned = True
         until = time.monotonic() + timeout_s
         written = until - timeout_s / 10  # the rest is for the closing itself
-        closing = [
-            threading.Thread(target=self._close_tier, args=(i, written), daemon=True)
-            for i in range(len(self.tiers))
-        ]
-        for thread in closing:
-            thread.start()
-        for thread in closing:
-            thread.join(max(0.0, until - time.monotonic()))
+        for i, writer in enumerate(self._writers):
+            writer.close(written, partial(self._close_tier, i, written))
+        for i, writer in enumerate(self._writers):
+            if not writer.join(until - time.monotonic()):
+                name = self.tiers[i].tier.name
+                logger.warning("lmc leaves tier %s open: it does not answer", name)
         self.memory.close()
 
     # -- tiers -------------------------------------------------------------------------------
 
+    def _sections(self, record: Record, parts: Sequence[torch.Tensor]) -> list[Section]:
+        form = full_attention(self._layout, record.T, self._heads)
+        return [Section(form, [rows_of(part) for part in parts])]
+
+    def _lacking(self, i: int) -> list[Record]:
+        """What is in host memory and, as far as is known, not in tier `i`."""
+        with self._lock:
+            return [r for r in self._records.values() if i not in self._held.get(r.slot, ())]
+
+    def _through(self) -> list[int]:
+        return [i for i, behind in enumerate(self.tiers) if behind.write == "through"]
+
     def _close_tier(self, i: int, until: float) -> None:
-        """On a thread of its own."""
-        tier, writer = self.tiers[i].tier, self._writers[i]
+        """On the thread that writes to it, behind all that was in its queue."""
+        tier = self.tiers[i].tier
         with self._lock:
             records = list(self._records.values())
-            held = [i in self._held.get(record.slot, ()) for record in records]
+        held = [False] * len(records)
         try:
             # Of what it is known to have had it may have let go since.
             held = tier.contains(records)
-        except BaseException:
+        except BaseException:  # then what it has is put in vain
             logger.exception("lmc could not ask tier %s for what it has", tier.name)
-        for record, here in zip(records, held, strict=False):
-            while not here and not self._offer(record, [i]) and time.monotonic() < until:
-                writer.drain(0.1)
-        written = writer.close(until - time.monotonic())
-        if not self._fetchers[i].close(until) or not written:
+        lacking = [record for record, here in zip(records, held, strict=True) if not here]
+        for start in range(0, len(lacking), TOGETHER):
+            if time.monotonic() > until:
+                self.counts[f"writes_dropped:{tier.name}"] += len(lacking) - start
+                break
+            items = [
+                (record, self._sections(record, parts))
+                for record in lacking[start : start + TOGETHER]
+                if (parts := self.memory.parts(record.slot)) is not None
+            ]
+            outcomes: list[Outcome] = ["failed"] * len(items)
+            try:
+                outcomes = tier.put(items)
+            except BaseException:
+                logger.exception("lmc could not write to tier %s", tier.name)
+            for (record, _), outcome in zip(items, outcomes, strict=True):
+                self._became(i, record, outcome)
+        if not self._fetchers[i].close(until):
             logger.warning("lmc leaves tier %s open: it does not answer", tier.name)
             return
-        try:
-            tier.close()
-        except BaseException:
-            logger.exception("lmc could not close tier %s", tier.name)
+        tier.close()
 
-    def _offer(
-        self, record: Record, tiers: Iterable[int], rows: Sequence[Rows] | None = None
-    ) -> bool:
-        """Whether all of the tiers will get the record, out of `rows` or host memory; no error."""
-        taken = True
+    def _offer(self, record: Record, tiers: Iterable[int]) -> None:
+        """Have the tiers put a chunk out of host memory; what is refused is counted as dropped."""
+        for i in self._refused(record, tiers):
+            self._became(i, record, "dropped")
+
+    def _refused(self, record: Record, tiers: Iterable[int]) -> list[int]:
+        """Have the tiers put a chunk; those whose queues do not take it. No error."""
+        tiers = list(tiers)
+        with self.memory.reading(record.slot) as parts:
+            return [] if parts is None else self._given(record, parts, tiers)
+
+    def _given(
+        self, record: Record, parts: Sequence[torch.Tensor], tiers: Iterable[int]
+    ) -> list[int]:
+        """As `_refused`, out of parts that nobody changes meanwhile."""
+        refused = []
         for i in tiers:  # each, not until one
             try:
-                parts = self.memory.get(record) if rows is None else rows
-                taken &= parts is not None and self._writers[i].offer(record, parts)
+                if not self._writers[i].offer(record, self._sections(record, parts)):
+                    refused.append(i)
             except BaseException:
-                taken = False
                 logger.exception("lmc could not write to tier %s", self.tiers[i].tier.name)
-                self.counts[f"writes_failed:{self.tiers[i].tier.name}"] += 1
-        return taken
+                refused.append(i)
+        return refused
 
-    def _known(self, i: int, slot: int) -> None:
-        """Tier `i` has the chunk of a slot that may be gone meanwhile."""
+    def _became(self, i: int, record: Record, outcome: Outcome) -> None:
+        """What became of a chunk that tier `i` was given; its slot may be gone meanwhile."""
+        name, kept = self.tiers[i].tier.name, outcome in ("stored", "known")
         with self._lock:
-            if slot in self._records:
-                self._held.setdefault(slot, set()).add(i)
+            here = record.slot in self._records
+            if here and kept:
+                self._held.setdefault(record.slot, set()).add(i)
+            if kept:
+                self._lost.discard((record.slot, i))
+            elif not here and len(self._lost) < LOST:
+                self._lost.add((record.slot, i))
+        if not kept:
+            self.counts[f"writes_{outcome}:{name}"] += 1
 
-    def _ask_next(self, arrival: Arrival) -> None:
-        """Ask the next tier; where none is left, or no time, the chunk will not come."""
-        try:
-            while arrival.left and not arrival.abandoned and not arrival.late:
-                if self._fetchers[arrival.left.pop(0)].submit(arrival):
-                    return
-        except BaseException:  # there may be no thread to be had
-            logger.exception("lmc could not fetch a chunk")
-        self._end(arrival)
+    def _ask_next(self, arrivals: Sequence[Arrival]) -> None:
+        """Ask the next tier of each; where none is left, or no time, the chunk will not come."""
+        asked: dict[int, list[Arrival]] = {}
+        for arrival in arrivals:
+            i = self._next(arrival)
+            if i is None:
+                self._end(arrival)
+            else:
+                asked.setdefault(i, []).append(arrival)
+        for i, some in asked.items():
+            try:
+                taken = self._fetchers[i].submit(some)
+            except BaseException:  # there may be no thread to be had
+                logger.exception("lmc could not fetch from tier %s", self.tiers[i].tier.name)
+                taken = False
+            if not taken:
+                self._ask_next(some)
 
-    def _get(self, i: int, arrival: Arrival) -> None:
-        """On a thread of tier `i`."""
-        record, tier, whole = arrival.record, self.tiers[i].tier, False
-        try:
-            if not arrival.abandoned and not arrival.late:
-                if arrival.parts is None:
-                    arrival.parts = self.memory.reserve(record.slot, record.T)
-                if arrival.parts is None:
-                    arrival.left.clear()
-                else:
-                    rows = [rows_of(part) for part in arrival.parts]
-                    got = tier.get(record, rows, arrival.deadline, arrival.advance)
-                    whole = got is not None
-        except BaseException:  # a tier may be anybody's
-            logger.exception("lmc could not fetch a chunk from tier %s", tier.name)
-        if not whole:
+    def _next(self, arrival: Arrival) -> int | None:
+        """The tier to ask now, for its share of the time that is left."""
+        now = time.monotonic()
+        while arrival.left and not arrival.abandoned and now < arrival.deadline:
+            i = arrival.left.pop(0)
+            n = 1 + sum(self._breakers[other].closed for other in arrival.left)
+            if self._breakers[i].allows():
+                arrival.until = now + (arrival.deadline - now) / n
+                return i
+        return None
+
+    def _brought(self, i: int, arrival: Arrival, here: bool) -> None:
+        """Tier `i` has brought a chunk, or has not."""
+        if here:
+            name = self.tiers[i].tier.name
+            self.counts[f"bytes_fetched:{name}"] += arrival.record.nbytes
+            if arrival.parts is not None and not arrival.abandoned:
+                # Now, as long as it is an arrival's: then its memory cannot become another's.
+                for missed in self._given(arrival.record, arrival.parts, arrival.missed):
+                    self._became(missed, arrival.record, "dropped")
+            self._end(arrival, i)
+        else:
             arrival.missed.append(i)
-            self._ask_next(arrival)
-            return
-        self.counts[f"bytes_fetched:{tier.name}"] += record.nbytes
-        # Now, while its memory cannot become another's.
-        self._offer(record, arrival.missed, rows)
-        self._end(arrival, i)
+            self._ask_next([arrival])
 
     def _end(self, arrival: Arrival, source: int | None = None) -> None:
         """The chunk is there, out of tier `source`, or will not come: once for each arrival."""

@@ -1,4 +1,4 @@
-"""A chunk on its way out of a tier, and the threads that bring it: one tier may hang, no other."""
+"""A chunk on its way out of a tier, and what follows it there: one tier may hang, no other."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from lmc.store.breaker import Breaker
+from lmc.store.reads import GRACE_S
 from lmc.store.record import Record
+from lmc.store.sections import Section
+from lmc.store.tier import Handle, Tier, Wanted
 
 logger = logging.getLogger(__name__)
 
-FETCHERS = 16  # threads: chunks of one request come side by side, their first layers first
-GRACE_S = 1.0  # a get that looks at its deadline now and then is a little late
+TOGETHER = 256  # chunks that a tier is asked for in one call
+POLL_S = 0.001  # between two looks at a tier that does not tell when it has news
 
 
 class Arrival:
     """A chunk on its way into host memory: how many of its layers are there and verified.
 
     Attributes:
-        parts: where it goes, `[L, 2, t, G, D]` along T, once there is room. Of their layers those
-            that have arrived are right.
+        parts: where it goes, `[L, 2, t, G, D]` along T. Of their layers those that have arrived
+            are right.
+        into: the same, as sections.
         deadline: of `time.monotonic()`, when it is given up.
+        until: when the tier is given up that is asked now.
         left: tiers that are still to be asked, in this order; missed: those that lack it.
         abandoned: nobody wants it any more.
     """
@@ -33,7 +39,8 @@ class Arrival:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.parts: list[torch.Tensor] | None = None
-        self.deadline = math.inf
+        self.into: Sequence[Section] = ()
+        self.deadline = self.until = math.inf
         self.left: list[int] = []
         self.missed: list[int] = []
         self.abandoned = False
@@ -76,108 +83,194 @@ class Arrival:
             return bool(self._over)
 
 
-class Fetcher:
-    """Threads that ask one tier, at most `FETCHERS`; no exit of the interpreter waits for them.
+class _Asked:
+    """An arrival that one tier is asked for."""
 
-    A call that does not return keeps its thread. What waits for a thread until it is late is told
-    so by a thread that never calls the tier.
+    def __init__(self, arrival: Arrival, over: Callable[[_Asked, bool], None]) -> None:
+        self.arrival = arrival
+        self.handle: Handle | None = None
+        self.told = False  # whether the tier has called `news`
+        self._over = over
+        self._lock = threading.Lock()
+
+    def news(self) -> None:
+        self.told = True
+        self.look()
+
+    def look(self) -> None:
+        """Pass on what is new of it."""
+        with self._lock:
+            if self.handle is None:
+                return
+            try:
+                layers, over = self.handle.poll()
+            except BaseException:  # a tier may be anybody's, and may write there for all we know
+                logger.exception("lmc could not ask a tier how far a chunk is")
+                self.told = True
+                return
+            if over is not None:
+                self.handle = None
+        if layers:
+            self.arrival.advance(layers)
+        if over is not None:
+            self._over(self, over == "here")
+
+
+class Fetcher:
+    """Asks one tier for chunks, on a thread of its own; no exit of the interpreter waits for it.
+
+    A call that does not return keeps that thread. What waits for it until it is late is told so by
+    a thread that never calls the tier.
 
     Args:
-        name: of the tier.
-        get: asks it for one arrival, on one of the threads.
-        give_up: told of an arrival that no thread was free for in time.
+        tier: that is asked.
+        breaker: of the tier.
+        ended: told, on any thread, of each arrival whether the tier has brought it. Of one that
+            the tier has not let go of nothing is told.
     """
 
     def __init__(
-        self, name: str, get: Callable[[Arrival], None], give_up: Callable[[Arrival], None]
+        self, tier: Tier, breaker: Breaker, ended: Callable[[Arrival, bool], None]
     ) -> None:
-        self._name, self._get, self._give_up = name, get, give_up
+        self._tier, self._breaker, self._ended = tier, breaker, ended
         lock = threading.Lock()
-        self._to_take = threading.Condition(lock)
+        self._to_ask = threading.Condition(lock)
         self._to_watch = threading.Condition(lock)
         self._waiting: deque[Arrival] = deque()
-        self._running: list[Arrival] = []
+        self._running: set[_Asked] = set()
         self._threads: list[threading.Thread] = []
-        self._idle = 0
-        self._watched = False
         self._closing = False
 
-    @property
-    def overdue(self) -> int:
-        """Calls that have not returned by the deadline they were given."""
-        with self._to_take:
-            return self._overdue()
-
-    def submit(self, arrival: Arrival) -> bool:
-        """Have the tier asked; False where that is in vain, since all threads hang."""
-        with self._to_take:
-            if self._closing or self._overdue() >= FETCHERS:
+    def submit(self, arrivals: Sequence[Arrival]) -> bool:
+        """Have the tier asked for these; False where that is in vain."""
+        with self._to_ask:
+            if self._closing:
                 return False
-            if not self._watched:
-                self._start("late", self._watch)
-                self._watched = True
-            if self._idle <= len(self._waiting) and len(self._threads) < FETCHERS:
-                self._threads.append(self._start(str(len(self._threads)), self._take))
-            self._waiting.append(arrival)
-            self._to_take.notify()
-            if min(a.deadline for a in self._waiting) == arrival.deadline:
-                self._to_watch.notify()
+            if not self._threads:
+                self._threads = [self._start("late", self._watch), self._start("ask", self._ask)]
+            self._waiting += arrivals
+            self._to_ask.notify()
+            self._to_watch.notify()
         return True
 
     def close(self, until: float) -> bool:
-        """Give up what waits; whether all calls have returned, or do soon after their deadlines.
+        """Give up what waits; whether the tier has let go of all memory that it was given.
 
         Args:
             until: of `time.monotonic()`, no longer than that.
         """
-        with self._to_take:
+        with self._to_ask:
             self._closing = True
-            given_up = list(self._waiting)
-            self._waiting.clear()
-            latest = max((arrival.deadline for arrival in self._running), default=math.inf)
-            self._to_take.notify_all()
+            given_up, self._waiting = list(self._waiting), deque()
+            running = list(self._running)
+            latest = max((asked.arrival.until for asked in running), default=-math.inf)
+            self._to_ask.notify_all()
             self._to_watch.notify_all()
         for arrival in given_up:
-            self._give_up(arrival)
+            self._ended(arrival, False)
+        for asked in running:
+            self._cancel(asked)
+        until = min(until, max(latest, time.monotonic()) + GRACE_S)
         for thread in self._threads:
-            thread.join(max(0.0, min(until, latest + GRACE_S) - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+            thread.join(max(0.0, until - time.monotonic()))
+        return not self._running and not any(thread.is_alive() for thread in self._threads)
 
-    def _overdue(self) -> int:
-        return sum(arrival.late for arrival in self._running)
+    # -- parts -------------------------------------------------------------------------------
 
     def _start(self, name: str, run: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=run, name=f"lmc-fetch-{self._name}-{name}", daemon=True)
+        name = f"lmc-fetch-{self._tier.name}-{name}"
+        thread = threading.Thread(target=run, name=name, daemon=True)
         thread.start()
         return thread
 
-    def _take(self) -> None:
+    def _ask(self) -> None:
+        pause = POLL_S
         while True:
-            with self._to_take:
-                self._idle += 1
-                self._to_take.wait_for(lambda: self._waiting or self._closing)
-                self._idle -= 1
-                if not self._waiting:
+            with self._to_ask:
+                self._to_ask.wait_for(
+                    lambda: self._waiting or (self._closing and not self._running),
+                    pause if any(not asked.told for asked in self._running) else None,
+                )
+                if self._closing and not self._running:
                     return
-                arrival = self._waiting.popleft()
-                self._running.append(arrival)
-            try:
-                self._get(arrival)
-            except BaseException:  # a tier may be anybody's
-                logger.exception("lmc could not fetch a chunk from tier %s", self._name)
-            with self._to_take:
-                self._running.remove(arrival)
+                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), TOGETHER))]
+                batch = [arrival for arrival in batch if not arrival.abandoned]
+                asked = [_Asked(arrival, self._over) for arrival in batch]
+                silent = [one for one in self._running if not one.told]
+                self._running.update(asked)
+                self._to_watch.notify()
+            started = time.monotonic()
+            for one in silent:
+                one.look()
+            if asked:
+                self._begin(asked)
+            # Where there is much to look at, no more than half of the time goes into it.
+            pause = max(POLL_S, time.monotonic() - started)
+
+    def _begin(self, asked: Sequence[_Asked]) -> None:
+        wanted = [
+            Wanted(one.arrival.record, one.arrival.into, one.arrival.until, one.news)
+            for one in asked
+        ]
+        try:
+            handles = self._tier.get_many(wanted)
+        except BaseException:  # a tier may be anybody's
+            logger.exception("lmc could not fetch chunks from tier %s", self._tier.name)
+            for one in asked:
+                self._over(one, False)
+            return
+        for one, handle in zip(asked, handles, strict=True):
+            one.handle = handle
+            one.look()
+
+    def _over(self, asked: _Asked, here: bool) -> None:
+        """The tier has let go of it."""
+        late = asked.arrival.until <= time.monotonic()
+        with self._to_ask:
+            self._running.discard(asked)
+            if not here and late:
+                self._breaker.late()
+            elif not self._breaker.closed and not self._overdue():
+                self._breaker.back()
+            if self._closing:
+                self._to_ask.notify()
+        self._ended(asked.arrival, here)
+
+    def _overdue(self) -> bool:
+        now = time.monotonic()
+        return any(one.arrival.until <= now for one in self._running)
 
     def _watch(self) -> None:
+        seen: set[_Asked] = set()
         while True:
             with self._to_watch:
-                if self._closing:
-                    return
-                first = min((arrival.deadline for arrival in self._waiting), default=math.inf)
-                left = None if first == math.inf else max(0.0, first - time.monotonic())
-                self._to_watch.wait(left)
-                late = [arrival for arrival in self._waiting if arrival.late]
+                now = time.monotonic()
+                late = [arrival for arrival in self._waiting if arrival.until <= now]
                 for arrival in late:
                     self._waiting.remove(arrival)
+                overdue = [one for one in self._running if one.arrival.until <= now]
+                overdue = [one for one in overdue if one not in seen]
+                seen = (seen | set(overdue)) & self._running
+                if not late and not overdue:
+                    if self._closing:
+                        return
+                    ends = [arrival.until for arrival in self._waiting]
+                    ends += [one.arrival.until for one in self._running - seen]
+                    first = min(ends, default=math.inf)
+                    self._to_watch.wait(None if first == math.inf else max(0.0, first - now))
+                    continue
+                self._breaker.late()
             for arrival in late:
-                self._give_up(arrival)
+                self._ended(arrival, False)
+            for one in overdue:
+                self._cancel(one)
+
+    def _cancel(self, asked: _Asked) -> None:
+        """Tell the tier that nobody wants it, on the watching thread: it may hang there."""
+        handle = asked.handle
+        try:
+            if handle is not None:
+                handle.cancel()
+                asked.look()
+        except BaseException:  # a tier may be anybody's
+            logger.exception("lmc could not have tier %s let go of a chunk", self._tier.name)

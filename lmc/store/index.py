@@ -252,6 +252,11 @@ class Index:
             self.counts["dropped"] += 1
             self._forget(slot)
 
+    def give_up_unfilled(self, slot: int) -> None:
+        """What `slot` was reserved for will not come, if it has not."""
+        if slot in self._entries and self._entries[slot].missing:
+            self.drop(slot)
+
     def give_up(self, slot: int) -> None:
         """Nobody else is to wait for what arrives under `slot`; who uses it already goes on."""
         if slot in self._entries:

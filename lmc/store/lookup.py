@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lmc.chunking.pieces import Contexts, Piece, chunk_key, context_digests
+from lmc.chunking.pieces import Contexts, Piece, context_digests
+from lmc.store.directory import Answers
 from lmc.store.index import Index
 from lmc.store.record import ContextPolicy, Record
 
@@ -57,27 +58,13 @@ class Place(NamedTuple):
     moves: bool
 
 
-class Directory(Protocol):
-    """Tells, without reading bytes, what a tier has of a content."""
-
-    def find(self, namespace: bytes, key: bytes) -> list[Record]:
-        """Variants of one content, the oldest first; tails excepted."""
-        ...
-
-    def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Record]:
-        """What was computed behind `context` and begins with the token `first` (8 bytes).
-
-        Tails too, but nothing that is blended; of very many only the latest.
-        """
-        ...
-
-
 class Known:
     """What one namespace has, host memory first.
 
     Args:
         index: of host memory.
-        tiers: behind it, in order. Their records have no slot: `Index.adopt` gives them one.
+        tiers: behind it, in order, what they said. Their records have no slot: `Index.adopt` gives
+            them one.
         policy: what a chunk that is moved may have been computed behind.
         begins: the token that a prompt begins with, if the model has one: a chunk behind nothing
             else counts as isolated.
@@ -91,14 +78,15 @@ class Known:
         self,
         index: Index,
         namespace: bytes,
-        tiers: Sequence[Directory] = (),
+        tiers: Sequence[Answers] = (),
         policy: ContextPolicy = "any",
         begins: int | None = None,
     ) -> None:
-        self._index, self.namespace, self._tiers = index, namespace, tiers
+        self._index, self.namespace = index, namespace
+        self._tiers = [tier for tier in tiers if tier.ids]
         self.policy = policy
         self.coming: set[int] = set()
-        self.free = policy == "any" and not tiers
+        self.free = policy == "any" and not self._tiers
         first = [] if begins is None else context_digests(np.array([begins]), [1])
         self._alone = frozenset([NOTHING, *first])
 
@@ -124,7 +112,7 @@ class Known:
             if known and (not place.chained or any(exact_at(r, *place[:2]) for r in known)):
                 break
             held = {r.id for r in known}
-            found = [r for r in self._behind(tier, content) if r.id not in held]
+            found = [r for r in reversed(tier.of(content)) if r.id not in held]
             known = [*known, *(r for r in found if self._serves(r, place))]
         return known
 
@@ -136,15 +124,10 @@ class Known:
             stored += self._index.coming(self.namespace, content)
             for tier in self._tiers:
                 if not any(r.context in behind for r in stored):
-                    stored += self._behind(tier, content)
+                    stored += tier.of(content)
             known = [r for r in stored if r.context in behind and r.origin != "blended"]
             behind = frozenset(record.context_after for record in known)
         return bool(behind)
-
-    def _behind(self, tier: Directory, content: bytes) -> list[Record]:
-        """What a tier has of a content, the latest first."""
-        key = chunk_key(self.namespace, np.frombuffer(content, "<i8"))
-        return [r for r in reversed(tier.find(self.namespace, key)) if r.tokens == content]
 
     def _serves(self, record: Record, place: Place) -> bool:
         if exact_at(record, place.start, place.contexts):
@@ -174,7 +157,7 @@ class Known:
         fits = [r for r in stored if ids.startswith(r.tokens, at)]
         for tier in self._tiers:
             if not fits:
-                stored = tier.after(self.namespace, context, first)
+                stored = tier.after(context, first)
                 fits = [r for r in stored if ids.startswith(r.tokens, at)]
         return max(fits, key=lambda record: record.T, default=None)
 

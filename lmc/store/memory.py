@@ -5,25 +5,33 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
 from lmc.model.layout import KVLayout
 from lmc.store.extents import Extents, Run
+from lmc.store.reads import Ended
 from lmc.store.record import Record
 from lmc.store.rows import copy_rows
-from lmc.store.tier import Rows
+from lmc.store.sections import Form, Rows, Section
+from lmc.store.tier import Behind, Durability, Handle, Outcome, Wanted
 
 MAP_NORESERVE = 0x4000  # of Linux; Python's mmap has it from 3.13 on
 
 
 @dataclass
 class _Held:
+    """A slot's room: as parts where it was reserved, as sections where it was put."""
+
     runs: list[Run]
-    parts: list[torch.Tensor]
+    parts: list[torch.Tensor] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+    record: Record | None = None
     published: bool = False
+    readers: int = 0
 
 
 class HostMemory:
@@ -33,7 +41,8 @@ class HostMemory:
     is free and in several where not: so nothing is lost to fragments, however long it runs. Each
     run is a chunk buffer of its own, `[L, 2, t, G, D]`, which `scatter` takes as it is.
 
-    Which chunks are held is the Index's decision.
+    Which chunks are held is the Index's decision. Who copies out of it on a thread of its own does
+    so within `reading`: memory that is let go of meanwhile becomes another's only afterwards.
 
     Args:
         layout: shape of one token.
@@ -42,11 +51,13 @@ class HostMemory:
     """
 
     name = "memory"
+    durability: Durability = "evictable"
 
     def __init__(self, layout: KVLayout, capacity: int, populate: bool = False) -> None:
         self.layout = layout
         self.capacity = capacity
         self.counts: Counter[str] = Counter()
+        self.epoch: int | None = 0
         tokens = capacity // layout.bytes_per_token
         self._dtype = getattr(torch, layout.dtype)
         self._buffer = _reserved(tokens * layout.bytes_per_token, populate)
@@ -106,58 +117,63 @@ class HostMemory:
                 for held in found
             ]
 
+    @contextmanager
+    def reading(self, slot: int) -> Iterator[list[torch.Tensor] | None]:
+        """The chunk's parts, as `parts`, which stay what they are as long as this lasts."""
+        with self._reading(slot) as held:
+            yield None if held is None else held.parts
+
     def release(self, slot: int) -> None:
         """Let go of a slot, published or not; one that is not held is no error."""
         with self._lock:
-            held = self._held.pop(slot, None)
-            if held is not None:
-                self._extents.give(held.runs)
+            self._release(slot)
 
-    # -- as a tier, by record ------------------------------------------------------------------
+    def span(self) -> tuple[int, int]:
+        """Address and bytes of all of it."""
+        return self._buffer.data_ptr(), self._buffer.numel()
+
+    # -- as a tier, by the slots of records ----------------------------------------------------
 
     @property
     def size(self) -> int:
         """Bytes of all chunks."""
         return (self._tokens - self._extents.free) * self.layout.bytes_per_token
 
+    def register(self, address: int, nbytes: int) -> None:
+        """As `Tier`; copies need no registration."""
+
+    def lookup_many(
+        self, namespace: bytes, keys: Sequence[bytes], behind: Sequence[Behind], deadline: float
+    ) -> tuple[list[list[Record]], list[list[Record]]]:
+        with self._lock:
+            held = [h.record for h in self._held.values() if h.published and h.record is not None]
+        by_key: dict[bytes, list[Record]] = {}
+        by_context: dict[Behind, list[Record]] = {}
+        for record in held:
+            if record.namespace == namespace:
+                if not record.tail:
+                    by_key.setdefault(record.key, []).append(record)
+                if record.origin != "blended":
+                    question = Behind(record.context, record.tokens[:8])
+                    by_context.setdefault(question, []).append(record)
+        return [by_key.get(key, []) for key in keys], [by_context.get(q, []) for q in behind]
+
     def contains(self, records: Sequence[Record]) -> list[bool]:
-        return [self.parts(record.slot) is not None for record in records]
+        with self._lock:
+            found = [self._held.get(record.slot) for record in records]
+            return [held is not None and held.published for held in found]
 
-    def put(self, items: Sequence[tuple[Record, Sequence[Rows]]]) -> list[bool]:
-        done = []
-        for record, rows in items:
-            with self._lock:
-                known = record.slot in self._held
-                if known:
-                    self.counts["known"] += 1
-                parts = None if known else self._take(record.slot, record.T)
-            if parts is not None:
-                try:
-                    copy_rows(rows, [rows_of(part) for part in parts])
-                except Exception:
-                    self.release(record.slot)
-                    raise
-                self.publish(record.slot)
-            done.append(parts is not None)
-        return done
+    def put(self, items: Sequence[tuple[Record, Sequence[Section]]]) -> list[Outcome]:
+        return [self._put(record, sections) for record, sections in items]
 
-    def get(
-        self,
-        record: Record,
-        into: Sequence[Rows] | None = None,
-        deadline: float | None = None,
-        arrived: Callable[[int], None] = lambda layers: None,
-    ) -> Sequence[Rows] | None:
-        parts = self.parts(record.slot)
-        if parts is None:
-            return None
-        rows = [rows_of(part) for part in parts]
-        if into is not None:
-            copy_rows(rows, into)
-            if self.parts(record.slot) is not parts:  # evicted meanwhile: its room may be another's
-                return None
-        arrived(self.layout.L)
-        return rows if into is None else into
+    def get(self, record: Record) -> Sequence[Section] | None:
+        """The chunk's sections where they lie, until it is evicted; None when it is not held."""
+        with self._lock:
+            held = self._held.get(record.slot)
+            return held.sections if held is not None and held.published else None
+
+    def get_many(self, wanted: Sequence[Wanted]) -> list[Handle]:
+        return [Ended(self.layout.L if self._copied(w) else None) for w in wanted]
 
     def evict(self, records: Sequence[Record]) -> None:
         with self._lock:
@@ -165,7 +181,7 @@ class HostMemory:
                 held = self._held.get(record.slot)
                 # A put that has not ended writes there still.
                 if held is not None and held.published:
-                    self._extents.give(self._held.pop(record.slot).runs)
+                    self._release(record.slot)
 
     def close(self) -> None:
         with self._lock:
@@ -183,6 +199,95 @@ class HostMemory:
         parts = [self._part(start, end) for start, end in runs]
         self._held[slot] = _Held(runs, parts)
         return parts
+
+    def _release(self, slot: int) -> None:
+        """The lock is held."""
+        held = self._held.pop(slot, None)
+        if held is not None and not held.readers:
+            self._extents.give(held.runs)
+
+    @contextmanager
+    def _reading(self, slot: int) -> Iterator[_Held | None]:
+        with self._lock:
+            held = self._held.get(slot)
+            if held is not None and held.published:
+                held.readers += 1
+            else:
+                held = None
+        try:
+            yield held
+        finally:
+            if held is not None:
+                with self._lock:
+                    held.readers -= 1
+                    if not held.readers and self._held.get(slot) is not held:
+                        self._extents.give(held.runs)
+
+    def _put(self, record: Record, sections: Sequence[Section]) -> Outcome:
+        with self._lock:
+            if record.slot in self._held:
+                self.counts["known"] += 1
+                return "known"
+            runs: list[Run] = []
+            room = []
+            for form, _ in sections:
+                placed = self._place(form)
+                if placed is None:
+                    self._extents.give(runs)
+                    self.counts["no_room"] += 1
+                    return "full"
+                runs += placed[0]
+                room.append(Section(form, placed[1]))
+            held = self._held[record.slot] = _Held(runs, sections=room, record=record)
+        try:
+            for (_, source), (_, target) in zip(sections, room, strict=True):
+                copy_rows(source, target)
+            if not room:
+                raise ValueError("got a chunk of no sections")
+        except ValueError:  # rows that are not of their form
+            self.release(record.slot)
+            self.counts["failed"] += 1
+            return "failed"
+        with self._lock:
+            held.published = True
+            self.epoch = (self.epoch or 0) + 1
+        return "stored"
+
+    def _copied(self, wanted: Wanted) -> bool:
+        with self._reading(wanted.record.slot) as held:
+            if held is None:
+                return False
+            have = dict(held.sections)
+            if any(form not in have for form, _ in wanted.into):
+                self.counts["other_layout"] += 1
+                return False
+            for form, parts in wanted.into:
+                copy_rows(have[form], parts)
+        return True
+
+    def _place(self, form: Form) -> tuple[list[Run], list[Rows]] | None:
+        """Room for a section of any form: runs, and its rows in them; None if there is too little.
+
+        What does not fill a run of whole tokens of the layout is left empty.
+        """
+        L, S, T, R = form.shape
+        unit, token = self.layout.bytes_per_token, L * S * R
+        runs: list[Run] = []
+        parts: list[Rows] = []
+        memory = self._buffer.numpy()
+        while T:
+            taken = self._extents.take(-(-T * token // unit))
+            if taken is None or not any((end - start) * unit >= token for start, end in taken):
+                self._extents.give(runs + (taken or []))
+                return None
+            runs += taken
+            for start, end in taken:
+                n = min(T, (end - start) * unit // token)
+                if n:
+                    rows = memory[start * unit : start * unit + n * token]
+                    parts.append(rows.reshape(L, S, n, R))
+                    T -= n
+        return runs, parts
 
     def _part(self, start: int, end: int) -> torch.Tensor:
         size = self.layout.bytes_per_token

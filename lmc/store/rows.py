@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lmc.store.tier import Rows
+from lmc.store.sections import Rows
 
 
 def copy_rows(source: Sequence[Rows], target: Sequence[Rows]) -> None:

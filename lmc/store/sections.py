@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -61,6 +61,15 @@ class Form:
         L, S, T, R = self.shape
         return L * S * T * R
 
+    @property
+    def kin(self) -> tuple[object, ...]:
+        """What forms have in common that are of the same arrays, each of some heads of them."""
+        return (self.group, self.kind, self.heads[2], self.tokens, self.L, self.D, self.dtype)
+
+    def of(self, heads: Heads) -> Form:
+        """The same of other heads."""
+        return self if heads == self.heads else replace(self, heads=heads)
+
 
 class Section(NamedTuple):
     """A form, and its bytes: parts `[L, S, t, R]` along T, each of them contiguous."""
@@ -77,3 +86,24 @@ def full_attention(layout: KVLayout, T: int, heads: Heads | None = None) -> Form
     """
     heads = heads or (0, layout.G, layout.G)
     return Form(0, "kv", heads, (0, T), layout.L, layout.D, layout.dtype)
+
+
+def covered(form: Form, held: Iterable[Form]) -> bool:
+    """Whether forms that are held have all of a form's heads between them."""
+    kin = form.kin
+    at, end, _ = form.heads
+    for start, stop in sorted(other.heads[:2] for other in held if other.kin == kin):
+        if start > at or at >= end:
+            break
+        at = max(at, stop)
+    return at >= end
+
+
+def whole(form: Form) -> Form:
+    """The same of all heads that there are."""
+    return form.of((0, form.heads[2], form.heads[2]))
+
+
+def complete(forms: Sequence[Form]) -> bool:
+    """Whether nothing is missing of any form that there is: no heads."""
+    return all(covered(whole(form), forms) for form in forms)

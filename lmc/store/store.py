@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -14,18 +17,24 @@ from lmc.chunking import CHUNKERS
 from lmc.chunking.pieces import Piece, split
 from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
-from lmc.store.chunks import Attached, Chunks
+from lmc.store.chunks import Attached, Chunks, Drained
+from lmc.store.directory import Asked, Directory
 from lmc.store.index import Index
 from lmc.store.keep import keep
 from lmc.store.lookup import Found, Known, find
 from lmc.store.record import ContextPolicy, Record
-from lmc.store.tier import TIERS
+from lmc.store.tier import TIERS, Tier
 
 Tokens = Sequence[int] | np.ndarray
+TOLD = 1 << 16  # records of tiers of which it is remembered which tier told of them
 
 
 class Store:
     """Index and bytes of one process, as a serving engine has them in its scheduler and workers.
+
+    Use it in a `with`, or close it; one that is dropped, or left open when the interpreter ends, is
+    closed then, and what waits to be written is written first. Several threads may use it: what
+    one waits for, a tier say, does not keep others. A fork's child must open one of its own.
 
     Args:
         layout: of one token's KV.
@@ -72,10 +81,28 @@ class Store:
         self.chunker = CHUNKERS.build(chunker)
         self.context, self.begins = context, begins
         self.index = Index(memory_bytes, 1, policy, cost, exact_variants=exact_variants)
-        opened = [s.open(layout, exact_variants=exact_variants, label=label) for s in said]
-        self.tiers = opened
-        behind = [Attached(tier, s.write) for s, tier in zip(said, opened, strict=True)]
-        self.chunks = Chunks(layout, memory_bytes, behind, patience_s=patience_s)
+        self.tiers: list[Tier] = []
+        try:
+            for s in said:
+                self.tiers.append(s.open(layout, exact_variants=exact_variants, label=label))
+        except BaseException:
+            for tier in self.tiers:
+                tier.close()
+            raise
+        behind = [Attached(tier, s.write) for s, tier in zip(said, self.tiers, strict=True)]
+        self._ended: deque[tuple[int, bool]] = deque()
+        ended = self._ended  # not self: who is told by a thread could never be let go of
+        self.chunks = Chunks(
+            layout,
+            memory_bytes,
+            behind,
+            patience_s=patience_s,
+            fetched=lambda slot, whole: ended.append((slot, whole)),
+        )
+        self.directory = Directory(self.tiers, patience_s)
+        self._lock = threading.RLock()
+        self._told: OrderedDict[bytes, str] = OrderedDict()
+        self._close = weakref.finalize(self, _close, self.chunks, self.directory)
 
     def __enter__(self) -> Store:
         return self
@@ -107,15 +134,44 @@ class Store:
         Raises:
             ValueError: as `pieces`.
         """
-        known = Known(self.index, self.namespace, self.tiers, self.context, self.begins)
-        return find(np.asarray(tokens, np.int64), self.pieces(tokens, spans), known)
+        ids, pieces = np.asarray(tokens, np.int64), self.pieces(tokens, spans)
+        asked, until = None, time.monotonic() + self.chunks.patience_s
+        while True:
+            asked = self.ask(ids, pieces, asked)
+            with self._lock:
+                self._settle()
+                known = Known(self.index, self.namespace, asked.answers, self.context, self.begins)
+                found = find(ids, pieces, known)
+            if not asked.unasked or time.monotonic() >= until:
+                break
+        for one in found:
+            told_by = asked.told_by(one.record.id) if one.record.slot < 0 else None
+            if told_by is not None:
+                self._told[one.record.id] = self.tiers[told_by].name
+        while len(self._told) > TOLD:
+            self._told.popitem(last=False)
+        return found
+
+    def ask(self, tokens: np.ndarray, pieces: Sequence[Piece], also: Asked | None = None) -> Asked:
+        """What tiers say they have of tokens [T], as far as it comes within the patience.
+
+        Args:
+            also: what was asked before and left questions open.
+        """
+        asked = self.directory.ask(self.namespace, tokens, pieces, also)
+        asked.wait(asked.deadline)
+        return asked
 
     def where(self, found: Found | Record) -> str:
-        """The tier that would give a chunk: `memory`, or the name of one behind it."""
+        """The tier that would give a chunk: `memory`, or the name of one behind it.
+
+        Nothing where it is gone, or was never looked up.
+        """
         record = found.record if isinstance(found, Found) else found
         if record.slot >= 0:
-            return self.chunks.memory.name
-        return next((t.name for t in self.tiers if t.contains([record])[0]), "")
+            held = self.chunks.parts(record.slot) is not None
+            return self.chunks.memory.name if held else ""
+        return self._told.get(record.id, "")
 
     def retrieve(self, found: Found | Record) -> torch.Tensor | None:
         """The KV `[L, 2, T, G, D]` of a chunk that is stored, a copy; None where it is gone.
@@ -123,22 +179,37 @@ class Store:
         Its keys are rotated for `record.start` on. Out of a tier behind host memory it is brought
         there first, if there is room.
         """
-        record = found.record if isinstance(found, Found) else found
-        held = self.bring([record]).get(record.id)
-        parts = self.chunks.parts(held.slot) if held is not None else None
-        if held is None or parts is None:
-            return None
-        self.index.touch(held.slot)
-        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0].clone()
+        return self.retrieve_many([found])[0]
+
+    def retrieve_many(self, found: Sequence[Found | Record]) -> list[torch.Tensor | None]:
+        """As `retrieve`, of several chunks that are brought side by side."""
+        records = [f.record if isinstance(f, Found) else f for f in found]
+        out: list[torch.Tensor | None] = []
+        most = self.index.capacity // 2  # what is brought together must have room together
+        while len(out) < len(records):
+            some: list[Record] = []
+            size = 0
+            for record in records[len(out) :]:
+                if some and size + record.nbytes > most:
+                    break
+                some.append(record)
+                size += record.nbytes
+            held = self.bring(some)
+            out += [self._copied(held.get(record.id)) for record in some]
+        return out
 
     def prefetch(self, tokens: Tokens, spans: Sequence[tuple[int, int]] | None = None) -> None:
         """Start to bring what is stored of tokens [T] into host memory, and return.
 
+        It holds no more of host memory than there is: what is not asked for soon is evicted again
+        as everything is.
+
         Raises:
             ValueError: as `pieces`.
         """
-        for found in self.lookup(tokens, spans):
-            self._start(found.record)
+        found = self.lookup(tokens, spans)
+        with self._lock:
+            self._start([one.record for one in found])
 
     def save(
         self,
@@ -164,15 +235,47 @@ class Store:
                 f"got KV {list(kv.shape)} of {kv.dtype}, want {list(want)} of {self.layout.dtype}"
             )
         kept = self.make_room(tokens, self.pieces(tokens, spans), blended_from)
-        return sum(self.fill(record, kv[:, :, p.start : p.end]) for p, record in kept)
+        filled = 0
+        try:
+            for piece, record in kept:
+                filled += self.fill(record, kv[:, :, piece.start : piece.end])
+        finally:
+            with self._lock:
+                for _, record in kept:
+                    self.index.give_up_unfilled(record.slot)
+                self._free()
+        return filled
 
-    def drain(self, timeout_s: float = 60.0) -> bool:
-        """Wait until tiers have what they are to have; False when that takes longer."""
-        return self.chunks.drain(timeout_s)
+    def drain(self, timeout_s: float = 60.0) -> Drained:
+        """Have tiers that are written through put all that is in host memory, and wait for it.
+
+        Returns:
+            What they lack then: true where that is nothing.
+        """
+        return self.chunks.complete(timeout_s)
+
+    def stats(self) -> dict[str, Any]:
+        """What is held and what has happened so far: bytes, chunks and counters by kind."""
+        tiers = {
+            tier.name: {
+                "size": tier.size,
+                "capacity": tier.capacity,
+                "durability": tier.durability,
+                "counts": dict(tier.counts),
+            }
+            for tier in self.tiers
+        }
+        return {
+            "chunks": len(self.index),
+            "size": self.index.size,
+            "capacity": self.index.capacity,
+            "counts": {**self.index.counts, **self.chunks.counts},
+            "tiers": tiers,
+        }
 
     def close(self) -> None:
-        """Write what is to be written, and let go of memory and tiers."""
-        self.chunks.close()
+        """Write what is to be written, and let go of memory and tiers; a second time, nothing."""
+        self._close()
 
     # -- for connectors ------------------------------------------------------------------------
 
@@ -182,59 +285,105 @@ class Store:
         """Room for every chunk that is not stored; each is to be filled, or dropped, at once."""
         ids = np.asarray(tokens, np.int64)
         per_token = self.layout.bytes_per_token
-        kept = keep(self.index, self.namespace, ids, pieces, blended_from, per_token)
-        self._free()
+        with self._lock:
+            self._settle()
+            kept = keep(self.index, self.namespace, ids, pieces, blended_from, per_token)
+            self._free()
         return kept
 
     def fill(self, record: Record, kv: torch.Tensor) -> bool:
         """Store the KV `[L, 2, T, G, D]` of a record that room was made for; False without room."""
-        if record.slot not in self.index:
-            return False
-        parts = self.chunks.reserve(record.slot, record.T)
-        if parts is None:
-            self.index.drop(record.slot)
-            self._free()
-            return False
-        for part, source in zip(parts, kv.split([p.shape[2] for p in parts], dim=2), strict=True):
+        with self._lock:
+            if record.slot not in self.index:
+                return False
+            parts = self.chunks.reserve(record.slot, record.T)
+            if parts is None:
+                self.index.drop(record.slot)
+                self._free()
+                return False
+        sources = kv.detach().split([p.shape[2] for p in parts], dim=2)
+        for part, source in zip(parts, sources, strict=True):
             part.copy_(source)
         self.chunks.publish(record)
-        self.index.acknowledge(record.slot, 0)
+        with self._lock:
+            self.index.acknowledge(record.slot, 0)
         return True
 
     def bring(self, records: Sequence[Record]) -> dict[bytes, Record]:
         """Bring records into host memory; by id those that are there now, with their slots."""
-        started = {}
-        for record in records:
-            if (taken := self._start(record)) is not None:
-                self.index.lease(taken.slot)  # so that the next one does not push it out
-                started[record.id] = taken
-        held = {}
+        with self._lock:
+            self._settle()
+            started = self._start(records, lease=True)
         deadline = time.monotonic() + self.chunks.patience_s
-        for id, record in started.items():
+        for record in started.values():
             arrival = self.chunks.arrival(record.slot)
             if arrival is not None:
                 arrival.wait(None, deadline)
-            if self.chunks.parts(record.slot) is None:
-                self.index.drop(record.slot)
-            else:
-                self.index.acknowledge(record.slot, 0)
-                held[id] = record
-            self.index.release(record.slot)
-        self._free()
+        held = {}
+        with self._lock:
+            self._settle()
+            for id, record in started.items():
+                if self.chunks.parts(record.slot) is None:
+                    self.index.drop(record.slot)
+                else:
+                    held[id] = record
+                self.index.release(record.slot)
+            self._free()
         return held
 
-    def _start(self, record: Record) -> Record | None:
-        """The record with its slot, on its way if need be; None when there is no room."""
-        if record.slot in self.index:
-            return record
-        taken = self.index.adopt(record)
-        if taken is None:
-            return self.index.twin(record)
+    # -- parts ---------------------------------------------------------------------------------
+
+    def _start(self, records: Sequence[Record], lease: bool = False) -> dict[bytes, Record]:
+        """By id the records that are in memory or on their way now, with their slots.
+
+        Args:
+            lease: keep each, so that the next one does not push it out.
+        """
+        started, coming = {}, []
+        for record in records:
+            taken: Record | None = record
+            if record.slot not in self.index:
+                taken = self.index.adopt(record)
+                if taken is not None:
+                    coming.append(taken)
+                else:
+                    taken = self.index.twin(record)
+            if taken is not None:
+                started[record.id] = taken
+                if lease:
+                    self.index.lease(taken.slot)
         self._free()
-        self.chunks.expect(taken)
-        self.chunks.fetch(taken.slot)
-        return taken
+        for record in coming:
+            self.chunks.expect(record)
+        self.chunks.fetch([record.slot for record in coming])
+        return started
+
+    def _settle(self) -> None:
+        """Learn of fetches that ended since: what came is as any chunk, what did not is gone."""
+        while self._ended:
+            slot, whole = self._ended.popleft()
+            if whole:
+                self.index.acknowledge(slot, 0)
+            else:
+                self.index.drop(slot)
+        self._free()
+
+    def _copied(self, record: Record | None) -> torch.Tensor | None:
+        if record is None:
+            return None
+        with self.chunks.memory.reading(record.slot) as parts:
+            if parts is None:
+                return None
+            out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0].clone()
+        with self._lock:
+            self.index.touch(record.slot)
+        return out
 
     def _free(self) -> None:
         for slot in self.index.take_freed():
             self.chunks.evict(slot)
+
+
+def _close(chunks: Chunks, directory: Directory) -> None:
+    directory.close(tiers=False)
+    chunks.close()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
-
-import numpy as np
+from typing import Any, Literal, NamedTuple, Protocol
 
 from lmc.model.layout import KVLayout
 from lmc.registry import Registry
 from lmc.store.record import Record
+from lmc.store.sections import Heads, Section
 
-# Bytes of a chunk buffer: uint8 [L, S, T, R], S = 2 for K and V (1 for MLA's latents) and R the
-# bytes of a token in one layer, G * D * b. A chunk is one such array, or several that follow each
-# other along T.
-Rows = np.ndarray
+# What became of a put: it is held now, it was (or a better variant is), there was no room, the
+# place failed, or it never got there.
+Outcome = Literal["stored", "known", "full", "failed", "dropped"]
+# How long what is stored lasts: as long as a disk, as its copies, or as the place likes.
+Durability = Literal["device", "replicated", "evictable"]
 
 
 def taken(counts: Counter[str]) -> dict[str, int]:
@@ -26,54 +26,116 @@ def taken(counts: Counter[str]) -> dict[str, int]:
     return {kind: n for kind, n in gathered.items() if n}
 
 
+class Behind(NamedTuple):
+    """A question: what was computed behind `context` and begins with the token `first`?"""
+
+    context: bytes
+    first: bytes  # 8 bytes, int64
+
+
+class Wanted(NamedTuple):
+    """A chunk that is asked for.
+
+    Attributes:
+        into: where its bytes go, the sections in any order; written until the handle is over.
+        deadline: `time.monotonic()` at which to give up.
+        news: to be called, on any thread, when `poll` has something new to say. A place that
+            cannot tell is polled.
+    """
+
+    record: Record
+    into: Sequence[Section]
+    deadline: float
+    news: Callable[[], None]
+
+
+class Progress(NamedTuple):
+    """How far a chunk has come.
+
+    Attributes:
+        layers: how many of its first layers are there and verified.
+        over: whether all of it is there, or will not be; None as long as it is on its way. Once
+            this is told nothing is written into its destination any more.
+    """
+
+    layers: int
+    over: Literal["here", "missing"] | None
+
+
+class Handle(Protocol):
+    """A chunk on its way out of a tier."""
+
+    def poll(self) -> Progress:
+        """How far it has come; does not wait."""
+        ...
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: it is over as soon as nothing writes. Does not wait."""
+        ...
+
+
 class Tier(Protocol):
     """One place that holds chunks.
 
-    A put is whole or not at all, and lasts from the moment it is acknowledged as long as the place
-    does. A get gives the bytes that were put, or None. What is damaged, missing, full, slow or
-    gone is never an exception: it is a miss, counted by its kind in `counts`. Methods may be called
-    by several threads.
+    A put is whole or not at all, and once it is `stored` it lasts as `durability` says. A get gives
+    the bytes that were put, or none. What is damaged, missing, full, slow or gone is never an
+    exception: it is counted by its kind in `counts`. Methods may be called by several threads.
+    None is ever called on a thread that serves a model: each tier has threads of its own, which
+    call it and may wait for it (`lmc.store.chunks`, `lmc.store.directory`).
 
     Attributes:
         name: for reports.
-        capacity: bytes.
-        size: bytes held now, at most `capacity`.
+        capacity: bytes; None where that is not known.
+        durability: what `stored` means.
         counts: what happened, by kind, since the tier was opened.
     """
 
     name: str
-    capacity: int
+    durability: Durability
     counts: Counter[str]
 
     @property
-    def size(self) -> int: ...
+    def capacity(self) -> int | None: ...
 
-    def contains(self, records: Sequence[Record]) -> list[bool]:
-        """Which of the records are held; no bytes are read."""
+    @property
+    def size(self) -> int | None:
+        """Bytes held now, at most `capacity`; None where that is not known."""
         ...
 
-    def put(self, items: Sequence[tuple[Record, Sequence[Rows]]]) -> list[bool]:
-        """Hold these chunks: for each, whether it is acknowledged.
-
-        One that is held already, or that has a better variant here, is not put again: False.
-        """
+    @property
+    def epoch(self) -> int | None:
+        """Another number whenever something was put that was not there; None if it cannot tell."""
         ...
 
-    def get(
-        self,
-        record: Record,
-        into: Sequence[Rows] | None = None,
-        deadline: float | None = None,
-        arrived: Callable[[int], None] = lambda layers: None,
-    ) -> Sequence[Rows] | None:
-        """The chunk's bytes, verified, or None.
+    def register(self, address: int, nbytes: int) -> None:
+        """Memory that chunks come from and go to, as long as the tier is open; told once."""
+        ...
+
+    def lookup_many(
+        self, namespace: bytes, keys: Sequence[bytes], behind: Sequence[Behind], deadline: float
+    ) -> tuple[list[list[Record]], list[list[Record]]]:
+        """What is held, without reading bytes, in one go for all the questions.
 
         Args:
-            into: where they go; without it the tier may answer with a view of its own, which must
-                not be written and lasts until the record is evicted.
-            deadline: `time.monotonic()` at which to give up.
-            arrived: called with the number of layers that are there and verified, as they come.
+            deadline: `time.monotonic()` at which to answer with what is known.
+
+        Returns:
+            For each key the variants of that content that every rank has, the oldest first, tails
+            excepted; for each of `behind` what continues it, tails too, but nothing blended, and
+            of very many only the latest.
         """
+        ...
+
+    def contains(self, records: Sequence[Record]) -> list[bool]:
+        """Which of the records are held here, on this rank."""
+        ...
+
+    def put(self, items: Sequence[tuple[Record, Sequence[Section]]]) -> list[Outcome]:
+        """Hold these chunks: what became of each."""
+        ...
+
+    def get_many(self, wanted: Sequence[Wanted]) -> list[Handle]:
+        """Begin to bring chunks, the first layers of each first; returns at once."""
         ...
 
     def evict(self, records: Sequence[Record]) -> None:
@@ -81,7 +143,7 @@ class Tier(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of files and memory; what was acknowledged stays where the place outlives us."""
+        """Let go of files and memory, a second time too; what is stored stays."""
         ...
 
 
@@ -98,12 +160,17 @@ class TierConfig(Protocol):
         self,
         layout: KVLayout,
         *,
-        shard: int = 0,
-        shards: int = 1,
+        heads: Heads | None = None,
         exact_variants: int = 2,
         label: str = "",
     ) -> Any:
-        """The tier, for one of `shards` ranks. It also tells what it has, as `lookup.Directory`.
+        """The tier, for one rank.
+
+        Args:
+            layout: of the rank.
+            heads: which of the model's heads the rank has; by default all of them.
+            exact_variants: exact contexts kept of one content.
+            label: the model's name, for people who list the tier.
 
         Raises:
             ValueError: a wrong setting, or a place that is not a store's.

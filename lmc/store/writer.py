@@ -12,7 +12,8 @@ from dataclasses import replace
 from lmc.model.layout import KVLayout
 from lmc.store.memory import HostMemory
 from lmc.store.record import Record
-from lmc.store.tier import Rows, Tier
+from lmc.store.sections import Section
+from lmc.store.tier import Outcome, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Writer:
         layout: of the chunks.
         queue_bytes: of the copies that wait; memory that is reserved at once.
         counts: where drops and failures are counted.
-        held: told, on the writer's thread, of each slot whose chunk the tier has now.
+        became: told, on the writer's thread, of each chunk that was offered what became of it.
     """
 
     def __init__(
@@ -41,30 +42,34 @@ class Writer:
         layout: KVLayout,
         queue_bytes: int,
         counts: Counter[str],
-        held: Callable[[int], None] = lambda slot: None,
+        became: Callable[[Record, Outcome], None] = lambda record, outcome: None,
     ) -> None:
         self._tier, self._name = tier, tier.name
         self._staging = HostMemory(layout, queue_bytes)
         self._counts = counts
-        self._held = held
+        self._became = became
         # Each as it came, and as it is staged: a slot may be offered twice.
         self._queue: deque[tuple[Record, Record]] = deque()
         self._waiting = 0  # offers that are in the queue or being put
         self._next = 0
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing, self._until = False, 0.0
+        self._last: Callable[[], None] = lambda: None
         self._thread = threading.Thread(
             target=self._run, name=f"lmc-writer-{self._name}", daemon=True
         )
         self._thread.start()
 
-    def offer(self, record: Record, parts: Sequence[Rows]) -> bool:
+    def span(self) -> tuple[int, int]:
+        """Address and bytes of the memory out of which the tier is given chunks."""
+        return self._staging.span()
+
+    def offer(self, record: Record, sections: Sequence[Section]) -> bool:
         """Have a chunk put later; False when it is dropped."""
         with self._changed:
             staged = replace(record, slot=self._next)
             self._next += 1
-        if not self._staging.put([(staged, parts)])[0]:
-            self._counts[f"writes_dropped:{self._name}"] += 1
+        if self._staging.put([(staged, sections)])[0] != "stored":
             return False
         with self._changed:
             if not self._closing:
@@ -78,60 +83,72 @@ class Writer:
     def drain(self, timeout_s: float) -> bool:
         """Wait until all that was offered is put; False when that takes longer."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting, timeout_s)
+            return self._changed.wait_for(lambda: not self._waiting, max(0.0, timeout_s))
 
-    def close(self, timeout_s: float) -> bool:
-        """Put what is waiting, for so long; what is left then is dropped and counted.
+    def close(self, until: float, last: Callable[[], None]) -> None:
+        """Put what is waiting; what is left at `until` of `time.monotonic()` is dropped.
 
-        Returns:
-            Whether no put is under way any more.
+        Args:
+            last: called behind all puts on the writer's thread, so that no other has to be had:
+                while an interpreter ends there is none. It may hang.
         """
-        until = time.monotonic() + timeout_s
-        self.drain(timeout_s)
         with self._changed:
-            self._closing = True
-            self._counts[f"writes_dropped:{self._name}"] += len(self._queue)
-            self._waiting -= len(self._queue)
-            self._queue.clear()
-            self._changed.notify_all()
-        self._thread.join(max(0.1, until - time.monotonic()))
+            if not self._closing:
+                self._closing, self._until, self._last = True, until, last
+                self._changed.notify_all()
+
+    def join(self, timeout_s: float) -> bool:
+        """Whether all is done, within so long."""
+        self._thread.join(max(0.0, timeout_s))
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing)
-                if not self._queue:
-                    break
-                some = range(min(len(self._queue), TOGETHER))
-                batch = [self._queue.popleft() for _ in some]
+        while batch := self._batch():
             try:
                 self._put(batch)
             except BaseException:  # no tier raises for a fault; this one is not as it should be
                 logger.exception("lmc could not write to tier %s", self._name)
-                self._counts[f"writes_failed:{self._name}"] += len(batch)
-            self._staging.evict([staged for _, staged in batch])
-            with self._changed:
-                self._waiting -= len(batch)
-                self._changed.notify_all()
+                for record, _ in batch:
+                    self._became(record, "failed")
+            self._done(batch)
+        try:
+            self._last()
+        except BaseException:
+            logger.exception("lmc could not close tier %s", self._name)
         self._staging.close()
+
+    def _batch(self) -> list[tuple[Record, Record]]:
+        """What is put next; nothing at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            dropped = []
+            if self._closing and time.monotonic() > self._until:
+                dropped = list(self._queue)
+                self._queue.clear()
+            some = range(min(len(self._queue), TOGETHER))
+            batch = [self._queue.popleft() for _ in some]
+        for record, _ in dropped:
+            self._became(record, "dropped")
+        self._done(dropped)
+        return batch
+
+    def _done(self, batch: Sequence[tuple[Record, Record]]) -> None:
+        self._staging.evict([staged for _, staged in batch])
+        with self._changed:
+            self._waiting -= len(batch)
+            self._changed.notify_all()
 
     def _put(self, batch: Sequence[tuple[Record, Record]]) -> None:
         items = []
         for _, staged in batch:
-            parts = self._staging.get(staged)
-            assert parts is not None
-            items.append((staged, parts))
+            sections = self._staging.get(staged)
+            assert sections is not None
+            items.append((staged, sections))
         started = time.perf_counter()
         try:
-            done = self._tier.put(items)
+            outcomes = self._tier.put(items)
         finally:
             taken_ms = round(1000 * (time.perf_counter() - started))
             self._counts[f"write_ms:{self._name}"] += taken_ms
-        # What is not acknowledged may have been there before.
-        lacking = [record for (record, _), put in zip(batch, done, strict=True) if not put]
-        held = self._tier.contains(lacking) if lacking else []
-        gone = {record.slot for record, here in zip(lacking, held, strict=True) if not here}
-        for record, _ in batch:
-            if record.slot not in gone:
-                self._held(record.slot)
+        for (record, _), outcome in zip(batch, outcomes, strict=True):
+            self._became(record, outcome)

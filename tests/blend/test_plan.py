@@ -256,14 +256,15 @@ class Shelf:
     def __init__(self, index: Index) -> None:
         self.index = index
         self.asked = 0
+        self.ids = {e.record.id for e in index._entries.values()}
 
-    def find(self, namespace: bytes, key: bytes) -> list[Record]:
+    def of(self, content: bytes) -> list[Record]:
         self.asked += 1
         held = [e.record for e in self.index._entries.values()]
-        return [replace(r, slot=-1) for r in held if r.key == key and not r.tail]
+        return [replace(r, slot=-1) for r in held if r.tokens == content and not r.tail]
 
-    def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Record]:
-        return [replace(r, slot=-1) for r in self.index.after(namespace, context, first)]
+    def after(self, context: bytes, first: bytes) -> list[Record]:
+        return [replace(r, slot=-1) for r in self.index.after(NS, context, first)]
 
 
 def test_a_tier_behind_memory_gives_the_same_plan() -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,16 @@ from lmc.store import Record
 from lmc.store.chunks import Attached, Chunks
 from lmc.store.disk.tier import Disk
 from lmc.store.memory import rows_of
+from lmc.store.reads import Reads
 from lmc.store.rows import copy_rows
-from lmc.store.tier import Rows
+from lmc.store.sections import Rows, Section, full_attention
+from lmc.store.tier import Behind, Durability, Handle, Outcome, Wanted
 
 LAYOUT = KVLayout(L=4, G=1, D=8, dtype="float32")  # 256 bytes a token
 T = 10
 NBYTES = 256 * T
 CALLS = ("get", "put", "contains")
+FORM = full_attention(LAYOUT, T)
 
 
 def record(i: int) -> Record:
@@ -38,22 +42,92 @@ def rows(value: float) -> Rows:
     return rows_of(torch.full(LAYOUT.shape(T), value))
 
 
-class Hanging:
-    """Plain memory as a tier. `hang` makes a call wait until `let_go`.
+def item(r: Record, value: float) -> tuple[Record, list[Section]]:
+    return r, [Section(FORM, [rows(value)])]
+
+
+class Plain:
+    """Plain memory as a tier, whose calls may be made to do something first.
+
+    Attributes:
+        batches: how many chunks each put had.
+    """
+
+    name = "plain"
+    capacity = 1 << 30
+    durability: Durability = "evictable"
+    size = 0
+    epoch: int | None = None
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.held: dict[bytes, Rows] = {}
+        self.told: dict[bytes, Record] = {}
+        self.registered: list[tuple[int, int]] = []
+        self.batches: list[int] = []
+        self.closed = False
+        self._reads = Reads(self.name, self._get)
+
+    def before(self, call: str) -> None:
+        """Called first by each call: get, put, contains, lookup, layer."""
+
+    def register(self, address: int, nbytes: int) -> None:
+        self.registered.append((address, nbytes))
+
+    def lookup_many(
+        self, namespace: bytes, keys: Sequence[bytes], behind: Sequence[Behind], deadline: float
+    ) -> tuple[list[list[Record]], list[list[Record]]]:
+        self.before("lookup")
+        return [[self.told[k]] if k in self.told else [] for k in keys], [[] for _ in behind]
+
+    def contains(self, records: Sequence[Record]) -> list[bool]:
+        self.before("contains")
+        return [r.id in self.held for r in records]
+
+    def put(self, items: Sequence[tuple[Record, Sequence[Section]]]) -> list[Outcome]:
+        self.before("put")
+        self.batches.append(len(items))
+        done: list[Outcome] = ["known" if r.id in self.held else "stored" for r, _ in items]
+        self.held |= {r.id: np.concatenate(s[0].parts, axis=2) for r, s in items}
+        self.told |= {r.key: replace(r, slot=-1) for r, _ in items}
+        return done
+
+    def get_many(self, wanted: Sequence[Wanted]) -> list[Handle]:
+        return self._reads.start(wanted)
+
+    def _get(self, wanted: Wanted, arrived: Callable[[int], None]) -> bool:
+        self.before("get")
+        (section,) = wanted.into
+        for layer in range(LAYOUT.L):
+            self.before("layer")
+            if wanted.record.id not in self.held:
+                return False
+            here = slice(layer, layer + 1)
+            source = self.held[wanted.record.id][here]
+            copy_rows([source], [part[here] for part in section.parts])
+            arrived(layer + 1)
+        return True
+
+    def evict(self, records: Sequence[Record]) -> None:
+        for r in records:
+            self.held.pop(r.id, None)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Hanging(Plain):
+    """`hang` makes a call wait until `let_go`.
 
     Attributes:
         entered: released by each call that begins to hang.
     """
 
     name = "hanging"
-    capacity = 1 << 30
-    size = 0
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.held: dict[bytes, Rows] = {}
+        super().__init__()
         self.entered = threading.Semaphore(0)
-        self.closed = False
         self._open = {call: threading.Event() for call in CALLS}
         self.let_go()
 
@@ -64,42 +138,10 @@ class Hanging:
         for event in self._open.values():
             event.set()
 
-    def _wait(self, call: str) -> None:
-        if not self._open[call].is_set():
+    def before(self, call: str) -> None:
+        if call in self._open and not self._open[call].is_set():
             self.entered.release()
             self._open[call].wait()
-
-    def contains(self, records: Sequence[Record]) -> list[bool]:
-        self._wait("contains")
-        return [r.id in self.held for r in records]
-
-    def put(self, items: Sequence[tuple[Record, Sequence[Rows]]]) -> list[bool]:
-        self._wait("put")
-        new = [r.id not in self.held for r, _ in items]
-        self.held |= {r.id: np.concatenate(parts, axis=2) for r, parts in items}
-        return new
-
-    def get(
-        self,
-        record: Record,
-        into: Sequence[Rows] | None = None,
-        deadline: float | None = None,
-        arrived: Callable[[int], None] = lambda layers: None,
-    ) -> Sequence[Rows] | None:
-        assert into is not None
-        self._wait("get")
-        if record.id not in self.held:
-            return None
-        copy_rows([self.held[record.id]], into)
-        arrived(LAYOUT.L)
-        return into
-
-    def evict(self, records: Sequence[Record]) -> None:
-        for r in records:
-            self.held.pop(r.id, None)
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def disk(folder: Path) -> Disk:
@@ -119,7 +161,7 @@ def fetched(chunks: Chunks, r: Record) -> bool:
     chunks.expect(r)
     arrival = chunks.arrival(r.slot)
     assert arrival is not None
-    chunks.fetch(r.slot)
+    chunks.fetch([r.slot])
     return arrival.wait(None, time.monotonic() + 60)
 
 
@@ -133,7 +175,7 @@ def end_while(call: str, folder: Path) -> None:
     filled(chunks, record(2), 2.0)
     if call == "get":
         chunks.expect(record(1))
-        chunks.fetch(1)
+        chunks.fetch([1])
     if call != "contains":  # that comes at the end
         tier.entered.acquire()
     chunks.close(1.0)

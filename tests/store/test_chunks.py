@@ -5,89 +5,38 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
-from lmc.model.layout import KVLayout
 from lmc.store import Record
 from lmc.store.chunks import Attached, Chunks
-from lmc.store.rows import copy_rows
-from lmc.store.tier import Rows
+from lmc.store.tier import Outcome
 from lmc.store.writer import Writer
-
-LAYOUT = KVLayout(L=4, G=1, D=8, dtype="float32")  # 256 bytes a token
-T = 10
+from tests.store.hanging import LAYOUT, Plain, T, filled, item, record, rows
 
 
-def record(slot: int) -> Record:
-    key = bytes([slot]) * 32
-    return Record(slot, b"", key, bytes(8 * T), 0, key, b"a" * 32, "exact", 256 * T)
-
-
-class Slow:
-    """A tier of plain memory whose gets and puts wait to be let through, a layer at a time."""
+class Slow(Plain):
+    """A tier whose gets and puts wait to be let through, a layer at a time."""
 
     name = "slow"
-    capacity = 1 << 30
-    size = 0
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.held: dict[bytes, np.ndarray] = {}
+        super().__init__()
         self.layers = threading.Semaphore(0)
         self.puts = threading.Event()
         self.puts.set()
-        self.batches: list[int] = []
 
-    def contains(self, records: Sequence[Record]) -> list[bool]:
-        return [r.id in self.held for r in records]
-
-    def put(self, items: Sequence[tuple[Record, Sequence[Rows]]]) -> list[bool]:
-        self.puts.wait()
-        self.batches.append(len(items))
-        for r, parts in items:
-            self.held[r.id] = np.concatenate(parts, axis=2)
-        return [True] * len(items)
-
-    def get(
-        self,
-        record: Record,
-        into: Sequence[Rows] | None = None,
-        deadline: float | None = None,
-        arrived: Callable[[int], None] = lambda layers: None,
-    ) -> Sequence[Rows] | None:
-        assert into is not None
-        for layer in range(LAYOUT.L):
+    def before(self, call: str) -> None:
+        if call == "layer":
             self.layers.acquire()
-            if record.id not in self.held:
-                return None
-            here = slice(layer, layer + 1)
-            copy_rows([self.held[record.id][here]], [part[here] for part in into])
-            arrived(layer + 1)
-        return into
-
-    def evict(self, records: Sequence[Record]) -> None:
-        for r in records:
-            self.held.pop(r.id, None)
+        if call == "put":
+            self.puts.wait()
 
     def close(self) -> None:
         self.layers.release(1000)
 
 
-def filled(chunks: Chunks, r: Record, value: float) -> None:
-    parts = chunks.reserve(r.slot, T)
-    assert parts is not None
-    for part in parts:
-        part.fill_(value)
-    chunks.publish(r)
-
-
 def behind(tier: Slow, r: Record, value: float) -> None:
-    rows = torch.full(LAYOUT.shape(T), value).flatten(3).view(torch.uint8).numpy()
-    tier.held[r.id] = rows.copy()
+    tier.held[r.id] = rows(value).copy()
 
 
 def test_first_layers_can_be_used_while_the_last_ones_come() -> None:
@@ -95,7 +44,7 @@ def test_first_layers_can_be_used_while_the_last_ones_come() -> None:
     chunks = Chunks(LAYOUT, 1 << 16, [Attached(tier, "through")], fetched=lambda *x: told.append(x))
     behind(tier, record(3), 2.0)
     chunks.expect(record(3))
-    chunks.fetch(3)
+    chunks.fetch([3])
     arrival = chunks.arrival(3)
     assert arrival is not None
     tier.layers.release(2)
@@ -117,7 +66,7 @@ def test_what_a_tier_lacks_is_told_and_its_room_free_again() -> None:
     tier.layers.release(10)
     chunks.expect(record(1))
     arrival = chunks.arrival(1)
-    chunks.fetch(1)
+    chunks.fetch([1])
     assert arrival is not None and not arrival.wait(None, time.monotonic() + 10)
     assert told == [(1, False)] and chunks.memory.size == 0
     chunks.close()
@@ -129,7 +78,7 @@ def test_a_slot_let_go_while_its_bytes_come_is_not_used_for_others() -> None:
     chunks = Chunks(LAYOUT, 256 * T, [Attached(tier, "through")])
     behind(tier, record(1), 1.0)
     chunks.expect(record(1))
-    chunks.fetch(1)
+    chunks.fetch([1])
     arrival = chunks.arrival(1)
     tier.layers.release(1)
     assert arrival is not None and arrival.wait(1, time.monotonic() + 10)
@@ -160,48 +109,56 @@ def test_writes_are_dropped_and_counted_rather_than_waited_for() -> None:
     tier = Slow()
     tier.puts.clear()
     counts: Counter[str] = Counter()
-    writer = Writer(tier, LAYOUT, 2 * 256 * T, counts)  # two chunks wait, no more
-    rows = [np.zeros((4, 2, T, 32), np.uint8)]
-    taken = [writer.offer(record(i), rows) for i in range(5)]
+    became: list[tuple[int, str]] = []
+
+    def told(r: Record, outcome: str) -> None:
+        became.append((r.slot, outcome))
+
+    writer = Writer(tier, LAYOUT, 2 * 256 * T, counts, told)  # two chunks wait, no more
+    taken = [writer.offer(*item(record(i), 0.0)) for i in range(5)]
     assert taken == [True, True, False, False, False]
-    assert counts["writes_dropped:slow"] == 3
     tier.puts.set()
     assert writer.drain(10)
     assert tier.contains([record(i) for i in range(5)]) == taken
-    assert writer.offer(record(4), rows)
-    writer.close(10)
-    assert len(tier.held) == 3
-    assert not writer.offer(record(3), rows)
+    assert writer.offer(*item(record(4), 0.0))
+    ended = threading.Event()
+    writer.close(time.monotonic() + 10, ended.set)
+    assert writer.join(10) and ended.is_set()
+    assert len(tier.held) == 3 and became == [(0, "stored"), (1, "stored"), (4, "stored")]
+    assert not writer.offer(*item(record(3), 0.0))
 
 
 def test_a_writer_that_is_closed_on_a_dead_disk_gives_up() -> None:
     tier = Slow()
     tier.puts.clear()
     counts: Counter[str] = Counter()
-    writer = Writer(tier, LAYOUT, 1 << 16, counts)
-    rows = [np.zeros((4, 2, T, 32), np.uint8)]
-    assert writer.offer(record(0), rows)
+    became: list[tuple[int, str]] = []
+    writer = Writer(tier, LAYOUT, 1 << 16, counts, lambda r, what: became.append((r.slot, what)))
+    assert writer.offer(*item(record(0), 0.0))
     while writer._queue:  # until the thread has taken it
         time.sleep(0.001)
-    assert writer.offer(record(1), rows)
-    writer.close(0.1)
-    assert counts["writes_dropped:slow"] == 1
+    assert writer.offer(*item(record(1), 0.0))
+    ended = threading.Event()
+    writer.close(time.monotonic() + 0.1, ended.set)
+    assert not writer.join(0.3)
     tier.puts.set()
+    assert writer.join(10) and ended.is_set() and became == [(0, "stored"), (1, "dropped")]
 
 
 def test_a_tier_that_raises_costs_its_batch_and_no_more() -> None:
     class Broken(Slow):
-        def put(self, items: Any) -> list[bool]:
+        def put(self, items: Any) -> list[Outcome]:
             if not self.batches:
                 self.batches.append(0)
                 raise RuntimeError("a defect")
             return super().put(items)
 
     tier, counts = Broken(), Counter[str]()
-    writer = Writer(tier, LAYOUT, 1 << 16, counts)
-    rows = [np.zeros((4, 2, T, 32), np.uint8)]
-    assert writer.offer(record(0), rows) and writer.drain(10)
-    assert writer.offer(record(1), rows) and writer.drain(10)
-    assert counts["writes_failed:slow"] == 1
+    became: list[tuple[int, str]] = []
+    writer = Writer(tier, LAYOUT, 1 << 16, counts, lambda r, what: became.append((r.slot, what)))
+    assert writer.offer(*item(record(0), 0.0)) and writer.drain(10)
+    assert writer.offer(*item(record(1), 0.0)) and writer.drain(10)
+    assert became == [(0, "failed"), (1, "stored")]
     assert tier.contains([record(0), record(1)]) == [False, True]
-    writer.close(10)
+    writer.close(time.monotonic() + 10, lambda: None)
+    assert writer.join(10)

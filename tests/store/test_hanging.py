@@ -15,16 +15,19 @@ import pytest
 
 from lmc.store import Record
 from lmc.store.chunks import Attached, Chunks
-from lmc.store.fetcher import FETCHERS
+from lmc.store.reads import THREADS
+from lmc.store.tier import Progress
 from tests.store.hanging import (
     CALLS,
     LAYOUT,
     NBYTES,
     Hanging,
+    Plain,
     T,
     disk,
     fetched,
     filled,
+    item,
     record,
     rows,
 )
@@ -54,22 +57,16 @@ class World:
         )
 
     def hung_gets(self, first: int = 1000) -> list[Record]:
-        """Every fetching thread of the tier hangs, past its deadline."""
+        """Every reading thread of the tier hangs, past its deadline."""
         self.tier.hang("get")
-        hung: list[Record] = []
-        while len(hung) < FETCHERS:
-            r = record(first := first + 1)
+        hung = [record(first + i) for i in range(THREADS)]
+        for r in hung:
             self.tier.held[r.id] = rows(1.0)
             self.chunks.expect(r)
-            self.chunks.fetch(r.slot)
-            until(
-                lambda r=r: (
-                    self.tier.entered.acquire(blocking=False) or (r.slot, False) in self.told
-                )
-            )
-            if self.chunks.arrival(r.slot):  # or a busy machine had no time to begin with it
-                hung.append(r)
-        until(lambda: self.chunks._fetchers[0].overdue == FETCHERS)
+        self.chunks.fetch([r.slot for r in hung])
+        for _ in hung:
+            assert self.tier.entered.acquire(timeout=60)
+        until(lambda: not self.chunks._breakers[0].closed)
         self.told.clear()
         return hung
 
@@ -87,7 +84,7 @@ def world(folder: Path | None = None, room: int = 64, queue: int = 8) -> Iterato
 
 def put_on_disk(folder: Path, records: list[Record], value: float) -> None:
     tier = disk(folder)
-    assert all(tier.put([(r, [rows(value)]) for r in records]))
+    assert tier.put([item(r, value) for r in records]) == ["stored"] * len(records)
     tier.close()
 
 
@@ -103,18 +100,18 @@ def test_behind_hung_gets_others_fail_and_hold_no_memory() -> None:
     with world() as w:
         chunks = w.chunks
         hung = w.hung_gets()
-        assert chunks.memory.size == FETCHERS * NBYTES and w.told == []
+        assert chunks.memory.size == THREADS * NBYTES and w.told == []
         for i in range(50):
             w.tier.held[record(i).id] = rows(2.0)
             assert not fetched(chunks, record(i))
             assert w.told[-1] == (i, False) and chunks.arrival(i) is None
-        assert chunks.memory.size == FETCHERS * NBYTES
+        assert chunks.memory.size == THREADS * NBYTES
         for r in hung[:4]:  # as the scheduler does with what was waited for in vain
             chunks.evict(r.slot)
         w.tier.let_go()
-        until(lambda: len(w.told) == 50 + FETCHERS)
+        until(lambda: len(w.told) == 50 + THREADS and chunks._breakers[0].closed)
         assert sorted(w.told[50:]) == [(r.slot, r not in hung[:4]) for r in hung]
-        assert chunks.memory.size == (FETCHERS - 4) * NBYTES
+        assert chunks.memory.size == (THREADS - 4) * NBYTES
         for i in range(200, 248):  # all is as it was before
             w.tier.held[record(i).id] = rows(3.0)
             assert fetched(chunks, record(i)) and given(chunks, i) == 3.0
@@ -124,30 +121,27 @@ def test_what_waits_behind_hung_gets_is_told_by_its_deadline() -> None:
     """Asked for at a time when nobody knew yet that they hang; and by nobody waited for."""
     with world() as w:
         w.tier.hang("get")
-        asked = range(FETCHERS + 10)
+        asked = range(THREADS + 10)
         for i in asked:
             w.chunks.expect(record(i))
-            w.chunks.fetch(i)
-        fetcher = w.chunks._fetchers[0]
-        until(lambda: len(w.told) + fetcher.overdue == len(asked))
-        assert len(w.told) >= 10 and all(
-            (i, False) in w.told for i in asked if not w.chunks.arrival(i)
-        )
-        assert w.chunks.memory.size == len(w.chunks._arrivals) * NBYTES <= FETCHERS * NBYTES
+        w.chunks.fetch(asked)
+        until(lambda: len(w.told) == 10)
+        assert all((i, False) in w.told for i in asked if not w.chunks.arrival(i))
+        assert w.chunks.memory.size == len(w.chunks._arrivals) * NBYTES == THREADS * NBYTES
         w.tier.let_go()
         until(lambda: len(w.told) == len(asked))
         assert not any(whole for _, whole in w.told) and w.chunks.memory.size == 0
 
 
 def test_hung_gets_are_bounded_over_periods() -> None:
-    with world(room=FETCHERS + 2) as w:
+    with world(room=THREADS + 2) as w:
         for period in range(3):
             hung = w.hung_gets(1000 * (period + 1))
-            assert w.chunks.memory.size == FETCHERS * NBYTES
+            assert w.chunks.memory.size == THREADS * NBYTES
             for r in hung:
                 w.chunks.evict(r.slot)
             w.tier.let_go()
-            until(lambda: len(w.told) == FETCHERS)
+            until(lambda: len(w.told) == THREADS)
             assert w.chunks.memory.size == 0 and not w.chunks._arrivals
 
 
@@ -161,10 +155,14 @@ def test_a_disk_behind_hung_gets_is_read(tmp_path: Path) -> None:
             assert fetched(w.chunks, r) and given(w.chunks, r.slot) == 5.0
         w.tier.let_go()
         until(lambda: not w.chunks._arrivals)
-        # What hung goes on to the disk too late, and is told as not there.
+        # What hung came too late to be asked for elsewhere, and is told as not there.
         assert (0, False) in w.told and w.chunks.memory.size == 19 * NBYTES
+        # It has come back without what it was asked for: after a rest it is asked once more.
         w.tier.held[record(30).id] = rows(6.0)
+        assert not fetched(w.chunks, record(30)) and not w.chunks._breakers[0].closed
+        w.chunks._breakers[0]._until = time.monotonic()
         assert fetched(w.chunks, record(30)) and given(w.chunks, 30) == 6.0
+        assert w.chunks._breakers[0].closed
 
 
 def fetched_in_time(chunks: Chunks, r: Record) -> bool:
@@ -172,13 +170,14 @@ def fetched_in_time(chunks: Chunks, r: Record) -> bool:
     chunks.expect(r)
     arrival = chunks.arrival(r.slot)
     assert arrival is not None
-    chunks.fetch(r.slot)
+    chunks.fetch([r.slot])
     return arrival.wait(None, time.monotonic() + 2 * chunks.patience_s)
 
 
 def test_what_a_tier_in_front_lacked_is_offered_to_it(tmp_path: Path) -> None:
     put_on_disk(tmp_path / "kv", [record(1)], 5.0)
     with world(tmp_path / "kv") as w:
+        until(lambda: w.chunks._breakers[0].closed)
         assert fetched(w.chunks, record(1)) and w.chunks.drain(60)
         assert (w.tier.held[record(1).id] == rows(5.0)).all()
 
@@ -195,6 +194,7 @@ def test_hung_puts_are_dropped_and_counted(beside: bool, tmp_path: Path) -> None
                 assert w.chunks._writers[1].drain(60)
         assert w.chunks.counts["writes_dropped:hanging"] == 32
         assert not w.chunks.drain(0.05)
+        # Of those dropped, what memory lets go of is offered again, in vain, and lost.
         for i in range(20):
             w.chunks.evict(i)
         assert w.chunks.memory.size == 20 * NBYTES
@@ -202,6 +202,8 @@ def test_hung_puts_are_dropped_and_counted(beside: bool, tmp_path: Path) -> None
             assert w.chunks._writers[1].drain(60)
             assert all(w.disk.contains([record(i) for i in range(40)]))
             assert w.chunks.counts["writes_dropped:disk"] == 0
+        lacking = w.chunks.complete(0.05)
+        assert lacking.lacking["hanging"] == 20 and lacking.lost >= 13 and not lacking
         w.tier.let_go()
         assert w.chunks.drain(60)
         assert len(w.tier.held) == 8
@@ -281,7 +283,7 @@ class Raising(Hanging):
         self.error: type[BaseException] = Exception
         self.broken: set[str] = set()
 
-    def _wait(self, call: str) -> None:
+    def before(self, call: str) -> None:
         if call in self.broken:
             raise self.error(call)
 
@@ -294,7 +296,7 @@ def test_whatever_a_tier_raises_is_a_miss(call: str, error: Any) -> None:
         LAYOUT, 64 * NBYTES, [Attached(tier, "through")], fetched=lambda *x: told.append(x)
     )
     tier.error, tier.broken = error, {call}
-    for i in range(2 * FETCHERS):  # more than there are threads to lose
+    for i in range(2 * THREADS):  # more than there are threads to lose
         tier.held[record(100 + i).id] = rows(1.0)
         assert fetched(chunks, record(100 + i)) == (call != "get")
         filled(chunks, record(i), 2.0)
@@ -304,7 +306,7 @@ def test_whatever_a_tier_raises_is_a_miss(call: str, error: Any) -> None:
         chunks.evict(i + 200)
         chunks.evict(100 + i)
     assert chunks.drain(60)
-    assert chunks.memory.size == 0 and len(told) == 2 * FETCHERS
+    assert chunks.memory.size == 0 and len(told) == 2 * THREADS
     assert (chunks.counts["writes_failed:hanging"] > 0) == (call == "put")
     assert (chunks.counts["fetches_failed"] > 0) == (call == "get")
     tier.broken = set()
@@ -314,6 +316,99 @@ def test_whatever_a_tier_raises_is_a_miss(call: str, error: Any) -> None:
     tier.broken = {"contains"}
     chunks.close()
     assert record(501).id in tier.held and tier.closed
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_whatever_a_handle_raises_is_a_miss(error: type[BaseException]) -> None:
+    class Bad(Hanging):
+        def get_many(self, wanted: Any) -> Any:
+            raise error
+
+    class Worse(Hanging):
+        def get_many(self, wanted: Any) -> Any:
+            return [self] * len(wanted)
+
+        def poll(self) -> Any:
+            raise error
+
+        def cancel(self) -> None:
+            raise error
+
+    for tier in (Bad(), Worse()):
+        chunks = Chunks(LAYOUT, 64 * NBYTES, [Attached(tier, "through")], patience_s=0.2)
+        assert not fetched_in_time(chunks, record(1))
+        filled(chunks, record(2), 1.0)
+        chunks.close(2.0)
+        assert record(2).id in tier.held
+
+
+def test_a_tier_that_cannot_tell_is_polled() -> None:
+    """And what it was given to write into is not another's before it says so."""
+
+    class Polled(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wanted: list[Any] = []
+            self.over: Progress = Progress(0, None)
+            self.cancelled = 0
+
+        def get_many(self, wanted: Any) -> Any:
+            self.wanted += wanted
+            return [self] * len(wanted)
+
+        def poll(self) -> Progress:
+            return self.over
+
+        def cancel(self) -> None:
+            self.cancelled += 1
+
+    tier, told = Polled(), []
+    chunks = Chunks(
+        LAYOUT, 2 * NBYTES, [Attached(tier, "back")], patience_s=0.3,
+        fetched=lambda *x: told.append(x),
+    )  # fmt: skip
+    chunks.expect(record(1))
+    arrival = chunks.arrival(1)
+    chunks.fetch([1])
+    until(lambda: len(tier.wanted) == 1)
+    tier.over = Progress(2, None)
+    assert arrival is not None and arrival.wait(2, time.monotonic() + 60)
+    assert arrival.parts is not None
+    tier.wanted[0].into[0].parts[0][:] = rows(7.0)
+    tier.over = Progress(LAYOUT.L, "here")
+    until(lambda: told == [(1, True)])
+    assert given(chunks, 1) == 7.0 and not tier.cancelled
+    tier.over = Progress(0, None)
+    chunks.expect(record(2))
+    chunks.fetch([2])
+    until(lambda: tier.cancelled == 1)  # its time is over
+    chunks.evict(2)
+    assert chunks.reserve(3, T) is None and (2, False) not in told
+    tier.over = Progress(0, "missing")
+    until(lambda: (2, False) in told)
+    assert chunks.reserve(3, T) is not None
+    chunks.close()
+
+
+def test_memory_that_is_written_out_of_is_registered() -> None:
+    tier = Plain()
+    chunks = Chunks(LAYOUT, 8 * NBYTES, [Attached(tier, "through")])
+    spans = [range(start, start + n) for start, n in tier.registered]
+    addresses: list[int] = []
+    put = tier.put
+
+    def noted(items: Any) -> Any:
+        addresses.extend(part.ctypes.data for _, ss in items for s in ss for part in s.parts)
+        return put(items)
+
+    tier.put = noted  # type: ignore[method-assign]
+    filled(chunks, record(1), 1.0)
+    assert chunks.drain(60)
+    chunks.expect(record(1))
+    (part,) = chunks.parts(1) or []
+    chunks.close()
+    for address in (*addresses, part.data_ptr()):
+        assert any(address in span for span in spans)
 
 
 def test_who_is_told_of_fetches_may_fail() -> None:

@@ -107,12 +107,13 @@ class Shelf:
 
     def __init__(self, index: Index) -> None:
         self.index = index
+        self.ids = {e.record.id for e in index._entries.values()}
 
-    def find(self, namespace: bytes, key: bytes) -> list[Any]:
+    def of(self, content: bytes) -> list[Any]:
         held = [e.record for e in self.index._entries.values()]
-        return [r for r in held if r.key == key and not r.tail]
+        return [r for r in held if r.tokens == content and not r.tail]
 
-    def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Any]:
+    def after(self, context: bytes, first: bytes) -> list[Any]:
         return []
 
 

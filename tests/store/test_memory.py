@@ -13,6 +13,8 @@ from lmc.model.layout import KVLayout
 from lmc.store import Record
 from lmc.store.memory import HostMemory, rows_of
 from lmc.store.rows import copy_rows
+from lmc.store.sections import Form, Rows, Section, full_attention
+from tests.store.wanted import brought
 
 LAYOUT = KVLayout(L=2, G=1, D=8, dtype="float32")  # 128 bytes a token
 
@@ -61,14 +63,64 @@ def test_runs_say_where_in_the_buffer_a_chunk_lies() -> None:
     assert memory.runs([7]) == [None] and len(memory.flat) == 0
 
 
+def sections(*parts: Rows) -> list[Section]:
+    return [Section(full_attention(LAYOUT, sum(p.shape[2] for p in parts)), parts)]
+
+
 def test_a_get_without_a_target_is_a_view() -> None:
     memory = HostMemory(LAYOUT, capacity=1024)
     rows = np.arange(2 * 2 * 4 * 32, dtype=np.uint8).reshape(2, 2, 4, 32)
-    assert memory.put([(record(1, 4), [rows])]) == [True]
-    got, parts = memory.get(record(1, 4)), memory.parts(1)
-    assert got is not None and parts is not None
-    assert np.array_equal(got[0], rows)
-    assert got[0].ctypes.data == parts[0].data_ptr()
+    assert memory.put([(record(1, 4), sections(rows))]) == ["stored"]
+    assert memory.put([(record(1, 4), sections(rows))]) == ["known"]
+    ((form, (got,)),) = memory.get(record(1, 4)) or []
+    assert form == full_attention(LAYOUT, 4) and np.array_equal(got, rows)
+    start, nbytes = memory.span()
+    assert start <= got.ctypes.data < start + nbytes
+
+
+def test_what_is_read_is_nobody_elses_before_it_is_read() -> None:
+    memory = HostMemory(LAYOUT, capacity=4 * 128)
+    (part,) = memory.reserve(1, 4) or []
+    part.fill_(1.0)
+    memory.publish(1)
+    with memory.reading(1) as parts:
+        assert parts is not None
+        memory.release(1)
+        assert memory.parts(1) is None and memory.reserve(2, 4) is None
+        with memory.reading(1) as gone:
+            assert gone is None
+        assert bool((parts[0] == 1.0).all())
+    assert memory.reserve(2, 4) is not None
+
+
+@given(st.data())
+def test_sections_of_any_form_find_room_and_come_back(data: st.DataObject) -> None:
+    """Beside others, and whatever holes those leave: what was put is what is held."""
+    memory = HostMemory(LAYOUT, capacity=64 * 128)
+    held: dict[int, list[Section]] = {}
+    for slot in range(12):
+        if held and data.draw(st.booleans()):
+            gone = data.draw(st.sampled_from(sorted(held)))
+            memory.evict([record(gone, 1)])
+            del held[gone]
+        some = []
+        for group in range(data.draw(st.integers(1, 3))):
+            kind = data.draw(st.sampled_from(["kv", "latent"]))
+            L, D = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 8, 20]))
+            tokens = data.draw(st.sampled_from([(0, 5), (3, 5), (4, 5)]))
+            form = Form(group, kind, (0, 1, 1), tokens, L, D, "float32")
+            some.append(Section(form, [np.full(form.shape, 16 * slot + group, np.uint8)]))
+        outcome = memory.put([(record(slot, 5), some)])
+        assert outcome in (["stored"], ["full"])
+        if outcome == ["stored"]:
+            held[slot] = some
+        for other, put in held.items():
+            got = memory.get(record(other, 5)) or []
+            assert [form for form, _ in got] == [form for form, _ in put]
+            for (_, parts), (_, (rows,)) in zip(got, put, strict=True):
+                assert np.array_equal(np.concatenate(parts, axis=2), rows)
+    memory.evict([record(slot, 5) for slot in range(12)])
+    assert memory.size == 0
 
 
 def test_refuses_what_does_not_fit_and_what_is_held() -> None:
@@ -144,10 +196,10 @@ def test_threads_that_put_get_and_evict_see_whole_chunks() -> None:
                 if rng.random() < 0.3:
                     memory.evict([records[i]])
                 elif rng.random() < 0.5:
-                    memory.put([(records[i], [chunks[i]])])
+                    memory.put([(records[i], sections(chunks[i]))])
                 else:
                     into = np.empty_like(chunks[i])
-                    if memory.get(records[i], [into]) is not None:
+                    if brought(memory, records[i], sections(into)):
                         seen["right" if np.array_equal(into, chunks[i]) else "wrong"] += 1
         except Exception as e:
             errors.append(e)
@@ -165,16 +217,18 @@ def test_threads_that_put_get_and_evict_see_whole_chunks() -> None:
     assert not errors
     assert seen["right"] and not seen["wrong"]
     for r, chunk in zip(records, chunks, strict=True):
-        rows = memory.get(r)
-        assert rows is None or np.array_equal(np.concatenate(rows, axis=2), chunk)
+        ((_, rows),) = memory.get(r) or [(None, [chunk])]
+        assert np.array_equal(np.concatenate(rows, axis=2), chunk)
     memory.evict(records)
     assert memory.size == 0
 
 
 def test_a_put_of_other_rows_leaves_nothing() -> None:
     memory = HostMemory(LAYOUT, capacity=1024)
-    with pytest.raises(ValueError, match="got rows"):
-        memory.put([(record(1, 4), [np.zeros((2, 2, 3, 32), np.uint8)])])
+    wrong = Section(full_attention(LAYOUT, 4), [np.zeros((2, 2, 3, 32), np.uint8)])
+    right = sections(np.ones((2, 2, 2, 32), np.uint8))
+    assert memory.put([(record(1, 4), [wrong]), (record(2, 2), right)]) == ["failed", "stored"]
+    memory.evict([record(2, 2)])
     assert memory.size == 0 and memory.contains([record(1, 4)]) == [False]
 
 

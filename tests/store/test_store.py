@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +16,9 @@ import pytest
 import torch
 
 from lmc.model.layout import KVLayout
+from lmc.store.disk.tier import Disk
 from lmc.store.lookup import Found
+from lmc.store.memory import HostMemory
 from lmc.store.store import Store
 
 LAYOUT = KVLayout(L=3, G=2, D=16, dtype="float32")
@@ -149,6 +157,194 @@ def test_wrong_input_is_refused_before_anything_is_stored() -> None:
         Store(LAYOUT, b"", tiers=[disk | {"compression": "int3"}])
     with pytest.raises(ValueError, match="unknown field size; valid: path, capacity, write"):
         Store(LAYOUT, b"", tiers=[disk | {"size": 1}])
+
+
+def test_a_chunk_that_was_evicted_since_it_was_found_is_a_miss() -> None:
+    with store(memory_bytes=450 * LAYOUT.bytes_per_token) as s:
+        s.save(TOKENS, kv(1, 400), SPANS)
+        found = s.lookup(TOKENS, SPANS)
+        s.save(TOKENS + 1, kv(2, 400), SPANS)
+        assert [s.retrieve(f) for f in found] == [None] * 3
+        assert [s.where(f) for f in found] == [""] * 3
+        assert s.save(TOKENS, kv(1, 400), SPANS) == 3  # and nothing is held for them
+        for f, got in zip(found, s.retrieve_many(s.lookup(TOKENS, SPANS)), strict=True):
+            assert got is not None and torch.equal(got, kv(1, 400)[:, :, f.start : f.end])
+
+
+def test_what_is_prefetched_and_never_used_is_in_nobodys_way(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 9999, 200) for _ in range(12)]
+    with store(tmp_path / "kv", memory_bytes=3 * 200 * LAYOUT.bytes_per_token) as s:
+        for i, tokens in enumerate(prompts):
+            s.save(tokens, kv(i, 200), [(0, 200)])
+            assert s.drain()
+        for tokens in prompts:  # one after the other, as they come
+            s.prefetch(tokens, [(0, 200)])
+        for i in range(3):  # what is new finds room at once
+            assert s.save(prompts[0] + 1 + i, kv(50 + i, 200), [(0, 200)]) == 1
+        for i, tokens in enumerate(prompts):
+            (got,) = s.retrieve_many(s.lookup(tokens, [(0, 200)]))
+            assert got is not None and torch.equal(got, kv(i, 200))
+        assert all(not entry.missing for entry in s.index._entries.values())
+
+
+def test_many_chunks_are_brought_together_even_where_memory_has_no_room_for_all(
+    tmp_path: Path,
+) -> None:
+    spans = [(i, i + 50) for i in range(0, 400, 50)]
+    with store(tmp_path / "kv") as s:
+        s.save(TOKENS, kv(1, 400), spans)
+    with store(tmp_path / "kv", memory_bytes=150 * LAYOUT.bytes_per_token) as s:
+        found = s.lookup(TOKENS, spans)
+        got = s.retrieve_many([*found, found[0]])
+        assert len(found) == 8 and len(got) == 9
+        for f, chunk in zip([*found, found[0]], got, strict=True):
+            assert chunk is not None and torch.equal(chunk, kv(1, 400)[:, :, f.start : f.end])
+        assert s.retrieve_many([]) == []
+
+
+class Kept(torch.autograd.Function):
+    """A layer that keeps its input for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+
+def test_a_graph_of_gradients_is_not_kept(tmp_path: Path) -> None:
+    with store() as s:
+        made = Kept.apply(kv(1, 400).requires_grad_())
+        node = weakref.ref(made.grad_fn)
+        s.save(TOKENS, made, SPANS)
+        del made
+        gc.collect()
+        assert node() is None
+        got = s.retrieve(s.lookup(TOKENS, SPANS)[0])
+        assert got is not None and not got.requires_grad
+        assert np.array_equal(got.numpy(), kv(1, 400)[:, :, :100].numpy())
+
+
+def test_drained_says_what_tiers_lack() -> None:
+    faulty: Any = {"name": "tests.store.faulty:FaultyExample", "place": "drained", "rate": 1.0}
+    s = Store(LAYOUT, b"model", memory_bytes=450 * LAYOUT.bytes_per_token, tiers=[faulty])
+    tier: Any = s.tiers[0]
+    s.save(TOKENS, kv(1, 400), SPANS)
+    drained = s.drain()
+    assert not drained and drained.lacking == {"example": 3} and drained.lost == 0
+    tier.rate = 0.0
+    assert s.drain() and s.drain().lacking == {"example": 0}
+    tier.rate = 1.0
+    s.save(TOKENS + 1, kv(1, 400), SPANS)
+    s.save(TOKENS + 2, kv(1, 400), SPANS)  # pushes out what no tier has taken
+    drained = s.drain()
+    assert not drained and drained.lacking == {"example": 3} and drained.lost == 3
+    tier.rate = 0.0
+    assert s.drain()
+    stats = s.stats()
+    assert (stats["chunks"], stats["capacity"]) == (3, 450 * LAYOUT.bytes_per_token)
+    assert stats["size"] == 400 * LAYOUT.bytes_per_token
+    assert stats["tiers"]["example"]["durability"] == "evictable"
+    s.close()
+
+
+def test_a_queue_that_is_too_small_is_filled_as_often_as_it_takes(tmp_path: Path) -> None:
+    with store(tmp_path / "kv") as s:
+        s.chunks._writers[0]._staging = HostMemory(LAYOUT, 160 * LAYOUT.bytes_per_token)
+        spans = [(i, i + 50) for i in range(0, 400, 50)]
+        s.save(TOKENS, kv(1, 400), spans)
+        assert s.drain()
+        assert s.tiers[0].contains([f.record for f in s.lookup(TOKENS, spans)]) == [True] * 8
+
+
+def threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("lmc-")]
+
+
+def test_it_may_be_closed_again_used_afterwards_or_dropped(tmp_path: Path) -> None:
+    before = threads()
+    s = store(tmp_path / "kv")
+    s.save(TOKENS, kv(1, 400), SPANS)
+    found = s.lookup(TOKENS, SPANS)
+    s.close()
+    start = time.monotonic()
+    s.close()
+    assert time.monotonic() - start < 5
+    assert s.retrieve_many(found) == [None] * 3 and s.save(TOKENS + 1, kv(1, 400), SPANS) == 0
+    assert s.drain() is not None and s.lookup(TOKENS + 1, SPANS) == []
+    again = store(tmp_path / "kv")
+    again.save(TOKENS + 5, kv(2, 400), SPANS)
+    del again
+    gc.collect()
+    assert set(threads()) <= set(before)
+    with store(tmp_path / "kv") as s:
+        assert len(s.lookup(TOKENS, SPANS)) == len(s.lookup(TOKENS + 5, SPANS)) == 3
+        assert s.tiers[0].counts["index_rebuilt"] == 0
+
+
+LEFT = """
+import sys, threading, atexit
+import numpy as np, torch
+from lmc.model.layout import KVLayout
+from lmc.store.store import Store
+layout = KVLayout(4, 4, 64, "float32")
+s = Store(layout, b"n", memory_bytes=64 << 20, chunker={"name": "fixed", "n": 64},
+          tiers=[{"name": "disk", "path": sys.argv[1], "capacity": "1GiB"}])
+if sys.argv[2] == "atexit":
+    atexit.register(s.close)
+assert s.save(np.arange(64 * 24), torch.ones(layout.shape(64 * 24))) == 24
+if sys.argv[2] == "thread":
+    threading.Thread(target=s.close).start()
+if sys.argv[2] == "raise":
+    raise KeyError("a notebook's cell")
+"""
+
+
+@pytest.mark.parametrize("how", ["left", "atexit", "thread", "raise"])
+def test_what_waits_to_be_written_is_there_after_the_interpreters_end(
+    tmp_path: Path, how: str
+) -> None:
+    command = [sys.executable, "-c", LEFT, str(tmp_path / "kv"), how]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == (how == "raise"), ended.stderr
+    assert "Exception ignored" not in ended.stderr and "lmc-" not in ended.stderr
+    disk = Disk(tmp_path / "kv", 1 << 30)
+    assert len(disk.folder.catalog) == 24 and disk.counts["index_rebuilt"] == 0
+    disk.close()
+
+
+def test_threads_may_share_it(tmp_path: Path) -> None:
+    faults: list[str] = []
+    with store(tmp_path / "kv", memory_bytes=900 * LAYOUT.bytes_per_token) as s:
+        until = time.monotonic() + 2.0
+
+        def work(seed: int) -> None:
+            rng = np.random.default_rng(seed)
+            try:
+                while time.monotonic() < until:
+                    i = int(rng.integers(8))
+                    tokens, spans = TOKENS + i, [(0, 200), (200, 400)]
+                    if rng.random() < 0.3:
+                        s.save(tokens, kv(i, 400), spans)
+                    elif rng.random() < 0.3:
+                        s.prefetch(tokens, spans)
+                    else:
+                        found = s.lookup(tokens, spans)
+                        for f, got in zip(found, s.retrieve_many(found), strict=True):
+                            if got is not None and not torch.equal(
+                                got, kv(i, 400)[:, :, f.start : f.end]
+                            ):
+                                faults.append(f"{i} is another")
+            except Exception as e:
+                faults.append(repr(e))
+
+        workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert faults == []
+        assert s.save(TOKENS + 100, kv(100, 400), SPANS) == 3  # nothing is held
 
 
 def test_found_says_how_far_keys_must_move() -> None:

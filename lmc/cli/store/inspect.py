@@ -31,7 +31,7 @@ LOST = ("headers_unreadable", "segments_unreadable")
 
 @dataclass(frozen=True)
 class Entry:
-    """A record that the index knows: its id, place and header, and how it was read."""
+    """A part of a record that the index knows: its id, place and header, and how it was read."""
 
     id: bytes
     located: Located
@@ -44,19 +44,24 @@ class Entry:
         return max(self.header.created, self.use.last)
 
     def facts(self) -> dict[str, Any]:
-        """What is printed of it: times in seconds since 1970, bytes of one rank."""
+        """What is printed of it: times in seconds since 1970, bytes of this part."""
         header, record = self.header, self.header.record
+        stored = header.part.stored
         return {
             "id": self.id.hex(),
+            "record": record.id.hex(),
             "namespace": record.namespace.hex(),
-            "label": header.label,
+            "label": header.part.label,
             "tokens": record.T,
             "start": record.start,
             "origin": record.origin,
             "tail": record.tail,
-            "codec": header.codec,
-            "shard": header.shard,
-            "shards": header.shards,
+            "codec": "+".join(dict.fromkeys(codec for _, codec, _, _ in stored)),
+            "heads": list(stored[0].form.heads),
+            "sections": [
+                {"group": f.group, "kind": f.kind, "heads": list(f.heads), "tokens": list(f.tokens)}
+                for f in header.forms
+            ],
             "bytes": record.nbytes,
             "stored_bytes": header.record_bytes,
             "created": header.created,
@@ -111,14 +116,16 @@ def entries(
 def grouped(found: Iterable[Entry], by: str) -> list[dict[str, Any]]:
     """Records added up by namespace, label or origin; what is largest comes first.
 
-    `records` counts every rank's; `chunks` and `tokens` the first rank's, of whom each has one.
+    `records` counts every rank's part; `chunks` and `tokens` each record once.
     """
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    seen: set[str] = set()
     for entry in found:
         facts = entry.facts()
         common = {name: facts[name] for name in _COMMON[by]}
         group = groups.setdefault(tuple(common.values()), {**common, **_EMPTY})
-        first = facts["shard"] == 0
+        first = facts["record"] not in seen
+        seen.add(facts["record"])
         group["records"] += 1
         group["chunks"] += first
         group["tokens"] += facts["tokens"] if first else 0
@@ -141,21 +148,21 @@ _EMPTY = {
 
 
 def totals(folder: Folder) -> dict[str, Any]:
-    """The folder as a whole; `error` is the mean over records of the relative RMS error."""
+    """The folder as a whole; `error` is the mean over sections of the relative RMS error."""
     used = folder.catalog.segments().values()
     index = folder.root / "index" / "data.mdb"  # not there: made for this process alone
     codecs: dict[str, Counter[str]] = {}
     errors: Counter[str] = Counter()
     layouts: dict[tuple[Any, ...], Counter[str]] = {}
     for entry in _all(folder, {}):
-        header, nbytes = entry.header, entry.header.record.nbytes
-        sizes = Counter(records=1, bytes=nbytes, payload_bytes=header.payload_bytes)
-        codecs.setdefault(header.codec, Counter()).update(sizes)
-        errors[header.codec] += header.error  # type: ignore[assignment]
-        layout = header.layout
-        key = (layout.dtype, layout.L, header.S, layout.G, layout.D, header.shards)
-        layouts.setdefault(key, Counter()).update(sizes)
-    names = ("dtype", "L", "S", "G", "D", "ranks")
+        for form, codec, _, spans in entry.header.part.stored:
+            payload = sum(span.length for span in spans)
+            sizes = Counter(records=1, bytes=form.nbytes, payload_bytes=payload)
+            codecs.setdefault(codec, Counter()).update(sizes)
+            errors[codec] += entry.header.part.error  # type: ignore[assignment]
+            key = (form.kind, form.dtype, form.L, form.heads[2], form.D)
+            layouts.setdefault(key, Counter()).update(sizes)
+    names = ("kind", "dtype", "L", "heads", "D")
     return {
         "format": fmt.FORMAT,
         "records": len(folder.catalog),

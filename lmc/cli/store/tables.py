@@ -62,8 +62,8 @@ def groups(rows: list[dict[str, Any]]) -> Table:
 
 def records(rows: list[dict[str, Any]]) -> Table:
     """Rows of `Entry.facts`."""
-    ranks = any(row["shards"] > 1 for row in rows)
-    right = "tokens,start,on disk,age,read,hits" + (",rank" if ranks else "")
+    parts = any(row["heads"][:2] != [0, row["heads"][2]] for row in rows)
+    right = "tokens,start,on disk,age,read,hits" + (",heads" if parts else "")
     table = _table("id,namespace,origin,codec", right)
     for row in rows:
         table.add_row(
@@ -77,7 +77,7 @@ def records(rows: list[dict[str, Any]]) -> Table:
             age(row["created"]),
             age(row["last_read"]),
             f"{row['hits']:,}",
-            *([f"{row['shard']} of {row['shards']}"] if ranks else []),
+            *(["{}-{} of {}".format(*row["heads"])] if parts else []),
         )
     return table
 
@@ -119,10 +119,10 @@ def codecs(rows: list[dict[str, Any]]) -> Table:
 
 def layouts(rows: list[dict[str, Any]]) -> Table:
     """Layouts of `inspect.totals`."""
-    table = _table("dtype", "L,S,G,D,ranks,records,KV")
+    table = _table("kind,dtype", "L,heads,D,sections,KV")
     for row in rows:
-        numbers = (f"{row[name]:,}" for name in ("L", "S", "G", "D", "ranks", "records"))
-        table.add_row(row["dtype"], *numbers, size(row["bytes"]))
+        numbers = (f"{row[name]:,}" for name in ("L", "heads", "D", "records"))
+        table.add_row(row["kind"], row["dtype"], *numbers, size(row["bytes"]))
     return table
 
 

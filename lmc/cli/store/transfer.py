@@ -9,22 +9,25 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
-from lmc.cli.store.chunk_file import MOST_HEADER, Item, header_of, items_of
+import numpy as np
+import xxhash
+
+from lmc.cli.store.chunk_file import MOST_HEADER, MOST_TENSORS, Item, header_of, items_of
 from lmc.cli.store.inspect import Entry, entries, settled
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located
-from lmc.store.disk.encode import Encoded, Encoder
+from lmc.store.disk.encode import Encoded
 from lmc.store.disk.folder import Folder
-from lmc.store.disk.header import HeaderError
-from lmc.store.disk.read import Damaged, known, read_rows
+from lmc.store.disk.header import Header, HeaderError
+from lmc.store.disk.read import Damaged, Part, known, read_part
 from lmc.store.disk.room import OCCUPANCY
 from lmc.store.disk.segments import aligned
 from lmc.store.disk.tier import Disk
-from lmc.store.tier import Rows
+from lmc.store.payload import encode
+from lmc.store.sections import Section
 
 _BATCH_BYTES = 64 << 20
 _LOSSLESS = ("none", "zstd", "shuffle_zstd")
@@ -69,11 +72,12 @@ def export_chunks(
     if not chosen:
         raise ValueError("the store has no such records: nothing is exported")
     # Wider types first, so that each tensor lies at a multiple of its element.
-    chosen.sort(key=lambda e: (e.header.layout.dtype != "float32", e.header.seq))
-    reserved = len(header_of([(entry.header, bytes(16)) for entry in chosen]))
-    if reserved > MOST_HEADER:
+    chosen.sort(key=lambda e: (all(f.dtype != "float32" for f in e.header.forms), e.header.seq))
+    reserved = len(header_of([(e.header.part, e.header.seq, bytes(16)) for e in chosen]))
+    tensors = sum(len(entry.header.forms) for entry in chosen)
+    if reserved > MOST_HEADER or tensors > MOST_TENSORS:
         raise ValueError(
-            f"{len(chosen):,} records need a header of {reserved:,} bytes, and safetensors allows "
+            f"{len(chosen):,} records need a header of {reserved:,} bytes, and readers allow "
             f"{MOST_HEADER:,}: export fewer (--namespace, --limit-bytes)"
         )
     fd, temporary = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
@@ -109,29 +113,36 @@ def _write(folder: Folder, chosen: Sequence[Entry], reserved: int, file: BinaryI
     file.seek(reserved)
     for entry in chosen:
         try:
-            rows = settled(folder, entry.id, partial(_read, folder, entry))
+            sections = settled(folder, entry.id, partial(_read, folder, entry))
         except (Damaged, HeaderError, EOFError, FileNotFoundError):
             found.damaged += 1
             continue
-        if rows is None:
+        if sections is None:
             found.gone += 1
             continue
-        file.write(rows.data)
-        written.append((entry.header, fmt.digest_of(rows)))
+        digest = xxhash.xxh3_128()
+        for section in sections:
+            file.write(section.parts[0].data)
+            digest.update(section.parts[0].data)
+            found.bytes += section.form.nbytes
+        written.append((entry.header.part, entry.header.seq, digest.digest()))
         found.records += 1
-        found.bytes += rows.nbytes
     file.seek(0)
     file.write(header_of(written, reserved))
     return found
 
 
-def _read(folder: Folder, entry: Entry, located: Located) -> Rows | None:
-    """A record's rows, decoded and verified; None when another has taken its place."""
+def _read(folder: Folder, entry: Entry, located: Located) -> list[Section] | None:
+    """A part's sections, decoded and verified; None when another has taken its place."""
     if not fmt.same(located.header, entry.located.header):
         return None
-    stored = known(located.header)
-    (rows,) = read_rows(folder.segments, located, stored, None, None, lambda layers: None)
-    return rows
+    part = Part(located, known(located.header))
+    forms = part.known.forms
+    sections = [Section(form, [np.empty(form.shape, np.uint8)]) for form in forms]
+    read_part(
+        folder.segments, part, [*enumerate(forms)], sections, None, lambda section, layers: None
+    )
+    return sections
 
 
 def import_chunks(path: Path, source: Path, capacity: int) -> Imported:
@@ -152,40 +163,39 @@ def import_chunks(path: Path, source: Path, capacity: int) -> Imported:
         sizes = {}
         for item in items:
             # What could not be read again is refused here.
-            header, _, _ = _encoded(item, _rows(file, item), "none").pages(0)
+            header, _, _ = _encoded(item, _sections(file, item), "none", bytes(16)).pages(0)
             sizes[header.id] = header.record_bytes
         _check_room(path, sizes, capacity)
         found = Imported()
-        items.sort(key=lambda item: (*item.rank, item.facts.seq))
-        for (shards, shard), some in groupby(items, lambda item: item.rank):
-            # Engines differ in how many variants they keep: all stay until one puts the next.
-            disk = Disk(path, capacity, shard=shard, shards=shards, exact_variants=sys.maxsize)
-            try:
-                _put(disk, file, list(some), found)
-            finally:
-                disk.close()
+        items.sort(key=lambda item: item.facts.seq)
+        # Engines differ in how many variants they keep: all stay until one puts the next.
+        disk = Disk(path, capacity, exact_variants=sys.maxsize)
+        try:
+            _put(disk, file, items, found)
+        finally:
+            disk.close()
     return found
 
 
-def _rows(file: BinaryIO, item: Item) -> Rows:
-    """A tensor's bytes, compared with their digest."""
-    data = aligned(item.record.nbytes)
+def _sections(file: BinaryIO, item: Item) -> list[Section]:
+    """A part's bytes, compared with their digest."""
+    try:
+        data = aligned(item.record.nbytes)
+    except MemoryError as e:
+        raise ValueError(f"a record takes {item.record.nbytes:,} bytes, which are not free") from e
     file.seek(item.at)
     if file.readinto(data.data) != data.nbytes:  # type: ignore[attr-defined]
         raise ValueError("the file became shorter while it was read")
-    rows = data.reshape(item.shape)
-    item.check(rows)
-    return rows
+    return item.sections(data)
 
 
-def _encoded(item: Item, rows: Rows, codec: str) -> Encoded:
+def _encoded(item: Item, sections: Sequence[Section], codec: str, folder: bytes) -> Encoded:
     """As the item was stored where it comes from, but for the codec."""
     facts = item.facts
-    encode = Encoder(item.layout, facts.shard, facts.shards, codec, facts.label, Counter())
-    encoded = encode(item.record, [rows])
+    part = encode(item.record, sections, codec, facts.label, memory=aligned)
     # The encoder takes a namespace, and this one is a digest already.
-    header = replace(encoded.header, record=item.record, created=facts.created, error=facts.error)
-    return replace(encoded, header=header)
+    header = replace(part.header, record=item.record, created=facts.created, error=facts.error)
+    return Encoded(Header(header, 0, folder), replace(part, header=header))
 
 
 def _check_room(path: Path, sizes: dict[bytes, int], capacity: int) -> None:
@@ -208,17 +218,19 @@ def _check_room(path: Path, sizes: dict[bytes, int], capacity: int) -> None:
 
 
 def _put(disk: Disk, file: BinaryIO, items: Sequence[Item], found: Imported) -> None:
-    """Put records of one rank, in the order of their puts where they come from."""
+    """Put parts in the order of their puts where they come from."""
     batch: list[Encoded] = []
     for i, item in enumerate(items):
-        codec = item.facts.codec if item.facts.codec in _LOSSLESS else "none"
-        batch.append(_encoded(item, _rows(file, item), codec))
-        size = sum(encoded.payload.nbytes for encoded in batch)
+        codec = item.facts.sections[0].codec
+        codec = codec if codec in _LOSSLESS else "none"
+        batch.append(_encoded(item, _sections(file, item), codec, disk.folder.identity))
+        size = sum(encoded.part.payload.nbytes for encoded in batch)
         if size < _BATCH_BYTES and i < len(items) - 1:
             continue
-        for encoded, done in zip(batch, disk.put_encoded(batch), strict=True):
-            found.records += done
-            found.bytes += done * encoded.header.record.nbytes
+        for encoded, outcome in zip(batch, disk.put_encoded(batch), strict=True):
+            if outcome == "stored":
+                found.records += 1
+                found.bytes += encoded.header.record.nbytes
         batch = []
     found.known += disk.counts["known"]
     found.failed.update(

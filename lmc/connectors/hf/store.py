@@ -19,6 +19,7 @@ from lmc.connectors.hf.model import HFModel
 from lmc.model.identity import first_token
 from lmc.model.layout import KVLayout
 from lmc.store import Record, Store
+from lmc.store.directory import Answers
 from lmc.store.lookup import Found
 from lmc.store.record import ContextPolicy
 
@@ -150,8 +151,8 @@ class HFStore:
     def _brought(self, ids: np.ndarray, pieces: Sequence[Piece], strategy: Strategy) -> Plan:
         """A plan whose chunks are all in host memory."""
         index = self.store.index
-        nothing: list[Any] = []
-        for tiers in (self.store.tiers, nothing):
+        nothing: list[Answers] = []
+        for tiers in (self.store.ask(ids, pieces).answers, nothing):
             while True:
                 plan = make_plan(
                     ids, pieces, index, self.namespace, strategy,

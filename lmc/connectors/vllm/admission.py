@@ -19,6 +19,7 @@ from lmc.connectors.vllm.taint import rechain, untaint
 from lmc.connectors.vllm.tracked import Tracked
 
 RESTS = 9  # times as long as planning it took a request is not planned again
+GLANCE_S = 0.003  # that a new request waits for what tiers have, before it is planned without
 
 
 class Admission:
@@ -68,6 +69,9 @@ class Admission:
             known = chain.hashes
             local = (chain.first + len(known)) * self._block_size
             tracked.blended_from = chain.blended_from
+        self._planner.ask(tracked)
+        if tracked.lookup is not None:
+            tracked.lookup.wait(time.monotonic() + GLANCE_S)
         self._plan(tracked, local)
         assert tracked.plan is not None
         recipes = tracked.plan.recipes(self._block_size)
@@ -122,6 +126,11 @@ class Admission:
                 return "rows"
         if tracked.held:
             return None
+        lookup = tracked.lookup
+        if not tracked.heard and lookup and not lookup.over:
+            if time.monotonic() < lookup.deadline:
+                return "lookup"
+            tracked.heard = True  # it is answered too late to be of use
         patient = time.monotonic() - tracked.asked < self._patience_s
         if patient and self._planner.index.still_coming(tracked.plan.coming):
             return "save"
@@ -158,6 +167,8 @@ class Admission:
         vLLM may ask for it at every step, for want of pages, and something is always being stored.
         """
         assert tracked.plan is not None
+        if not tracked.heard:
+            return True
         due = tracked.plan.coming or time.monotonic() >= tracked.rested
         return bool(due) and tracked.seen != self._planner.index.added
 
@@ -171,20 +182,28 @@ class Admission:
 
     def _plan(self, tracked: Tracked, local: int, tiers: bool = True) -> None:
         """Plan from `local` on, and count why a request does not blend."""
+        self._listen(tracked)
         self._planner.use(tracked, *self._planner.plan(tracked, local, tiers))
         if tracked.reason:
             self.counts[tracked.reason.split(":")[0]] += 1
+
+    def _listen(self, tracked: Tracked) -> None:
+        """What the tiers have answered by now is what the next plan knows."""
+        tracked.heard |= tracked.lookup is None or tracked.lookup.over
 
     def _planned_again(self, tracked: Tracked, local: int) -> bool:
         """Plan anew if more may be found; whether vLLM then holds more than `local`."""
         plan = tracked.plan
         assert plan is not None
+        self._listen(tracked)
         begun = tracked.report is not None
         blended = plan.first_moved is not None and local > plan.first_moved
         if begun or blended:
             return False
         start = time.monotonic()
         new, reason = self._planner.plan(tracked, local)
+        if tracked.lookup is not None and tracked.lookup.unasked and tracked.heard:
+            self._planner.ask(tracked)  # what comes behind what a tier has was cut elsewhere
         before, now = plan.after(local), time.monotonic()
         tracked.seen, tracked.rested = self._planner.index.added, now + RESTS * (now - start)
         if _worth(new) <= _worth(before):
@@ -197,7 +216,10 @@ class Admission:
     def _replan(self, tracked: Tracked, local: int, tiers: bool = True) -> None:
         """Admission is not what was planned for: plan anew, under hashes nobody else has."""
         self.counts["replanned"] += 1
+        read = len(tracked.tokens), tracked.namespace
         self._reader.read_tokens(tracked)
+        if (len(tracked.tokens), tracked.namespace) != read:
+            self._planner.ask(tracked)
         self._plan(tracked, local, tiers)
         self._hashed_anew(tracked, local, nonce=os.urandom(16))
 

@@ -187,8 +187,8 @@ class Copies:
 
     def fetch(self, slots: Iterable[int]) -> None:
         """Begin to bring what is expected under these slots, behind what was let go of."""
-        for slot in slots:
-            self._submit("fetches_failed", self._chunks.fetch, slot)
+        if slots := list(slots):
+            self._submit("fetches_failed", self._chunks.fetch, slots)
 
     def finish(self) -> None:
         """Return when all that was asked for is done."""

@@ -15,6 +15,7 @@ from lmc.model import identity
 from lmc.model.layout import KVLayout
 from lmc.model.rope import Rope, from_config
 from lmc.model.weights import folder_of, weights_digest
+from lmc.store.sections import Heads
 from lmc.store.tier import TierConfig
 
 # Load formats that read the weight files of the model's own folder, and nothing else.
@@ -110,8 +111,18 @@ def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rope | str) -> by
     )
 
 
+def heads_of(layout: KVLayout, rank: int, vllm_config: Any) -> Heads:
+    """Which of the model's kv heads a rank has: [start, end) and how many there are."""
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    rank %= ranks
+    # With more ranks than heads, several have the same one.
+    start = rank * layout.G if total >= ranks else rank * total // ranks
+    return (start, start + layout.G, total)
+
+
 def open_tiers(
-    config: LMCConfig, layout: KVLayout, shard: int, shards: int, vllm_config: Any
+    config: LMCConfig, layout: KVLayout, rank: int, vllm_config: Any
 ) -> list[tuple[TierConfig, Any]]:
     """The tiers behind host memory, opened for one rank, each with what the config says of it.
 
@@ -120,11 +131,8 @@ def open_tiers(
     """
     label = f"{Path(vllm_config.model_config.model).name} {layout.dtype}"
     said = config.build_tiers()
-    variants = config.exact_variants
-    return [
-        (s, s.open(layout, shard=shard, shards=shards, exact_variants=variants, label=label))
-        for s in said
-    ]
+    variants, heads = config.exact_variants, heads_of(layout, rank, vllm_config)
+    return [(s, s.open(layout, heads=heads, exact_variants=variants, label=label)) for s in said]
 
 
 def weights_of(vllm_config: Any) -> bytes | None:

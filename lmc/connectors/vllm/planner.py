@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,10 +20,11 @@ from lmc.connectors.vllm.tracked import Tracked
 from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
 from lmc.store import Index, Record
-from lmc.store.lookup import Directory, Known
+from lmc.store.directory import Answers, Directory
+from lmc.store.lookup import Known
 from lmc.store.tier import taken
 
-TIERS_REST_S = 10.0  # after a fetch that was waited for in vain
+LOOKUP_S = 1.0  # after so long a request is planned without what a tier has
 
 
 class Planner:
@@ -34,7 +35,7 @@ class Planner:
 
     Attributes:
         index: of host memory, on every rank.
-        back_at: `time.monotonic()` until which the tiers are left alone.
+        directory: of the tiers behind it.
 
     Raises:
         ValueError, OSError: a tier that cannot be opened.
@@ -52,24 +53,32 @@ class Planner:
         self.index = Index(
             config.memory_bytes, ranks, config.policy, cost, exact_variants=config.exact_variants
         )
-        self.back_at = 0.0
         self._kept = 0  # bytes of what is held for requests
         self._config = config
         self._layout = layout
         self._begins = begins
         # Of these only what they know is asked here; the workers have their bytes.
-        opened = identity.open_tiers(config, layout, 0, ranks, vllm_config)
+        opened = identity.open_tiers(config, layout, 0, vllm_config)
         self._tiers = [tier for _, tier in opened]
+        self.directory = Directory(self._tiers, min(LOOKUP_S, config.fetch_patience_s))
+        self._left_alone = 0
+        self._sources: dict[int, int] = {}  # by slot on its way, the tier that told of it
         self._fetches: list[Record] = []
         self._counts: Counter[str] = Counter()
+
+    def ask(self, tracked: Tracked) -> None:
+        """Have the tiers asked what they have of a request, in the background."""
+        asked = (tracked.namespace, tracked.tokens, tracked.pieces)
+        tracked.lookup = self.directory.ask(*asked, tracked.lookup) if self._tiers else None
+        tracked.heard = False
 
     def plan(self, tracked: Tracked, local: int, tiers: bool = True) -> tuple[Plan, str | None]:
         """A plan from `local` on, and why it does not blend, if it was to.
 
         Args:
-            tiers: whether to ask those behind host memory too.
+            tiers: whether to use what those behind host memory said they have, too.
         """
-        return self._chosen(tracked, local, self._asked() if tiers else [], tracked.refusal)
+        return self._chosen(tracked, local, self._told(tracked) if tiers else [], tracked.refusal)
 
     def use(self, tracked: Tracked, plan: Plan, reason: str | None) -> None:
         """From now on this is the request's plan; nothing is kept for it yet."""
@@ -86,9 +95,15 @@ class Planner:
         half = self.index.capacity // 2
         return not self._kept or self._kept + tracked.needs <= half
 
-    def known(self, namespace: bytes) -> Known:
-        """What one namespace has, in host memory and in the tiers that are asked now."""
-        return Known(self.index, namespace, self._asked(), self._config.context, self._begins)
+    def known(self, tracked: Tracked) -> Known:
+        """What a request's namespace has, of its chunks, in host memory and in the tiers."""
+        return Known(
+            self.index,
+            tracked.namespace,
+            self._told(tracked),
+            self._config.context,
+            self._begins,
+        )
 
     def waits(self, tracked: Tracked, others: bool) -> Literal["fetch", "late"] | None:
         """Whether chunks are on their way, and others would stand still for them.
@@ -106,15 +121,15 @@ class Planner:
         if time.monotonic() - tracked.fetching < self._config.fetch_patience_s:
             return "fetch"
         self.release(tracked)
+        self.late(coming)
         for slot in coming:
             self.index.give_up(slot)
-        self.leave_tiers_alone()
         return "late"
 
-    def leave_tiers_alone(self) -> None:
-        """A tier is slow or gone: ask none for a while, so that not every request waits."""
-        self._counts["tiers_left_alone"] += 1
-        self.back_at = time.monotonic() + TIERS_REST_S
+    def late(self, slots: Iterable[int]) -> None:
+        """Tiers that do not bring these are slow or gone: they are not asked for a while."""
+        for tier in {self._sources[slot] for slot in slots if slot in self._sources}:
+            self.directory.breakers[tier].late()
 
     def still_held(self, tracked: Tracked) -> bool:
         """Whether all that the plan needs is there, on its way, or in a tier to be asked for."""
@@ -136,6 +151,8 @@ class Planner:
     def take_fetches(self) -> list[Record]:
         """What the workers must bring out of the tiers, each told once."""
         fetches, self._fetches = self._fetches, []
+        coming = self.index.arriving(self._sources)
+        self._sources = {slot: self._sources[slot] for slot in coming}
         return [record for record in fetches if record.slot in self.index]
 
     def take_counts(self) -> Counter[str]:
@@ -144,20 +161,27 @@ class Planner:
         counts.update({f"store:{kind}": n for kind, n in taken(self.index.counts).items()})
         for tier in self._tiers:
             counts.update({f"{tier.name}:{kind}": n for kind, n in taken(tier.counts).items()})
-        return counts
+        opened = sum(breaker.opened for breaker in self.directory.breakers)
+        counts["tiers_left_alone"] += opened - self._left_alone
+        self._left_alone = opened
+        return +counts
 
     def close(self) -> None:
         """Let go of the tiers."""
-        for tier in self._tiers:
-            tier.close()
+        self.directory.close(tiers=True)
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _asked(self) -> Sequence[Directory]:
-        return self._tiers if time.monotonic() >= self.back_at else []
+    def _told(self, tracked: Tracked) -> Sequence[Answers]:
+        """What tiers said that are not left alone."""
+        lookup, breakers = tracked.lookup, self.directory.breakers
+        if lookup is None or not lookup.over:
+            return []
+        pairs = zip(lookup.answers, breakers, strict=True)
+        return [answers for answers, breaker in pairs if breaker.closed]
 
     def _chosen(
-        self, tracked: Tracked, local: int, tiers: Sequence[Directory], refusal: str | None
+        self, tracked: Tracked, local: int, tiers: Sequence[Answers], refusal: str | None
     ) -> tuple[Plan, str | None]:
         """The plan out of memory and `tiers`, and why it does not blend, if it was to."""
         assert tracked.options is not None
@@ -217,10 +241,11 @@ class Planner:
             found = [s._replace(record=here.get(s.record.id, s.record)) for s in plan.found]
             tracked.plan = replace(plan, found=tuple(found))
             self._fetches += adopted
-            for tier in self._tiers:
-                held = tier.contains(list(here.values()))
-                names = zip(here.values(), held, strict=True)
-                tracked.fetched |= {r.slot: tier.name for r, has in names if has} | tracked.fetched
+            for id, taken in here.items():
+                told_by = tracked.lookup.told_by(id) if tracked.lookup else None
+                if told_by is not None:
+                    self._sources[taken.slot] = told_by
+                    tracked.fetched.setdefault(taken.slot, self._tiers[told_by].name)
         if self.index.arriving(tracked.leased):  # for it, or for another before
             tracked.fetching = time.monotonic()
         return True

@@ -231,7 +231,7 @@ class SchedulerSide:
             self.isolation.settle(slot, self.local.manager.block_pool)
             self.keeping.settle(slot)
         if report.late:
-            self.planner.leave_tiers_alone()
+            self.planner.late(report.lost)
         if report.failed:
             self._claims_failed(report.failed)
         for request_id, rows in report.recomputed.items():
@@ -297,7 +297,7 @@ class SchedulerSide:
             self.keeping.keep(tracked, computed, blocks)
             moves = tracked.options.strategy.moves or self.gate.moves_by_default
             if moves and self.blend_refusal is None and not tracked.prompt_saved:
-                known = self.planner.known(tracked.namespace)
+                known = self.planner.known(tracked)
                 spans = tracked.options.chunks or ()
                 self.isolation.want(known, tracked.tokens, tracked.pieces, spans)
         except BaseException as error:

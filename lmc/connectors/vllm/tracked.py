@@ -13,6 +13,7 @@ from lmc.blend.plan import KINDS, Plan
 from lmc.chunking.pieces import Piece
 from lmc.connectors.vllm.request import RequestOptions
 from lmc.model.cost import PrefillCost
+from lmc.store.directory import Asked
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Tracked:
         namespace: what its KV must be compatible with, tenant included.
         scope: what a tainted chain must have in common to be found again.
         tokens, pieces: as of the latest plan; a resumed request has output tokens too.
+        lookup: what the tiers behind host memory are asked about it, if there are any.
+        heard: whether the plan was made with all that they answered.
         local: tokens that vLLM held when last asked.
         plan: made for what vLLM was expected to hold.
         admitted: the plan cut to what vLLM did hold, once asked.
@@ -54,6 +57,8 @@ class Tracked:
     gate: str | None = None
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     pieces: Sequence[Piece] = ()
+    lookup: Asked | None = None
+    heard: bool = True
     local: int = 0
     plan: Plan | None = None
     admitted: Plan | None = None

@@ -63,8 +63,7 @@ class WorkerSide:
         self.rank = vllm_config.parallel_config.rank
         self.layout = identity.layout_of(vllm_config, kv_cache_config)
         self.told = Told(self.rank)
-        world = vllm_config.parallel_config.world_size
-        tiers = identity.open_tiers(config, self.layout, self.rank, world, vllm_config)
+        tiers = identity.open_tiers(config, self.layout, self.rank, vllm_config)
         self.chunks = Chunks(
             self.layout,
             config.memory_bytes,
@@ -73,6 +72,7 @@ class WorkerSide:
             config.fetch_patience_s,
             self.told.held,
             populate=True,
+            heads=identity.heads_of(self.layout, self.rank, vllm_config),
         )
         self.copies = Copies(self.chunks, self.told, self.spec.block_size, config.staging_bytes)
         self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens

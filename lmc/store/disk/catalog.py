@@ -34,6 +34,7 @@ _TABLES = (
     *order.TABLES,
 )  # fmt: skip
 BEHIND = 16  # of what continues a context with the same token, only so many of the latest are told
+RECORD = slice(8, 40)  # where in a listing the id of the record is
 
 _shared: dict[tuple[int, str], tuple[Any, int]] = {}
 _sharing = threading.Lock()
@@ -109,34 +110,16 @@ class Catalog:
         with self._env.begin(db=self._db["records"], buffers=True) as txn:
             return [txn.get(id) is not None for id in ids]
 
-    def variants(self, key: bytes, shard: int, shards: int) -> list[Located]:
-        """Records of one content, in the order of their puts; tails excepted."""
-        found = []
+    @contextmanager
+    def reading(self) -> Iterator[Reading]:
+        """Several questions about one state of the index."""
         with self._env.begin() as txn:
-            cursor = txn.cursor(self._db["keys"])
-            if cursor.set_key(_key(key, shard, shards)):
-                for value in list(cursor.iternext_dup()):
-                    found.append(_located(txn.get(value[_SEQ.size :], db=self._db["records"])))
-        return [located for located in found if located is not None]
+            yield Reading(txn, self._db)
 
-    def after(self, behind: bytes, shard: int, shards: int) -> list[Located]:
-        """Records by namespace, context and first token: the latest, in the order of their puts."""
-        found = []
-        with self._env.begin() as txn:
-            cursor = txn.cursor(self._db["behind"])
-            if cursor.set_key(_key(behind, shard, shards)) and cursor.last_dup():
-                latest = [bytes(cursor.value())]
-                while len(latest) < BEHIND and cursor.prev_dup():
-                    latest.append(bytes(cursor.value()))
-                for value in reversed(latest):
-                    found.append(_located(txn.get(value[_SEQ.size :], db=self._db["records"])))
-        return [located for located in found if located is not None]
-
-    def tail(self, namespace: bytes, context: bytes, shard: int, shards: int) -> Located | None:
-        """The tail that continues a context."""
-        with self._env.begin() as txn:
-            id = txn.get(_tail(namespace, context, shard, shards), db=self._db["tails"])
-            return None if id is None else _located(txn.get(id, db=self._db["records"]))
+    @property
+    def epoch(self) -> int:
+        """The number of the last transaction that changed anything."""
+        return int(self._env.info()["last_txnid"])
 
     def records(self) -> Iterator[tuple[bytes, Located]]:
         """All records, by id."""
@@ -241,6 +224,59 @@ class Catalog:
         self._env.sync(True)
 
 
+class Reading:
+    """What one transaction sees. A part is listed as the number of its put and its id."""
+
+    def __init__(self, txn: Any, db: dict[str, Any]) -> None:
+        self._txn, self._db = txn, db
+        self._records = txn.cursor(db["records"])
+
+    def listed(self, keys: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
+        """Key by key, parts of these contents in the order of their puts; tails excepted."""
+        found: list[tuple[bytes, bytes]]
+        found = self._txn.cursor(self._db["keys"]).getmulti(list(keys), dupdata=True)
+        return found
+
+    def latest(self, behind: Iterable[bytes]) -> list[list[bytes]]:
+        """Ids of the latest records behind a context with a first token, the oldest first.
+
+        behind: namespace digest, context, first token.
+        """
+        cursor = self._txn.cursor(self._db["behind"])
+        out: list[list[bytes]] = []
+        for key in behind:
+            ids: dict[bytes, None] = {}
+            if cursor.set_key(key) and cursor.last_dup():
+                ids[cursor.value()[RECORD]] = None
+                while len(ids) < BEHIND and cursor.prev_dup():
+                    ids[cursor.value()[RECORD]] = None
+            out.append(list(reversed(ids)))
+        return out
+
+    def tail(self, namespace: bytes, context: bytes) -> bytes | None:
+        """The id of the record that is the tail of a context."""
+        id: bytes | None = self._txn.get(namespace + context, db=self._db["tails"])
+        return id
+
+    def headers(self, parts: Iterable[bytes]) -> dict[bytes, memoryview]:
+        """The bytes of parts' headers, of those that there are."""
+        found = self._records.getmulti(list(parts))
+        return {id: memoryview(value)[_AT.size :] for id, value in found}
+
+    def parts(self, record: bytes) -> list[tuple[bytes, Located]]:
+        """Ids and places of what there is of a record, by its id."""
+        return _parts(self._records, record)
+
+    def listed_parts(self, record: bytes) -> bytes:
+        """The same as they are listed elsewhere, one after the other."""
+        out, cursor = b"", self._records
+        more = cursor.set_range(record)
+        while more and (id := cursor.key())[:32] == record:
+            out += _SEQ.pack(fmt.seq_of(cursor.value()[_AT.size : _AT.size + fmt.FRONT])) + id
+            more = cursor.next()
+        return out
+
+
 class Change:
     """What one transaction writes."""
 
@@ -250,25 +286,25 @@ class Change:
         self._seq = 0
 
     def add(self, header: Header, place: tuple[int, int], data: bytes) -> None:
-        """A record is at `place` from now on; one of its id that was elsewhere is dead there."""
+        """A part is at `place` from now on; one of its id that was elsewhere is dead there."""
         segment, at = place
         self.remove(header.id, keep_use=True)
         record, id = header.record, header.id
         self._txn.put(id, _AT.pack(segment, at) + data, db=self._db["records"])
         self._txn.put(_AT.pack(segment, at), id, db=self._db["places"])
         self._txn.delete(id, db=self._db["quarantined"])
+        listed = _SEQ.pack(header.seq) + id
         if record.tail:
-            key = _tail(record.namespace, record.context, header.shard, header.shards)
+            key = record.namespace + record.context
             # A crash may have kept the one before from being marked as dead.
-            if (before := self._txn.get(key, db=self._db["tails"])) is not None:
-                self.remove(before)
-            self._txn.put(key, id, db=self._db["tails"])
+            before = self._txn.get(key, db=self._db["tails"])
+            if before not in (None, record.id):
+                self.remove_records([before])
+            self._txn.put(key, record.id, db=self._db["tails"])
         else:
-            key = _key(record.key, header.shard, header.shards)
-            self._txn.put(key, _SEQ.pack(header.seq) + id, db=self._db["keys"])
+            self._txn.put(record.key, listed, db=self._db["keys"])
         if record.origin != "blended":
-            key = _key(_behind(record), header.shard, header.shards)
-            self._txn.put(key, _SEQ.pack(header.seq) + id, db=self._db["behind"])
+            self._txn.put(_behind(record), listed, db=self._db["behind"])
         order.enter(self._txn, self._db, id, header)
         use = self._segment(segment)
         use.end = max(use.end, at + header.record_bytes)
@@ -276,28 +312,34 @@ class Change:
         use.records += 1
         self._seq = max(self._seq, header.seq + 1)
 
+    def remove_records(self, ids: Iterable[bytes]) -> dict[bytes, Located]:
+        """Forget records, by their ids or those of their parts: all parts, and where they were."""
+        cursor = self._txn.cursor(self._db["records"])
+        parts = [part for id in ids for part, _ in _parts(cursor, id[:32])]
+        places = ((part, self.remove(part)) for part in parts)
+        return {part: at for part, at in places if at is not None}
+
     def remove(self, id: bytes, keep_use: bool = False) -> Located | None:
-        """Forget a record; where it was."""
+        """Forget one part; where it was."""
         value = self._txn.pop(id, db=self._db["records"])
         if value is None:
             return None
         segment, at = _AT.unpack_from(value)
         self._txn.delete(value[: _AT.size], db=self._db["places"])
-        header = fmt.unpack(value[_AT.size :])
+        data = value[_AT.size :]
+        record, listed = fmt.record_of(data), _SEQ.pack(fmt.seq_of(data)) + id
         order.leave(self._txn, self._db, id, keep_use)
-        record = header.record
         if record.tail:
-            key = _tail(record.namespace, record.context, header.shard, header.shards)
-            if self._txn.get(key, db=self._db["tails"]) == id:
+            key = record.namespace + record.context
+            gone = not _parts(self._txn.cursor(self._db["records"]), record.id)
+            if gone and self._txn.get(key, db=self._db["tails"]) == record.id:
                 self._txn.delete(key, db=self._db["tails"])
         else:
-            key = _key(record.key, header.shard, header.shards)
-            self._txn.delete(key, _SEQ.pack(header.seq) + id, db=self._db["keys"])
+            self._txn.delete(record.key, listed, db=self._db["keys"])
         if record.origin != "blended":
-            key = _key(_behind(record), header.shard, header.shards)
-            self._txn.delete(key, _SEQ.pack(header.seq) + id, db=self._db["behind"])
+            self._txn.delete(_behind(record), listed, db=self._db["behind"])
         use = self._segment(segment)
-        use.live -= header.record_bytes
+        use.live -= fmt.sizes(data)[1]
         use.records -= 1
         return Located(segment, at, value[_AT.size :])
 
@@ -358,12 +400,16 @@ def _located(value: bytes | None) -> Located | None:
     return Located(segment, at, value[_AT.size :])
 
 
-def _key(key: bytes, shard: int, shards: int) -> bytes:
-    return key + struct.pack("<HH", shard, shards)
-
-
-def _tail(namespace: bytes, context: bytes, shard: int, shards: int) -> bytes:
-    return namespace + context + struct.pack("<HH", shard, shards)
+def _parts(cursor: Any, record: bytes) -> list[tuple[bytes, Located]]:
+    found = []
+    if cursor.set_range(record):
+        for id, value in cursor:
+            if id[:32] != record:
+                break
+            located = _located(value)
+            assert located is not None
+            found.append((id, located))
+    return found
 
 
 def _behind(record: Record) -> bytes:

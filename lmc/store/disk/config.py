@@ -10,6 +10,7 @@ from lmc.model.layout import KVLayout
 from lmc.sizes import parse_bytes
 from lmc.store.compress import CODECS
 from lmc.store.disk.tier import Disk
+from lmc.store.sections import Heads
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ class DiskConfig:
         self,
         layout: KVLayout,
         *,
-        shard: int = 0,
-        shards: int = 1,
+        heads: Heads | None = None,
         exact_variants: int = 2,
         label: str = "",
     ) -> Disk:
@@ -52,8 +52,7 @@ class DiskConfig:
             Path(self.path).expanduser(),
             parse_bytes(self.capacity),
             layout=layout,
-            shard=shard,
-            shards=shards,
+            heads=heads,
             compression=self.compression,
             policy=self.policy,
             exact_variants=exact_variants,

@@ -42,6 +42,8 @@ class Folder:
         OSError: it cannot be made or opened.
     """
 
+    identity = bytes(16)  # what records in it are marked with
+
     def __init__(self, root: Path, read_only: bool = False) -> None:
         self.root = root
         self.read_only = read_only
@@ -282,9 +284,15 @@ def _check_format(root: Path, read_only: bool) -> bool:
     if version > fmt.FORMAT:
         raise ValueError(
             f"{root} is a store of format {version}, which this version of lmc cannot read "
-            f"(it reads up to {fmt.FORMAT}): use another folder, or a newer lmc"
+            f"(it reads {fmt.FORMAT}): use another folder, or a newer lmc"
         )
-    return version != fmt.FORMAT
+    if version < fmt.FORMAT:
+        raise ValueError(
+            f"{root} is a store of format {version}, which this version of lmc cannot read "
+            f"(it reads {fmt.FORMAT}): use another folder, or remove this one: its chunks are "
+            "computed again"
+        )
+    return False
 
 
 def _make_folder(path: Path) -> None:

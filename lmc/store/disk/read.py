@@ -1,4 +1,4 @@
-"""Out of a segment file: one record's rows, verified."""
+"""Out of a segment file: one record's sections, verified."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
+from xxhash import xxh3_128_digest
 
-from lmc.store import compress
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located
 from lmc.store.disk.header import Header, digest_of
 from lmc.store.disk.segments import Segments, aligned
+from lmc.store.payload import covered_by, decode_span, head_bytes
+from lmc.store.record import Record
 from lmc.store.rows import copy_rows
-from lmc.store.tier import Rows
+from lmc.store.sections import Form, Rows, Section
+from lmc.store.wire import order
 
 
 class Damaged(Exception):  # noqa: N818 a word for the record, as `Located`
-    """A record that is not what was put; the message is what of it: index, header or payload."""
+    """A part that is not what was put; the message is what of it: index, header or payload."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +31,21 @@ class Known:
     """A header, and what follows from it.
 
     Attributes:
-        id: the record's in its folder.
-        ends: where in the payload each section ends.
-        digests: of each section.
-        layers: how many layers there are with each section.
-        payload_at, payload_bytes, shape: as `Header`.
+        id: the part's in its folder.
+        record, forms: as `Header`.
+        plain: whether all of it is as it was put, and of one section.
+        ends: where in the payload each span ends.
+        digests: of each span.
+        layers: how many layers there are with each span, those of sections before it too.
+        payload_at, payload_bytes: as `Header`.
+        shape: of the first section.
     """
 
     header: Header
+    record: Record
     id: bytes
+    forms: tuple[Form, ...]
+    plain: bool
     ends: tuple[int, ...]
     digests: tuple[bytes, ...]
     layers: tuple[int, ...]
@@ -49,35 +58,57 @@ class Known:
 def known(data: bytes) -> Known:
     """What a header's bytes say; raises HeaderError."""
     header = fmt.unpack(data)
-    ends = tuple(accumulate(section.length for section in header.sections))
-    digests = tuple(section.digest for section in header.sections)
-    L, band = header.layout.L, header.band
-    layers = tuple(min(L, i + band) for i in range(0, L, band))
+    stored, forms = header.part.stored, header.forms
+    before = [0, *accumulate(form.L for form in forms)]
     return Known(
-        header, header.id, ends, digests, layers, header.payload_at, ends[-1], header.shape
+        header,
+        header.record,
+        header.id,
+        forms,
+        len(stored) == 1 and stored[0].codec == "none",
+        tuple(end for *_, end in header.part.bands()),
+        tuple(span.digest for span in header.sections),
+        tuple(before[i] + last for i, _, last, _, _ in header.part.bands()),
+        header.payload_at,
+        header.payload_bytes,
+        forms[0].shape,
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Where a part is, and what its header says.
+
+    Attributes:
+        fresh: whether the index has just said so; else it may have been moved or let go of, and
+            the file's own word counts.
+    """
+
+    located: Located
+    known: Known
+    fresh: bool = True
+
+
 class _Verify:
-    """Checks a record as its bytes arrive.
+    """Checks a part as its bytes arrive.
 
     Args:
         head, payload: where they arrive.
+        arrived: called with the number of layers that are there.
     """
 
     def __init__(
         self,
-        record: Known,
-        located: Located,
+        part: Part,
         head: np.ndarray,
         payload: np.ndarray,
         deadline: float | None,
         arrived: Callable[[int], None],
     ) -> None:
-        self._record, self._located = record, located
+        self._part, self._known = part, part.known
         self._head, self._payload = head, payload.data
         self._deadline, self._arrived = deadline, arrived
-        self._section = self._at = 0
+        self._span = self._at = 0
         self._begun = False
 
     def __call__(self, n: int) -> None:
@@ -87,18 +118,18 @@ class _Verify:
             Damaged: they are not what was put.
             TimeoutError: it is later than the deadline.
         """
-        if not self._begun and n >= len(self._located.header):
-            _check_header(self._head, self._located)
+        if not self._begun and n >= len(self._part.located.header):
+            check_header(self._head, self._part)
             self._begun = True
-        n -= self._record.payload_at
-        record = self._record
-        for end in record.ends[self._section :]:
+        record = self._known
+        n -= record.payload_at
+        for end in record.ends[self._span :]:
             if end > n:
                 break
-            if digest_of(self._payload[self._at : end]) != record.digests[self._section]:
+            if digest_of(self._payload[self._at : end]) != record.digests[self._span]:
                 raise Damaged("payload")
-            self._arrived(record.layers[self._section])
-            self._section, self._at = self._section + 1, end
+            self._arrived(record.layers[self._span])
+            self._span, self._at = self._span + 1, end
         check_deadline(self._deadline)
 
 
@@ -108,98 +139,205 @@ def check_deadline(deadline: float | None) -> None:
         raise TimeoutError("the deadline has passed")
 
 
-def read_rows(
-    segments: Segments,
-    located: Located,
-    record: Known,
-    into: Sequence[Rows] | None,
-    deadline: float | None,
-    arrived: Callable[[int], None],
-) -> Sequence[Rows]:
-    """The rows of a record: a view of the page cache where that has them, else read.
-
-    Args:
-        record: what the index says of it.
-        into: where they go, of the record's shape; None to get them where they are.
-        deadline, arrived: as `Disk.get`.
+def view_part(segments: Segments, part: Part, deadline: float | None) -> list[Section]:
+    """All of a plain part: a view of the page cache where that has it, else read.
 
     Raises:
         Damaged, EOFError, FileNotFoundError: it is not what was put.
         TimeoutError: it is later than the deadline.
         OSError: the disk fails.
     """
-    check_deadline(deadline)
-    plain = record.header.codec == "none"
-    front, nbytes = record.payload_at, record.payload_bytes
-    view = segments.view(located.segment, located.at, front + nbytes)
-    if view is not None and (into is None or not plain):
-        head, payload = view[:front], view[front:]
-    else:
-        head = aligned(front)
-        # Of a compressed record, or one in parts, layers arrive as they are put in place below.
-        follow = None
-        if plain and into is not None and len(into) == 1 and into[0].flags.c_contiguous:
-            payload = into[0].reshape(-1)
-            follow = _Verify(record, located, head, payload, deadline, arrived)
-        else:
-            payload = aligned(nbytes)
-        segments.read(located.segment, located.at, [head, payload], view is not None, follow)
-        if follow is not None:
-            assert into is not None
-            return into
-    if plain and into is None:
-        _Verify(record, located, head, payload, deadline, arrived)(front + nbytes)
-        return [payload.reshape(record.shape)]
-    _check_header(head, located)
-    out = into if into is not None else [np.empty(record.shape, np.uint8)]
-    _unpack(record.header, payload, out, deadline, arrived)
-    return out
+    if deadline is not None:
+        check_deadline(deadline)
+    record, located = part.known, part.located
+    front = record.payload_at
+    total = front + record.payload_bytes
+    data = segments.view(located.segment, located.at, total)
+    if data is None:
+        data = aligned(total)
+        segments.read(located.segment, located.at, [data])
+    check_header(data, part)
+    there, start = data.data, front
+    for end, digest in zip(record.ends, record.digests, strict=True):
+        if xxh3_128_digest(there[start : front + end]) != digest:
+            raise Damaged("payload")
+        start = front + end
+    return [Section(record.forms[0], [data[front:].reshape(record.shape)])]
 
 
-def verify(segments: Segments, located: Located, header: Header) -> None:
-    """Read a record, past the page cache where it can be, and compare all of it.
-
-    Raises:
-        As `read_rows`.
-    """
-    record = known(located.header)
-    data = aligned(header.record_bytes)
-    segments.read(located.segment, located.at, [data])
-    head, payload = data[: record.payload_at], data[record.payload_at :][: record.payload_bytes]
-    follow = _Verify(record, located, head, payload, None, lambda layers: None)
-    follow(record.payload_at + record.payload_bytes)
+Sources = Sequence[tuple[Part, Sequence[tuple[int, Form]]]]
 
 
-def _unpack(
-    header: Header,
-    payload: np.ndarray,
-    out: Sequence[Rows],
+def straight(sources: Sources, into: Sequence[Section]) -> bool:
+    """Whether a part can be read to where it is wanted, as it is."""
+    if len(sources) != 1 or len(into) != 1 or len(into[0].parts) != 1:
+        return False
+    known, (form, (rows,)) = sources[0][0].known, into[0]
+    return known.plain and known.forms[0] == form and rows.flags.c_contiguous
+
+
+def read_straight(
+    segments: Segments,
+    part: Part,
+    into: Section,
     deadline: float | None,
     arrived: Callable[[int], None],
 ) -> None:
-    """Every section of a payload to its place in `out`."""
-    L, S, T, R = header.shape
-    at = 0
-    for layer, section in zip(range(0, L, header.band), header.sections, strict=True):
+    """Read a plain part to where it is wanted; it is checked as it comes.
+
+    arrived: called with the number of layers that are there.
+
+    Raises:
+        As `view_part`.
+    """
+    check_deadline(deadline)
+    located, payload = part.located, into.parts[0].reshape(-1)
+    head = aligned(part.known.payload_at)
+    cached = segments.view(located.segment, located.at, head.nbytes + payload.nbytes) is not None
+    follow = _Verify(part, head, payload, deadline, arrived)
+    segments.read(located.segment, located.at, [head, payload], cached, follow)
+
+
+def read_part(
+    segments: Segments,
+    part: Part,
+    wanted: Sequence[tuple[int, Form]],
+    into: Sequence[Section],
+    deadline: float | None,
+    arrived: Callable[[int, int], None],
+) -> None:
+    """Fill sections, or heads of them, from a part that has them.
+
+    Args:
+        wanted: of which sections, by index, which heads.
+        arrived: called with the index of a section and how many of its layers are there.
+
+    Raises:
+        As `view_part`.
+    """
+    check_deadline(deadline)
+    payload = _fetch(segments, part)
+    header, digests = part.known.header.part, part.known.digests
+    for (i, first, last, start, end), digest in zip(header.bands(), digests, strict=True):
         check_deadline(deadline)
-        data = payload[at : at + section.length]
-        if digest_of(data) != section.digest:
+        data = payload[start:end]
+        if digest_of(data) != digest:
             raise Damaged("payload")
-        if header.codec == "none":
-            rows = data.reshape(-1, S, T, R)
+        form = header.stored[i].form
+        takers = [(n, of) for n, of in wanted if of.kin == form.kin and covered_by(of, form)]
+        if not takers:
+            continue
+        if header.stored[i].codec == "none":
+            rows = data.reshape(last - first, *form.shape[1:])
         else:
-            rows = out[0][layer : layer + 1] if len(out) == 1 else np.empty((1, S, T, R), np.uint8)
+            rows = np.empty((last - first, *form.shape[1:]), np.uint8)
             try:
-                compress.decode(header.codec, data.data, rows[0], header.layout)
+                decode_span(header.stored[i], data, rows)
             except ValueError as e:
                 raise Damaged("payload") from e
-        if len(out) > 1 or header.codec == "none":
-            copy_rows([rows], [part[layer : layer + header.band] for part in out])
-        at += section.length
-        arrived(min(L, layer + header.band))
+        for n, of in takers:
+            copy_heads(rows, form, of, into[n], first, last)
+            arrived(n, last)
 
 
-def _check_header(head: np.ndarray, located: Located) -> None:
+def copy_heads(rows: Rows, form: Form, of: Form, into: Section, first: int, last: int) -> None:
+    """Copy heads of layers `[first, last)`, rows of `form`, to their place in a section.
+
+    of: `form` with the heads to copy.
+    """
+    start, end = head_bytes(form, of)
+    to, to_end = head_bytes(into.form, of)
+    copy_rows([rows[..., start:end]], [part[first:last, :, :, to:to_end] for part in into.parts])
+
+
+def plan(
+    parts: Sequence[Part], wanted: Sequence[Form]
+) -> list[tuple[Part, list[tuple[int, Form]]]] | None:
+    """From which parts to take what: of each, which of the wanted, and which heads of it.
+
+    As few parts as heads need; None where they do not have all that is wanted.
+    """
+    taken: dict[int, list[tuple[int, Form]]] = {}
+    for n, form in enumerate(wanted):
+        kin = form.kin
+        have = [
+            (*other.heads[:2], i)
+            for i, part in enumerate(parts)
+            for other in part.known.forms
+            if other.kin == kin
+        ]
+        at, end, of = form.heads
+        while at < end:
+            # The one that reaches furthest of those that have the next head.
+            reach, i = max(((e, i) for s, e, i in have if s <= at < e), default=(at, -1))
+            if i < 0:
+                return None
+            taken.setdefault(i, []).append((n, form.of((at, min(reach, end), of))))
+            at = reach
+    return [(parts[i], some) for i, some in taken.items()]
+
+
+def verify(segments: Segments, located: Located, header: Header) -> None:
+    """Read a part, past the page cache where it can be, and compare all of it.
+
+    Raises:
+        As `view_part`.
+    """
+    part = Part(located, known(located.header))
+    data = aligned(header.record_bytes)
+    segments.read(located.segment, located.at, [data])
+    front, nbytes = part.known.payload_at, part.known.payload_bytes
+    follow = _Verify(part, data[:front], data[front:][:nbytes], None, lambda layers: None)
+    follow(front + nbytes)
+
+
+class Progress:
+    """How many layers are there of sections that come from several parts.
+
+    Args:
+        arrived: called with the number of layers that are there of all sections, one after the
+            other in the order of `wire.order`, up to the first that is not.
+    """
+
+    def __init__(
+        self, into: Sequence[Section], sources: Sources, arrived: Callable[[int], None]
+    ) -> None:
+        self._order = sorted(range(len(into)), key=lambda n: order(into[n].form))
+        self._layers = [section.form.L for section in into]
+        self._have: list[dict[int, int]] = [{} for _ in into]
+        for i, (_, wanted) in enumerate(sources):
+            for n, _ in wanted:
+                self._have[n][i] = 0
+        self._arrived, self._told = arrived, 0
+
+    def have(self, source: int, n: int, layers: int) -> None:
+        """Of section `n` the first layers have come from a source."""
+        self._have[n][source] = layers
+        total = 0
+        for i in self._order:
+            there = min(self._have[i].values())
+            total += there
+            if there < self._layers[i]:
+                break
+        if total > self._told:
+            self._told = total
+            self._arrived(total)
+
+
+def _fetch(segments: Segments, part: Part) -> np.ndarray:
+    """A part's payload, of which only the header is checked."""
+    located, record = part.located, part.known
+    data = segments.view(located.segment, located.at, record.payload_at + record.payload_bytes)
+    if data is None:
+        data = aligned(record.payload_at + record.payload_bytes)
+        segments.read(located.segment, located.at, [data])
+    check_header(data, part)
+    return data[record.payload_at :]
+
+
+def check_header(head: np.ndarray, part: Part) -> None:
     """Raise Damaged unless the file's header is the index's."""
-    if not fmt.same(head[: len(located.header)].data, located.header):
+    header = part.located.header  # alive, as all that are indexed
+    data = bytes(head.data[: len(header)])
+    if data != header and (not part.fresh or not fmt.same(data, header)):
         raise Damaged("header")

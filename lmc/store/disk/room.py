@@ -98,11 +98,11 @@ class Room:
             raise
 
     def evict(self, ids: Sequence[bytes]) -> int:
-        """Forget records, and remove the files that hold nothing else."""
+        """Forget records with all of their parts, and remove the files that hold nothing else."""
         with self._folder.catalog.change() as change:
-            dead = [at for id in ids if (at := change.remove(id)) is not None]
-        self.mark(dead, fmt.DEAD)
-        for id in ids:
+            dead = change.remove_records(ids)
+        self.mark([*dead.values()], fmt.DEAD)
+        for id in dead:
             self._forget(id)
         self._counts["evicted"] += len(dead)
         self._drop_dead_segments()

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import lmdb
 
 from lmc.model.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
-from lmc.store.disk.catalog import Located
+from lmc.store.disk.catalog import Reading
+from lmc.store.disk.directory import Directory
 from lmc.store.disk.encode import Encoded, Encoder
 from lmc.store.disk.faults import FAULTS, kind_of
 from lmc.store.disk.folder import Folder
-from lmc.store.disk.header import Header, HeaderError
-from lmc.store.disk.read import Damaged, Known, known, read_rows
+from lmc.store.disk.header import Header
+from lmc.store.disk.read import Part
+from lmc.store.disk.reader import Reader
 from lmc.store.disk.room import Room
 from lmc.store.disk.write import write_records
+from lmc.store.reads import Reads
 from lmc.store.record import Record, superseded
-from lmc.store.tier import Rows
+from lmc.store.sections import Form, Heads, Section, covered
+from lmc.store.tier import Behind, Durability, Handle, Outcome, Wanted
 
 
 class Disk:
@@ -33,11 +33,14 @@ class Disk:
     A put is acknowledged when its bytes are synced to the disk and indexed. A get checks every
     byte that it gives. One process writes at a time, and none ever waits in order to read.
 
+    A record is one whatever the number of ranks: each puts its part, the heads that it has, and
+    any rank of any other number reads its own from those that there are.
+
     Args:
         path: the folder, made when missing. Nothing is written outside it.
         capacity: bytes of its segment files, dead records included.
         layout: of the chunks, on one rank; None to read what is there, whatever it is.
-        shard, shards: which of how many ranks' heads.
+        heads: which of the model's heads the layout's are; by default all there are.
         compression: one of `lmc.store.compress.CODECS`.
         policy: which records go when there is no room, one of `lmc.policies.POLICIES`.
         exact_variants: exact contexts kept of one content.
@@ -45,12 +48,13 @@ class Disk:
         read_only: nothing in the folder is changed.
 
     Raises:
-        ValueError: a folder that is no store, or of a newer format; a codec or policy that cannot
-            be; a capacity of less than a MiB.
+        ValueError: a folder that is no store, or of another format; a codec or policy that cannot
+            be; heads that are not the layout's; a capacity of less than a MiB.
         OSError: it cannot be opened.
     """
 
     name = "disk"
+    durability: Durability = "device"
 
     def __init__(
         self,
@@ -58,8 +62,7 @@ class Disk:
         capacity: int,
         *,
         layout: KVLayout | None = None,
-        shard: int = 0,
-        shards: int = 1,
+        heads: Heads | None = None,
         compression: str = "none",
         policy: Mapping[str, Any] | str = "lru",
         exact_variants: int = 2,
@@ -70,9 +73,10 @@ class Disk:
             raise ValueError(f"capacity: got {capacity} bytes, allowed: at least {1 << 20}")
         if layout is not None:
             compress.check_codec(compression, layout)
+        if heads is not None and (layout is None or heads[1] - heads[0] != layout.G):
+            raise ValueError(f"heads: got {heads} for {layout}")
         self.capacity = capacity
         self.layout = layout
-        self.shard, self.shards = shard, shards
         self.read_only = read_only
         self._exact_variants = exact_variants
         self.folder = Folder(Path(path), read_only)
@@ -82,13 +86,12 @@ class Disk:
         except ValueError:
             self.folder.close()
             raise
-        self._encode: Encoder | None = None
-        if layout is not None:
-            label = label.encode()[:255].decode(errors="ignore")
-            self._encode = Encoder(layout, shard, shards, compression, label, self.counts)
-        self._uses: Counter[bytes] = Counter()  # reads that the index has not been told of
-        self._uses_lock = threading.Lock()
+        label = label.encode()[:255].decode(errors="ignore")
+        self._encode = Encoder(self.folder.identity, compression, label, self.counts)
         self._bad: set[bytes] = set()  # what failed to verify, as far as this process knows
+        self._directory = Directory(self.folder, layout, heads, self._bad)
+        self._reader = Reader(self.folder, self._directory, self._bad, self._set_aside)
+        self._reads = Reads(self.name, self._read)
 
     # -- what is here ------------------------------------------------------------------------
 
@@ -101,139 +104,83 @@ class Disk:
             self.counts["index_faults"] += 1
             return 0
 
+    @property
+    def epoch(self) -> int | None:
+        """The number of the index's last change, whoever made it."""
+        try:
+            return self.folder.catalog.epoch
+        except FAULTS:
+            self.counts["index_faults"] += 1
+            return None
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Files need no memory registered."""
+
     def contains(self, records: Sequence[Record]) -> list[bool]:
-        ids = [self.id_of(record) for record in records]
+        """Of which records this rank's heads are there."""
         try:
-            held = self.folder.catalog.contains(ids)
+            return self._directory.contains(records)
         except FAULTS:
             self.counts["index_faults"] += 1
-            return [False] * len(ids)
-        return [known and id not in self._bad for id, known in zip(ids, held, strict=True)]
+            return [False] * len(records)
 
-    def find(self, namespace: bytes, key: bytes) -> list[Record]:
-        """Records of one content that every rank has, in the order of their puts."""
+    def lookup_many(
+        self, namespace: bytes, keys: Sequence[bytes], behind: Sequence[Behind], deadline: float
+    ) -> tuple[list[list[Record]], list[list[Record]]]:
+        """As `Tier.lookup_many`."""
         try:
-            return self._usable(
-                self.folder.catalog.variants(key, self.shard, self.shards), namespace
-            )
+            return self._directory.lookup_many(namespace, keys, behind, deadline)
         except FAULTS:
             self.counts["index_faults"] += 1
-            return []
-
-    def after(self, namespace: bytes, context: bytes, first: bytes) -> list[Record]:
-        """What continues `context` with the token `first`, of that which every rank has."""
-        behind = fmt.namespace_digest(namespace) + context + first
-        try:
-            return self._usable(
-                self.folder.catalog.after(behind, self.shard, self.shards), namespace
-            )
-        except FAULTS:
-            self.counts["index_faults"] += 1
-            return []
-
-    def id_of(self, record: Record) -> bytes:
-        """Names this rank's part of a record in the folder."""
-        return fmt.shard_id(record, self.shard, self.shards)
+            return [[] for _ in keys], [[] for _ in behind]
 
     # -- reading -----------------------------------------------------------------------------
+
+    def get_many(self, wanted: Sequence[Wanted]) -> list[Handle]:
+        """As `Tier.get_many`."""
+        return self._reads.start(wanted)
+
+    def _read(self, wanted: Wanted, arrived: Callable[[int], None]) -> bool:
+        return self.get(wanted.record, wanted.into, wanted.deadline, arrived) is not None
 
     def get(
         self,
         record: Record,
-        into: Sequence[Rows] | None = None,
+        into: Sequence[Section] | None = None,
         deadline: float | None = None,
         arrived: Callable[[int], None] = lambda layers: None,
-    ) -> Sequence[Rows] | None:
-        """As `Tier.get`.
+    ) -> Sequence[Section] | None:
+        """A record's sections, verified, or None.
 
         Args:
-            arrived: called with the number of layers that are there and verified, as they come.
+            into: where they go; without it the answer is all that this rank has of the record,
+                as a view that must not be written where one part is just that.
+            deadline: `time.monotonic()` at which to give up.
+            arrived: called with the number of layers that are there and verified, as they come:
+                of all sections, one after the other in the order of `lmc.store.wire.order`.
         """
-        id = self.id_of(record)
-        rows = self._get(id, record, into, deadline, arrived)
-        if rows is None:
+        try:
+            got = self._reader.get(record, into, deadline, arrived)
+        except (*FAULTS, MemoryError) as e:
+            self.counts["no_memory" if isinstance(e, MemoryError) else kind_of(e)] += 1
+            got = None
+        if got is None:
             self.counts["misses"] += 1
             return None
         self.counts["hits"] += 1
         self.counts["bytes_read"] += record.nbytes
-        with self._uses_lock:
-            self._uses[id] += 1
-        return rows
+        return got
 
-    def _get(
-        self,
-        id: bytes,
-        record: Record,
-        into: Sequence[Rows] | None,
-        deadline: float | None,
-        arrived: Callable[[int], None],
-    ) -> Sequence[Rows] | None:
-        before: Located | None = None
-        while True:
-            try:
-                located = None if id in self._bad else self.folder.catalog.locate(id)
-                if located is None:
-                    return None
-                stored = known(located.header)
-                if not self._fits(stored, id, record, into):
-                    return None
-                return read_rows(self.folder.segments, located, stored, into, deadline, arrived)
-            except (Damaged, HeaderError, EOFError, FileNotFoundError) as e:
-                # Has a writer moved it meanwhile? Then it is elsewhere now.
-                if located is not None and located != before:
-                    before = located
-                    self.folder.segments.forget({located.segment})
-                    continue
-                self._set_aside(id, before, e)
-                return None
-            except (OSError, lmdb.Error) as e:
-                self.counts[kind_of(e)] += 1
-                return None
-
-    def _fits(self, found: Known, id: bytes, record: Record, into: Sequence[Rows] | None) -> bool:
-        """Whether a record is the one that was asked for, and of a shape that can be taken."""
-        stored = found.header.record
-        if found.id != id:
-            raise Damaged("index")
-        if (stored.key, stored.tokens, stored.namespace) != (
-            record.key, record.tokens, fmt.namespace_digest(record.namespace)
-        ):  # fmt: skip
-            self.counts["not_its_record"] += 1  # who asks is wrong: what is stored stays
-            return False
-        L, S, T, R = found.shape
-        fits = self.layout is None or found.header.layout == self.layout
-        if into is not None:
-            shapes = {(part.shape[0], part.shape[1], part.shape[3]) for part in into}
-            fits = fits and shapes == {(L, S, R)} and sum(p.shape[2] for p in into) == T
-        if not fits:
-            self.counts["other_layout"] += 1
-        return fits
-
-    def _usable(self, found: Sequence[Located], namespace: bytes) -> list[Record]:
-        """Of what the index has, records of this namespace and layout that every rank has."""
-        records, digest = [], fmt.namespace_digest(namespace)
-        for located in found:
-            header = known(located.header).header
-            if self.layout in (None, header.layout) and header.record.namespace == digest:
-                records.append(replace(header.record, namespace=namespace))
-        records = [record for record in records if self.id_of(record) not in self._bad]
-        if self.shards > 1 and records:
-            ids = [fmt.shard_id(r, i, self.shards) for r in records for i in range(self.shards)]
-            held = iter(self.folder.catalog.contains(ids))
-            n = self.shards
-            records = [r for r in records if sum(next(held) for _ in range(n)) == n]
-        return records
-
-    def _set_aside(self, id: bytes, located: Located | None, fault: Exception) -> None:
-        """Never serve a record again that failed to verify where it was."""
-        reason = kind_of(fault)
+    def _set_aside(self, part: Part, fault: Exception) -> None:
+        """Never serve a part again that failed to verify where it was."""
+        id, reason = part.known.id, kind_of(fault)
         self.counts[f"damaged:{reason}"] += 1
         self._bad.add(id)
         if self.read_only:
             return
         try:
             with self.folder.writing(1.0):
-                if not self.room.quarantine(id, located, reason):  # it has been put again
+                if not self.room.quarantine(id, part.located, reason):  # it has been put again
                     self._bad.discard(id)
                     return
             self.counts["quarantined"] += 1
@@ -242,37 +189,64 @@ class Disk:
 
     # -- writing -----------------------------------------------------------------------------
 
-    def put(self, items: Sequence[tuple[Record, Sequence[Rows]]]) -> list[bool]:
-        if self._encode is None:
-            raise ValueError("a disk tier that was opened without a layout takes no puts")
-        held = self.contains([record for record, _ in items])
+    def put(self, items: Sequence[tuple[Record, Sequence[Section]]]) -> list[Outcome]:
+        """As `Tier.put`; of each record what the sections are: this rank's part of it."""
+        outcomes: list[Outcome] = ["failed"] * len(items)
+        encoded: dict[int, Encoded] = {}
+        held = self._held(items)
         seen: set[object] = set()
-        for i, (record, _) in enumerate(items):
-            held[i] = held[i] and _content(record) not in seen  # or else one before may replace it
+        for i, (record, sections) in enumerate(items):
+            # Of one content one before it may replace it.
+            is_known = held[i] and _content(record) not in seen
             seen.add(_content(record))
-        self.counts["known"] += sum(held)
-        new = [self._encode(*item) for item, known in zip(items, held, strict=True) if not known]
-        done = iter(self.put_encoded(new))
-        return [not known and next(done) for known in held]
+            if is_known:
+                self.counts["known"] += 1
+                outcomes[i] = "known"
+                continue
+            try:
+                encoded[i] = self._encode(record, sections)
+            except Exception:  # whatever it is that cannot be stored: others can
+                self.counts["put_failed:not_a_chunk"] += 1
+        for i, outcome in zip(encoded, self.put_encoded([*encoded.values()]), strict=True):
+            outcomes[i] = outcome
+        return outcomes
 
-    def put_encoded(self, encoded: Sequence[Encoded]) -> list[bool]:
-        """As `put`, of chunks of this rank whose namespaces are digests already."""
-        done = [False] * len(encoded)
+    def _held(self, items: Sequence[tuple[Record, Sequence[Section]]]) -> list[bool]:
+        try:
+            with self.folder.catalog.reading() as index:
+                return [
+                    self._has(index, record.id, [form for form, _ in sections])
+                    for record, sections in items
+                ]
+        except FAULTS:
+            self.counts["index_faults"] += 1
+            return [False] * len(items)
+
+    def put_encoded(self, encoded: Sequence[Encoded]) -> list[Outcome]:
+        """As `put`, of parts whose namespaces are digests already."""
+        outcomes: list[Outcome] = ["failed"] * len(encoded)
+        if not encoded:
+            return outcomes
+        done: set[int] = set()
         try:
             with self.folder.writing():
                 self._tell_uses()
                 for group in self._groups(encoded):
                     try:
-                        acknowledged = self._write(group)
+                        told = self._write(group)
                     except FAULTS as e:
                         if kind_of(e) != "disk_full" or not self.room.give_up_a_segment():
                             raise
-                        acknowledged = self._write(group)  # if that is not enough, nothing is
-                    for i in acknowledged:
-                        done[i] = True
+                        told = self._write(group)  # if that is not enough, nothing is
+                    for i, outcome in told.items():
+                        outcomes[i] = outcome
+                    done.update(told)
         except FAULTS as e:
-            self.counts[f"put_failed:{kind_of(e)}"] += len(encoded) - sum(done)
-        return done
+            self.counts[f"put_failed:{kind_of(e)}"] += len(encoded) - len(done)
+            full = kind_of(e) in ("disk_full", "no_room")
+            for i in set(range(len(encoded))) - done:
+                outcomes[i] = "full" if full else "failed"
+        return outcomes
 
     def _groups(self, encoded: Sequence[Encoded]) -> list[dict[int, Encoded]]:
         """What is written and synced together, by index: no more than there can be room for.
@@ -291,56 +265,83 @@ class Disk:
             seen.add(content)
         return groups
 
-    def _write(self, encoded: Mapping[int, Encoded]) -> list[int]:
-        """Write, sync, index; then records are acknowledged: those of these indices."""
+    def _write(self, encoded: Mapping[int, Encoded]) -> dict[int, Outcome]:
+        """Write, sync, index; then what became of each, by its index."""
         folder = self.folder
-        out: set[bytes] = set()
-        chosen: dict[bytes, int] = {}
-        for i, e in encoded.items():
-            replaced = self._replaced(e.header)
-            if replaced is None:
-                self.counts["known"] += 1
-            elif e.header.record_bytes > self.room.limit:
-                self.counts["no_room"] += 1
-            else:
-                chosen[e.header.id] = i
-                out.update(replaced)
-        if not chosen:
-            return []
+        outcomes: dict[int, Outcome] = {}
+        records: set[bytes] = set()  # replaced, with all of their parts
+        parts: set[bytes] = set()  # of the same records, that the new ones have too
+        with folder.catalog.reading() as index:
+            for i, e in encoded.items():
+                replaced = self._replaced(index, e.header)
+                if replaced is None:
+                    self.counts["known"] += 1
+                    outcomes[i] = "known"
+                elif e.header.record_bytes > self.room.limit:
+                    self.counts["no_room"] += 1
+                    outcomes[i] = "full"
+                else:
+                    outcomes[i] = "stored"
+                    records.update(replaced)
+                    parts.update(_within(index, e.header))
+        new = [encoded[i] for i, outcome in outcomes.items() if outcome == "stored"]
+        if not new:
+            return outcomes
         seq = folder.catalog.next_seq()
-        sizes = [encoded[i].header.record_bytes for i in chosen.values()]
+        sizes = [e.header.record_bytes for e in new]
         places = self.room.place(sizes)
-        with self.room.undone_on_failure(places):
-            new = [encoded[i] for i in chosen.values()]
-            # The index is written meanwhile, and valid when it is left, behind the sync.
-            with folder.catalog.change() as change:
-                dead = [place for id in out if (place := change.remove(id)) is not None]
-                write_records(folder.segments, new, places, seq, change.add)
+        # The index is written meanwhile, and valid when it is left, behind the sync.
+        with self.room.undone_on_failure(places), folder.catalog.change() as change:
+            dead = [*change.remove_records(records).values()]
+            dead += [at for part in parts if (at := change.remove(part)) is not None]
+            write_records(folder.segments, new, places, seq, change.add)
         self.room.mark(dead, fmt.DEAD)
-        self._bad -= chosen.keys()
-        self.counts["puts"] += len(chosen)
+        for e in new:
+            self._bad.discard(e.header.id)
+            self._reader.forget(e.header.record.id)
+        self.counts["puts"] += len(new)
         self.counts["bytes_written"] += sum(sizes)
-        return list(chosen.values())
+        return outcomes
 
-    def _replaced(self, new: Header) -> list[bytes] | None:
-        """Ids of the records that a new one takes the place of; None when it would add nothing."""
-        catalog, record = self.folder.catalog, new.record
+    def _replaced(self, index: Reading, new: Header) -> list[bytes] | None:
+        """Ids of the records that a new one takes the place of; None when it would add nothing.
+
+        Of other records it counts who has heads that this part has: ranks put one after the other,
+        and one that is behind must not push out what another has put since.
+        """
+        record = new.record
+        if self._has(index, record.id, new.forms):
+            return None
         if record.tail:
-            tail = catalog.tail(record.namespace, record.context, self.shard, self.shards)
-            found = [tail] if tail else []
+            tail = index.tail(record.namespace, record.context)
+            parts = [] if tail is None else [part for part, _ in index.parts(tail)]
         else:
-            found = catalog.variants(record.key, self.shard, self.shards)
-        known = [located.unpack().record for located in found]
+            parts = [listed[8:] for _, listed in index.listed([record.key])]
         # One that is known here to be damaged stands in nobody's way.
-        known = [other for other in known if self.id_of(other) not in self._bad]
-        replaced = superseded(known, record, self._exact_variants)
-        return None if replaced is None else [self.id_of(other) for other in replaced]
+        headers = index.headers(part for part in parts if part not in self._bad)
+        known: dict[bytes, Record] = {}
+        for data in headers.values():
+            other = fmt.record_of(data)
+            if record.tail or _overlap(fmt.forms_of(data), new.forms):
+                known.setdefault(other.id, other)
+        known.pop(record.id, None)
+        replaced = superseded(known.values(), record, self._exact_variants)
+        return None if replaced is None else [other.id for other in replaced]
+
+    def _has(self, index: Reading, id: bytes, wanted: Sequence[Form]) -> bool:
+        """Whether there is all that is wanted of a record."""
+        headers = [at.header for part, at in index.parts(id) if part not in self._bad]
+        forms = [form for data in headers for form in fmt.forms_of(data)]
+        return bool(forms) and all(covered(form, forms) for form in wanted)
 
     def evict(self, records: Sequence[Record]) -> None:
-        self.evict_ids([self.id_of(record) for record in records])
+        """As `Tier.evict`, with all of their parts."""
+        self.evict_ids([record.id for record in records])
 
     def evict_ids(self, ids: Sequence[bytes]) -> int:
-        """Let go of records by their ids; how many there were."""
+        """Let go of records by their ids, or those of their parts; how many parts there were."""
+        for id in ids:
+            self._reader.forget(id[:32])
         try:
             with self.folder.writing():
                 return self.room.evict(ids)
@@ -350,15 +351,15 @@ class Disk:
 
     def _tell_uses(self) -> None:
         """Write down who was read how often; the caller is the folder's writer."""
-        with self._uses_lock:
-            uses, self._uses = self._uses, Counter()
-        if uses:
+        if uses := self._reader.uses():
             now = time.time()
             with self.folder.catalog.change() as change:
                 for id, hits in uses.items():
                     change.used(id, hits, now)
 
     def close(self) -> None:
+        """As `Tier.close`."""
+        self._reads.close()
         if not self.read_only:
             try:
                 with self.folder.writing(1.0):
@@ -371,3 +372,21 @@ class Disk:
 def _content(record: Record) -> object:
     """What is equal of records that may replace each other."""
     return (record.namespace, record.context) if record.tail else record.key
+
+
+def _overlap(some: Sequence[Form], others: Sequence[Form]) -> bool:
+    """Whether forms have heads in common."""
+    return any(
+        a.kin == b.kin and a.heads[0] < b.heads[1] and b.heads[0] < a.heads[1]
+        for a in some
+        for b in others
+    )
+
+
+def _within(index: Reading, new: Header) -> list[bytes]:
+    """Ids of parts of the same record that have nothing beside what a new one has."""
+    return [
+        id
+        for id, located in index.parts(new.record.id)
+        if all(covered(form, new.forms) for form in fmt.forms_of(located.header))
+    ]

@@ -18,8 +18,8 @@ from lmc.cli.store.inspect import existing
 from lmc.cli.store.tables import size
 from lmc.cli.store.upkeep import verify_all
 from lmc.store.disk.folder import FORMAT_FILE, Folder, _version_digest
-from lmc.store.disk.header import namespace_digest
 from lmc.store.record import Origin
+from lmc.store.wire import namespace_digest
 from tests.cli.store.toys import (
     FLOAT,
     A,
@@ -32,6 +32,7 @@ from tests.cli.store.toys import (
     invoke,
     opened,
     place,
+    stored,
 )
 
 
@@ -51,7 +52,7 @@ def test_ls_adds_up_by_namespace_label_and_origin(store: Path) -> None:
     assert len({(r["namespace"], r["label"], r["origin"]) for r in rows}) == len(rows) == 12
     for row in rows:
         same = [r for r in records if all(r[k] == row[k] for k in ("namespace", "label", "origin"))]
-        first = [r for r in same if r["shard"] == 0]
+        first = {r["record"]: r for r in same}.values()
         assert row["records"] == len(same)
         assert row["chunks"] == len(first)
         assert row["tokens"] == sum(r["tokens"] for r in first)
@@ -72,7 +73,7 @@ def test_ls_takes_a_namespace_an_origin_and_a_limit(store: Path) -> None:
     assert code == 0
     assert "3 of 32 rows" in out
     assert records[2]["id"][:12] in out
-    assert "1 of 2" in out  # the rank of two
+    assert "1-2 of 2" in out  # the heads of the second of two ranks
     assert [row["origin"] for row in answer("ls", store, "--by", "origin")].count("exact") == 1
 
 
@@ -86,7 +87,7 @@ def test_ls_prints_each_namespace_once(store: Path) -> None:
 
 def test_a_label_cannot_speak_to_the_terminal(tmp_path: Path) -> None:
     with opened(tmp_path / "s", layout=FLOAT, label="\x1b[2J[red]x") as disk:
-        assert disk.put([chunk(0, FLOAT, A)]) == [True]
+        assert stored(disk, [chunk(0, FLOAT, A)])
     _, out, _ = invoke("ls", tmp_path / "s")
     assert "\x1b" not in out
     assert "?[2J[red]x" in out
@@ -106,15 +107,17 @@ def test_stat_adds_up(store: Path) -> None:
     assert codecs["none"]["error"] == codecs["shuffle_zstd"]["error"] == 0
     assert 3 < codecs["int8"]["ratio"] < 4
     assert 0.001 < codecs["int8"]["error"] < 0.02
-    assert [(r["dtype"], r["ranks"], r["records"]) for r in facts["layouts"]] == [
-        ("bfloat16", 2, 16), ("float32", 1, 16)
+    assert [(r["kind"], r["dtype"], r["heads"], r["records"]) for r in facts["layouts"]] == [
+        ("kv", "bfloat16", 2, 16), ("kv", "float32", 2, 16)
     ]  # fmt: skip
     code, out, _ = invoke("stat", store)
     assert code == 0
     assert size(facts["file_bytes"]) in out
     with opened(store) as disk:
         disk.evict_ids([bytes.fromhex(records[0]["id"])])
-    assert answer("stat", store)["dead_bytes"] == records[0]["stored_bytes"]
+    gone = [r for r in records if r["record"] == records[0]["record"]]
+    assert len(gone) == 2  # the other rank's part goes with it
+    assert answer("stat", store)["dead_bytes"] == sum(r["stored_bytes"] for r in gone)
 
 
 # -- verify --------------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ def test_verify_reads_all(store: Path) -> None:
 def test_verify_finds_a_flipped_byte(store: Path, where: str) -> None:
     id = answer("ls", store, "--by", "none")[5]["id"]
     file, header, payload = place(store, id)
-    flip(file, header + 60 if where == "header" else payload + 100)
+    flip(file, header + 90 if where == "header" else payload + 100)
     code, out, _ = invoke("verify", store, "--json")
     (fault,) = json.loads(out)["faults"]
     assert code == 1
@@ -158,7 +161,7 @@ def test_verify_says_what_it_cannot_quarantine(store: Path) -> None:
 
 def test_verify_reports_what_a_new_index_leaves_out(store: Path) -> None:
     file, header, _ = place(store, answer("ls", store, "--by", "none")[20]["id"])
-    flip(file, header + 60)
+    flip(file, header + 90)
     (store / "index" / "seal").unlink()  # as a crash leaves it
     code, out, err = invoke("verify", store)
     assert code == 1
@@ -227,25 +230,27 @@ def test_gc_of_a_namespace_gives_its_bytes_back(store: Path) -> None:
 def test_gc_beside_an_engine(store: Path) -> None:
     chunks = [chunk(900 + i, FLOAT, A, origin="exact") for i in range(8)]
     with opened(store, layout=FLOAT) as disk:
-        assert all(disk.put(chunks))
+        assert stored(disk, chunks)
         assert invoke("gc", store, "--namespace", namespace_digest(B).hex())[0] == 0
-        for record, (rows,) in chunks:
+        for record, (section,) in chunks:
             got = disk.get(record)
             assert got is not None
-            assert np.array_equal(got[0], rows)
-        assert all(disk.put([chunk(950 + i, FLOAT, A, origin="exact") for i in range(8)]))
+            assert np.array_equal(got[0].parts[0], section.parts[0])
+        assert stored(disk, [chunk(950 + i, FLOAT, A, origin="exact") for i in range(8)])
     assert answer("verify", store)["records"] == 32
 
 
 def test_gc_alone_only_compacts(store: Path) -> None:
-    ids = [r["id"] for r in answer("ls", store, "--by", "none")]
+    records = answer("ls", store, "--by", "none")
     with opened(store) as disk:
-        disk.evict_ids([bytes.fromhex(id) for id in ids[::3]])
+        disk.evict_ids([bytes.fromhex(r["id"]) for r in records[::3]])
+    gone = {r["record"] for r in records[::3]}
+    left = sum(r["record"] not in gone for r in records)
     code, out, _ = invoke("gc", store)
     assert code == 0
     assert out.startswith("0 records forgotten; ")
     facts = answer("stat", store)
-    assert (facts["dead_bytes"], facts["records"]) == (0, 32 - len(ids[::3]))
+    assert (facts["dead_bytes"], facts["records"]) == (0, left)
     assert answer("verify", store)["records"] == facts["records"]
 
 
@@ -267,7 +272,7 @@ def test_gc_of_what_is_old(store: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with monkeypatch.context() as m:
             then = time.time() - 8 * 86400
             m.setattr(time, "time", lambda: then)
-            assert all(disk.put([old, read_since]))
+            assert stored(disk, [old, read_since])
         assert disk.get(read_since[0]) is not None
     assert invoke("gc", store, "--older-than", "9d")[1].startswith("0 records forgotten")
     assert invoke("gc", store, "--older-than", "7d", "--origin", "blended")[1].startswith("0 ")

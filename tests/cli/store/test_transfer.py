@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from lmc.cli.store.inspect import existing
 from lmc.cli.store.transfer import export_chunks, import_chunks
-from lmc.store.disk.header import namespace_digest
+from lmc.store.wire import namespace_digest
 from tests.cli.store.toys import (
     BFLOAT,
     CAPACITY,
@@ -29,7 +31,10 @@ from tests.cli.store.toys import (
     invoke,
     opened,
     place,
-)  # fmt: skip
+    stored,
+    windowed,
+)
+from tests.store.disk.chunks import find
 
 
 @pytest.fixture
@@ -50,13 +55,13 @@ def test_a_store_survives_export_and_import(store: Path, tmp_path: Path) -> None
     assert contents(other) == contents(store)
     assert answer("verify", other)["records"] == 32
     # What an engine then asks for by its namespace, it gets.
-    record, (rows,) = chunk(3, FLOAT, A)
+    record, (section,) = chunk(3, FLOAT, A)
     with opened(other, layout=FLOAT) as disk:
-        assert [found.context for found in disk.find(A, record.key)] == [record.context]
-        assert disk.find(B, record.key) == []
+        assert [found.context for found in find(disk, record)] == [record.context]
+        assert find(disk, replace(record, namespace=B)) == []
         got = disk.get(record)
         assert got is not None
-        assert np.array_equal(got[0], rows)
+        assert np.array_equal(got[0].parts[0], section.parts[0])
     code, out, _ = invoke("import", other, file)
     assert code == 0
     assert "0 records, 0 B of KV; 32 add nothing to what is there" in out
@@ -71,14 +76,29 @@ def test_safetensors_reads_what_is_exported(store: Path, tmp_path: Path) -> None
     assert invoke("export", store, file)[0] == 0
     want = contents(store)
     with safe_open(file, "pt") as f:
-        assert set(f.keys()) == want.keys()
-        for id in f.keys():  # noqa: SIM118 it is no mapping
-            tensor = f.get_tensor(id)
-            facts, kv = want[id]
-            layout = BFLOAT if facts["shards"] == 2 else FLOAT
+        assert set(f.keys()) == {f"{id}.0" for id in want}
+        for id, (facts, kv) in want.items():
+            tensor = f.get_tensor(f"{id}.0")
+            start, end, _ = facts["heads"]
+            layout = replace(FLOAT if facts["label"] != "toy 2" else BFLOAT, G=end - start)
             assert (*tensor.shape,) == layout.shape(facts["tokens"])
             assert tensor.dtype == getattr(torch, layout.dtype)
             assert tensor.contiguous().view(torch.uint8).numpy().tobytes() == kv
+
+
+def test_records_of_several_groups_travel(tmp_path: Path) -> None:
+    chunks = [windowed(i) for i in range(3)]
+    with opened(tmp_path / "store", layout=FLOAT, compression="int8") as disk:
+        assert stored(disk, chunks)
+    want = contents(tmp_path / "store")
+    assert invoke("export", tmp_path / "store", tmp_path / "x")[0] == 0
+    assert invoke("import", tmp_path / "other", tmp_path / "x")[0] == 0
+    assert contents(tmp_path / "other") == want
+    with opened(tmp_path / "other", layout=FLOAT) as disk:
+        for record, sections in chunks:
+            got = disk.get(record)
+            assert got is not None
+            assert [form for form, _ in got] == [form for form, _ in sections]
 
 
 def test_export_of_one_namespace_and_of_the_latest(store: Path, tmp_path: Path) -> None:
@@ -112,7 +132,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """A file of three records, and what the store had."""
     path = tmp_path_factory.mktemp("exported")
     with opened(path / "store", layout=BFLOAT, label="toy") as disk:
-        assert all(disk.put([chunk(i, BFLOAT, A) for i in range(3)]))
+        assert stored(disk, [chunk(i, BFLOAT, A) for i in range(3)])
     folder = existing(path / "store")
     assert export_chunks(folder, path / "x").records == 3
     folder.close()
@@ -158,10 +178,13 @@ def rewritten(good: bytes, change: Callable[[dict, str], None]) -> bytes:
     return len(text).to_bytes(8, "little") + text + good[8 + length :]
 
 
+SECTION = {"group": 0, "kind": "kv", "heads": [0, 2, 2], "tokens": [0, 30], "codec": "none"}
+
+
 def told(**changes: object) -> Callable[[dict, str], None]:
     def change(header: dict, name: str) -> None:
-        facts = json.loads(header["__metadata__"][name])
-        header["__metadata__"][name] = json.dumps(facts | changes)
+        facts = json.loads(header["__metadata__"][name[:-2]])
+        header["__metadata__"][name[:-2]] = json.dumps(facts | changes)
 
     return change
 
@@ -174,13 +197,16 @@ def shaped(**changes: object) -> Callable[[dict, str], None]:
     ("change", "message"),
     [
         (lambda h, n: h.pop("__metadata__"), "as `lmc store export` writes it"),
-        (lambda h, n: h["__metadata__"].update(version="2"), "want .*'version': '1'"),
-        (lambda h, n: h["__metadata__"].pop(n), "either the tensors or the metadata"),
+        (lambda h, n: h["__metadata__"].update(version="1"), "want .*'version': '2'"),
+        (lambda h, n: h["__metadata__"].pop(n[:-2]), "either the tensors or the metadata"),
         (lambda h, n: h.pop(n), "no safetensors file.*invalid offset"),
-        (lambda h, n: h["__metadata__"].update({n: "{}"}), "namespace: Field required"),
-        (lambda h, n: h["__metadata__"].update({n: 3}), "no safetensors file.*expected a string"),
-        (lambda h, n: h["__metadata__"].update({n: "{"}), "Invalid JSON"),
-        (told(tokens=[1, 2, 3]), "got 3 token ids"),
+        (lambda h, n: h["__metadata__"].update({n[:-2]: "{}"}), "namespace: Field required"),
+        (
+            lambda h, n: h["__metadata__"].update({n[:-2]: 3}),
+            "no safetensors file.*expected a string",
+        ),
+        (lambda h, n: h["__metadata__"].update({n[:-2]: "{"}), "Invalid JSON"),
+        (told(tokens=[1, 2, 3]), "T=3"),
         (told(tokens=[-1]), "tokens.0"),
         (told(key="../../etc/passwd"), "key: String should match"),
         (told(context="00"), "context: String should match"),
@@ -188,15 +214,23 @@ def shaped(**changes: object) -> Callable[[dict, str], None]:
         (told(start=1), "does not match its digest"),
         (told(start=1 << 64), "start: "),
         (told(origin="stolen"), "origin: "),
-        (told(shard=1), "shard 1 of 1"),
+        (told(sections=[]), "sections: "),
+        (told(sections=[SECTION | {"heads": [0, 3, 2]}]), "heads=.0, 3, 2."),
+        (told(sections=[SECTION | {"heads": [0, 1, 2]}]), "got shape"),
+        (told(sections=[SECTION | {"tokens": [0, 31]}]), "tokens=.0, 31."),
+        (told(sections=[SECTION | {"kind": "latent"}]), "got shape"),
+        (told(sections=[SECTION, SECTION]), "got 1 tensors"),
         (told(created=float("inf")), "created: "),
+        (told(created=1e308), "created: "),
+        (told(seq=1 << 63), "seq: "),
         (told(label="\u00fc" * 200), "label of more than 255 bytes"),
         (told(more=1), "more: Extra inputs"),
         (shaped(dtype="F32"), "no safetensors file.*invalid shape, data type"),
         (shaped(dtype="F8_E4M3"), "no safetensors file.*invalid shape, data type"),
         (shaped(dtype="I16"), "got I16 .*want .*F32, F16, BF16"),
         (shaped(shape=[2, 2, 30, 32]), "got BF16 .*want .L, S, T, G, D."),
-        (shaped(shape=[2, 2, 30, 32, 1]), "does not match its digest"),
+        (shaped(shape=[2, 2, 30, 32, 1]), "got shape"),
+        (shaped(shape=[1, 2, 30, 2, 32]), "not the id"),
         (shaped(shape=[1 << 30, 2, 30, 1, 32]), "no safetensors file.*invalid shape"),
         (shaped(shape=[1, 4, 30, 1, 32]), "allowed: at most"),
         (shaped(data_offsets=[0, 1 << 62]), "no safetensors file.*invalid shape"),
@@ -233,7 +267,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, data: bytes) -> None:
 
 def test_import_evicts_nothing(store: Path, tmp_path: Path) -> None:
     with opened(tmp_path / "new", layout=FLOAT) as disk:
-        assert all(disk.put([chunk(500 + i, FLOAT, A, origin="exact") for i in range(40)]))
+        assert stored(disk, [chunk(500 + i, FLOAT, A, origin="exact") for i in range(40)])
     before, more = contents(tmp_path / "new"), contents(store)
     assert invoke("export", store, tmp_path / "x")[0] == 0
     code, _, err = invoke("import", tmp_path / "new", tmp_path / "x", "--capacity", "1MiB")
@@ -246,3 +280,45 @@ def test_import_evicts_nothing(store: Path, tmp_path: Path) -> None:
     after = contents(tmp_path / "new")
     assert after.keys() == before.keys() | more.keys()
     assert all(after[id] == before[id] for id in before)
+
+
+def sparse(path: Path, header: bytes, nbytes: int) -> Path:
+    """A file of a header and a hole."""
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + nbytes)
+    return path
+
+
+def tensors(n: int) -> bytes:
+    """A header of so many empty tensors."""
+    one = '"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    return ("{" + ",".join(one % i for i in range(n)) + "}").encode()
+
+
+HOSTILE = {
+    "a hole": (
+        lambda: b'{"a":{"dtype":"F32","shape":[4096,2,8,1024,160],"data_offsets":[0,42949672960]}}',
+        40 << 30,
+        "with holes",
+    ),
+    "a header of 100 MB": (lambda: b" " * 100_000_000, 0, "allowed: at most 67,108,864"),
+    "more tensors than any": (lambda: tensors(140_000), 0, "allowed: at most 131,072"),
+    "nested lists": (lambda: b"[" * 1_000_000, 0, "no safetensors file"),
+    "nested objects": (lambda: b'{"a":' * 1_000_000, 0, "no safetensors file"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_would_cost_too_much_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    header, hole, message = HOSTILE[name]
+    file = sparse(tmp_path / "x", header(), hole)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    code, _, err = invoke("import", tmp_path / "store", file)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert len(err) < 500
+    assert grown < 300 << 10
+    assert not (tmp_path / "store").exists()

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
 from lmc.chunking.pieces import chunk_key
-from lmc.cli.store.inspect import Entry, entries, existing
+from lmc.cli.store.inspect import entries, existing
+from lmc.cli.store.transfer import _read
 from lmc.model.layout import KVLayout
-from lmc.store.disk.read import known, read_rows
 from lmc.store.disk.tier import Disk
 from lmc.store.record import Origin, Record
+from lmc.store.sections import Form, Section, full_attention
 from tests.cli import shell
+from tests.store.disk.chunks import heads_of
 
 CAPACITY = 4 << 20
 FLOAT = KVLayout(L=3, G=2, D=16, dtype="float32")
-BFLOAT = KVLayout(L=2, G=1, D=32, dtype="bfloat16")
+BFLOAT = KVLayout(L=2, G=2, D=16, dtype="bfloat16")
 A, B = b"a tenant", b"another"
 # What is put where: namespace, layout, codec, ranks.
 PUTS = [(A, FLOAT, "none", 1), (A, FLOAT, "int8", 1), (B, BFLOAT, "shuffle_zstd", 2)]
@@ -33,8 +36,10 @@ def answer(*args: object) -> Any:
     return shell.answer("store", *args)
 
 
-def chunk(seed: int, layout: KVLayout, namespace: bytes, **changes: Any) -> tuple[Record, list]:
-    """A record of 30 to 39 tokens and its rows, of plausible values."""
+def chunk(
+    seed: int, layout: KVLayout, namespace: bytes, **changes: Any
+) -> tuple[Record, list[Section]]:
+    """A record of 30 to 39 tokens and its section, of plausible values."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 50_000, 30 + seed % 10)
     record = Record(
@@ -50,7 +55,16 @@ def chunk(seed: int, layout: KVLayout, namespace: bytes, **changes: Any) -> tupl
     )
     values = rng.standard_normal(layout.shape(len(ids)), np.float32).view("<u4")
     rows = values.view("<u2")[..., 1::2] if layout.dtype == "bfloat16" else values
-    return record, [np.ascontiguousarray(rows).view(np.uint8).reshape(layout.L, 2, len(ids), -1)]
+    form = full_attention(layout, len(ids))
+    return record, [Section(form, [np.ascontiguousarray(rows).view(np.uint8).reshape(form.shape)])]
+
+
+def windowed(seed: int) -> tuple[Record, list[Section]]:
+    """A record of two groups: full attention, and a window over the last tokens."""
+    record, sections = chunk(seed, FLOAT, A, origin="exact")
+    form = Form(1, "kv", (0, 1, 1), (record.T - 9, record.T), 1, 8, "float16")
+    data = np.random.default_rng(seed).integers(0, 60, form.nbytes, dtype=np.uint8)
+    return record, [*sections, Section(form, [data.reshape(form.shape)])]
 
 
 @contextmanager
@@ -67,16 +81,25 @@ def fill(path: Path) -> None:
     for i, (namespace, layout, codec, ranks) in enumerate(PUTS):
         chunks = [chunk(100 * i + j, layout, namespace) for j in range(7)]
         chunks.append(chunk(100 * i + 7, layout, namespace, origin="exact", tail=True))
+        each = layout.G // ranks
+        of_rank = replace(layout, G=each)
         for rank in range(ranks):
+            heads = (rank * each, (rank + 1) * each, layout.G)
+            items = [(record, heads_of(kv, rank, ranks)) for record, kv in chunks]
             with opened(
-                path, layout=layout, compression=codec, shard=rank, shards=ranks, label=f"toy {i}"
+                path, layout=of_rank, heads=heads, compression=codec, label=f"toy {i}"
             ) as disk:
-                assert all(disk.put(chunks))
+                assert stored(disk, items)
                 assert disk.get(chunks[0][0]) is not None
 
 
+def stored(disk: Disk, items: list[tuple[Record, list[Section]]]) -> bool:
+    """Put them; whether all of them are stored now."""
+    return disk.put(items) == ["stored"] * len(items)
+
+
 def contents(path: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
-    """By id: what is known of a record that does not depend on its place, and its KV."""
+    """By id: what is known of a part that does not depend on its place, and its KV."""
     found = {}
     folder = existing(path)
     for entry in entries(folder):
@@ -84,24 +107,13 @@ def contents(path: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
         for name in ("segment", "stored_bytes", "codec", "hits", "last_read"):
             del facts[name]
         record = entry.header.record
-        told = (record.key, record.tokens, record.context, record.context_after, entry.header.error)
-        found[facts["id"]] = (facts | {"told": told}, entry)
+        told = (record.key, record.tokens, record.context, record.context_after)
+        facts |= {"told": (*told, entry.header.part.error)}
+        sections = _read(folder, entry, entry.located)
+        assert sections is not None
+        found[facts["id"]] = facts, b"".join(kv.parts[0].tobytes() for kv in sections)
     folder.close()
-    out = {}
-    for rank in {(facts["shard"], facts["shards"]) for facts, _ in found.values()}:
-        with opened(path, shard=rank[0], shards=rank[1]) as disk:
-            for id, (facts, entry) in found.items():
-                if (facts["shard"], facts["shards"]) == rank:
-                    out[id] = facts, _read(disk, entry)
-    return out
-
-
-def _read(disk: Disk, entry: Entry) -> bytes:
-    """Past `Disk.get`, which takes a namespace and not its digest."""
-    parts = read_rows(
-        disk.folder.segments, entry.located, known(entry.located.header), None, None, lambda n: None
-    )
-    return b"".join(part.tobytes() for part in parts)
+    return found
 
 
 def flip(path: Path, at: int) -> None:

@@ -181,7 +181,8 @@ class World:
 
     def _stored(self, case: Case, moved: bool) -> None:
         """What the case finds in the store, and noise in all pages."""
-        self.side.planner.back_at = 0.0
+        for breaker in self.side.planner.directory.breakers:
+            breaker.back()
         self.salt = case.name  # so that nothing of other cases is found
         self.side.index.clear()
         self._settle()

@@ -73,11 +73,12 @@ def slow_disk(session: Session, parts: list[list[int]]) -> dict[str, Any]:
     disk.get = hangs
     forget_memory(session)
     results: dict[str, Any] = {"alone": session.fresh(parts, "full_recompute", save=False)}
-    results["rests"] = side.planner.back_at > time.monotonic()
+    results["rests"] = not side.planner.directory.breakers[0].closed
     results["at_rest"] = session.fresh(parts, "full_recompute", save=False)
     results["gets"] = len(hung)
-    side.planner.back_at = 0.0
     time.sleep(5.0)  # the threads that hung are back
+    side.planner.directory.breakers[0].back()
+    session.lmc_worker.chunks._breakers[0].back()
     forget_memory(session)
     session.llm.reset_prefix_cache()
     other = session.add(parts[:2], enabled=False, tokens=60)

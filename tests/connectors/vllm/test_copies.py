@@ -18,7 +18,6 @@ from lmc.kernels.paged import PagedKV
 from lmc.model.layout import KVLayout
 from lmc.store import Record
 from lmc.store.chunks import Attached, Chunks
-from lmc.store.fetcher import FETCHERS
 from tests.store import hanging
 
 L, G, D, P, N = 5, 2, 8, 4, 12
@@ -225,7 +224,7 @@ def test_a_fetch_that_nobody_expects_stops_nothing(world: World) -> None:
 def test_a_tier_that_hangs_keeps_neither_saves_nor_the_model(call: str) -> None:
     """`finish` is called on the model's thread, and returns while the tier still hangs."""
     tier = hanging.Hanging()
-    w = World(1 << 20, tokens=(FETCHERS + 8) * 17, tiers=[Attached(tier, "through")])
+    w = World(1 << 20, tokens=(50 + 8) * 17, tiers=[Attached(tier, "through")])
     w.chunks.patience_s = 0.1
     tier.hang(call)
     for slot in range(8):

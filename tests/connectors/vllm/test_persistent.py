@@ -168,13 +168,30 @@ def test_write_back_and_compression(tiny_llama_dir: Path, stored: Any, tmp_path:
     assert got["full_reuse"].logprobs.tolist() != stored["full_reuse"].logprobs.tolist()
 
 
-@pytest.mark.slow
-def test_ranks_store_their_heads_each(tiny_llama_dir: Path, stored: Any, tmp_path: Path) -> None:
-    lmc = disk(tmp_path / "kv")
-    for name in ("persist_elsewhere", "restarted_elsewhere"):
-        got = run_scenario(
-            name, tiny_llama_dir, tmp_path, separate_worker=True, lmc=lmc, tensor_parallel_size=2
-        )
-    same(got["epic"], stored["epic"])
+def test_two_ranks_find_what_one_has_stored(
+    tiny_llama_dir: Path, folder: Path, restarted: Any, tmp_path: Path
+) -> None:
+    got = run_scenario(
+        "restarted_elsewhere", tiny_llama_dir, tmp_path, separate_worker=True, lmc=disk(folder),
+        tensor_parallel_size=2,
+    )  # fmt: skip
+    same(got["epic"], restarted["epic"])
+    assert got["epic"].kinds == restarted["epic"].kinds
     # A rank's bytes: half of the heads.
     assert got["epic"].report["bytes"] == {"host": 0, "disk": 250 * 1536 // 2}
+
+
+@pytest.mark.slow
+def test_one_rank_finds_what_two_have_stored(
+    tiny_llama_dir: Path, stored: Any, restarted: Any, tmp_path: Path
+) -> None:
+    lmc = disk(tmp_path / "kv")
+    both: dict[str, Any] = {"separate_worker": True, "tensor_parallel_size": 2}
+    run_scenario("persist_elsewhere", tiny_llama_dir, tmp_path, lmc=lmc, **both)
+    got = run_scenario("restarted_elsewhere", tiny_llama_dir, tmp_path, lmc=lmc, **both)
+    same(got["epic"], stored["epic"])
+    got = run_scenario("restarted", tiny_llama_dir, tmp_path, lmc=lmc)
+    for arm in BLENDS_OF:
+        same(got[arm], restarted[arm])
+        assert got[arm].kinds == restarted[arm].kinds
+    assert got["epic"].report["bytes"] == {"host": 0, "disk": 250 * 1536}

@@ -111,14 +111,17 @@ class Shelf:
     write: str = "through"
 
     def open(self, layout: Any, **options: Any) -> Any:
-        def find(namespace: bytes, key: bytes) -> list[Record]:
-            return [replace(r, slot=-1) for r in ON_SHELF if r.key == key and not r.tail]
-
-        def contains(records: Sequence[Record]) -> list[bool]:
-            return [True] * len(records)
+        def lookup_many(
+            namespace: bytes, keys: Sequence[bytes], behind: Sequence[Any], deadline: float
+        ) -> tuple[list[list[Record]], list[list[Record]]]:
+            found = [
+                [replace(r, slot=-1) for r in ON_SHELF if r.key == key and not r.tail]
+                for key in keys
+            ]
+            return found, [[] for _ in behind]
 
         return SimpleNamespace(
-            name="shelf", counts=Counter(), find=find, after=lambda *of: [], contains=contains,
+            name="shelf", counts=Counter(), epoch=None, lookup_many=lookup_many,
             close=lambda: None,
         )  # fmt: skip
 
@@ -138,13 +141,15 @@ def test_who_shares_a_fetch_waits_as_long_for_it_and_takes_it_from_nobody() -> N
     one, two = (bench.arrive([*document, *text(40)], {"save": False}) for _ in range(2))
     for _ in range(3):
         assert bench.admit(one) is None and bench.admit(two) is None
-    assert side.admission.counts == {"deferred_for_fetch": 6} and side.planner.back_at == 0.0
+    assert side.admission.counts == {"deferred_for_fetch": 6}
+    (breaker,) = side.planner.directory.breakers
+    assert breaker.closed
     fetched = [record.slot for record in side.planner.take_fetches()]
     assert len(fetched) == len(set(fetched)) > 5
     # The second has waited long enough; the first still wants what is on its way.
     side.requests[two.request_id].fetching -= 10
     assert bench.admit(two) == 0
-    assert side.planner.back_at > 0 and side.index.take_freed() == []
+    assert not breaker.closed and side.index.take_freed() == []
     assert [side.index._entries[slot].leases for slot in fetched] == [1] * len(fetched)
     assert bench.admit(one) is None
     for slot in fetched:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmc.store.disk.header import PAGE, STATE_AT, Header, header_bytes
+from lmc.store.disk.header import FRONT, PAGE, STATE_AT, Header
 
 INDEX, SEAL, FORMAT = Path("index/data.mdb"), Path("index/seal"), Path("lmc-store.json")
 
@@ -84,8 +84,8 @@ def _tokens(header: Header) -> tuple[int, int]:
 
 
 def _table(header: Header) -> tuple[int, int]:
-    """Lengths and digests of sections."""
-    end = header_bytes(header.record.T, len(header.sections), header.label)
+    """Lengths and digests of spans."""
+    end = FRONT + header.part.size
     return end - 24 * len(header.sections), end
 
 
@@ -216,11 +216,12 @@ def directory(file: Path) -> Callable[[Case], set[bytes]]:
 # Each damages one thing and says which records may be gone then: all others must be served. The
 # second is what must be counted; None where what is hit may not matter, or be found.
 DAMAGE: dict[str, tuple[Callable[[Case], set[bytes]], tuple[str, ...]]] = {
-    "header": (flip_in_record(lambda h: (STATE_AT + 1, _tokens(h)[0])), ("damaged:header",)),
+    "front": (flip_in_record(lambda h: (STATE_AT + 1, FRONT)), ("damaged:header",)),
+    "header": (flip_in_record(lambda h: (FRONT, _tokens(h)[0])), ("damaged:header",)),
     "magic": (flip_in_record(lambda h: (0, STATE_AT)), ("damaged:header",)),
     "state": (flip_in_record(lambda h: (STATE_AT, STATE_AT + 1), harmless=True), ()),
     "tokens": (flip_in_record(_tokens), ("damaged:header",)),
-    "section table": (flip_in_record(_table), ("damaged:header",)),
+    "table of spans": (flip_in_record(_table), ("damaged:header",)),
     "payload": (flip_in_record(_payload), ("damaged:payload",)),
     "padding before": (
         flip_in_record(lambda h: (_table(h)[1], h.payload_at), harmless=True),

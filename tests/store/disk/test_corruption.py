@@ -9,7 +9,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,21 @@ import pytest
 
 from lmc.store.disk.catalog import BEHIND
 from lmc.store.record import Record
-from tests.store.disk.chunks import Spec, forked, held, leaked, opened, right
+from lmc.store.sections import Section
+from tests.store.disk.chunks import (
+    KINDS,
+    Spec,
+    after,
+    empty,
+    find,
+    forked,
+    heads_of,
+    held,
+    leaked,
+    opened,
+    put,
+    served,
+)
 from tests.store.disk.damage import DAMAGE, Case, Placed
 
 CAPACITY = 2 << 20
@@ -41,26 +55,27 @@ def quick_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def build(root: Path, stale: Path) -> None:
-    """Several segments: variants and tails of two tenants, half of them compressed."""
-    half = 11
+    """Several segments: variants and tails of two tenants, of every kind, half compressed."""
+    half = 12
     for compression, contents in (("none", range(half)), ("zstd", range(half, 2 * half))):
         disk = opened(root, CAPACITY, compression=compression, label="a model")
         for content in contents:
-            T, tenant = 35 + 3 * content % 30, content % 2
+            T, tenant, kind = 35 + 3 * content % 30, content % 2, KINDS[content % len(KINDS)]
             specs = [
-                Spec(content, 1, T, "isolated", tenant=tenant),
-                Spec(content, 2, T, tenant=tenant),
-                Spec(content, 100 + content, T - 5, tail=True, tenant=tenant),
+                Spec(content, 1, T, "isolated", tenant=tenant, kind=kind),
+                Spec(content, 2, T, tenant=tenant, kind=kind),
+                Spec(content, 100 + content, T - 5, tail=True, tenant=tenant, kind=kind),
             ]
-            assert disk.put([spec.item() for spec in specs]) == [True] * 3
-        assert disk.get(Spec(contents[0], 2, 35 + 3 * contents[0] % 30).record()) or contents[0] % 2
+            assert [put(disk, spec) for spec in specs] == [True] * 3
+        kind = KINDS[contents[0] % len(KINDS)]
+        assert disk.get(Spec(contents[0], 2, 35 + 3 * contents[0] % 30, kind=kind).record())
         disk.close()
         if not stale.exists():
             shutil.copytree(root / "index", stale)
 
 
 def contents_of(root: Path) -> tuple[tuple[Placed, ...], dict[bytes, tuple[Spec, Record]]]:
-    """Where all records are; and by id what they are."""
+    """Where all parts of records are; and by id what they are."""
     disk = opened(root, CAPACITY)
     placed = []
     for _, located in disk.folder.catalog.records():
@@ -72,48 +87,59 @@ def contents_of(root: Path) -> tuple[tuple[Placed, ...], dict[bytes, tuple[Spec,
 
 
 def one_case(
-    case: Case, kind: str, known: dict[bytes, tuple[Spec, Record]], rows: dict[bytes, np.ndarray]
+    case: Case,
+    kind: str,
+    known: dict[bytes, tuple[Spec, Record]],
+    sections: dict[bytes, list[Section]],
 ) -> Counter[str]:
     """Damage a folder, open it and get everything; what was found."""
     may_be_gone = DAMAGE[kind][0](case)
     found: Counter[str] = Counter()
     disk = opened(case.root, CAPACITY)
     for id, (spec, record) in known.items():
-        into = [np.empty_like(rows[id])] if case.rng.random() < 0.5 else None
-        got = disk.get(record, into)
-        if got is None:
-            found["gone"] += 1
-            found["gone, and was not hit"] += id not in may_be_gone
-        else:
-            found["wrong bytes served"] += not np.array_equal(got[0], rows[id])
+        # One rank of two has half of the heads.
+        halves = spec.kind != "latent" and case.rng.random() < 0.2
+        ranks = [heads_of(sections[id][:1], rank, 2) for rank in range(2)]
+        whole = True
+        for want in ranks if halves else [sections[id]]:
+            wish = halves or case.rng.random() < 0.5
+            got = disk.get(record, empty([form for form, _ in want]) if wish else None)
+            whole = whole and got is not None
+            if got is not None:
+                found["wrong bytes served"] += not same(got, want)
+        found["gone"] += not whole
+        found["gone, and was not hit"] += not whole and id not in may_be_gone
         other = record.namespace + b"?"
-        begins = (record.context, record.tokens[:8])
-        found["wrong bytes served"] += disk.after(other, *begins) != []
-        after = disk.after(record.namespace, *begins)
+        found["wrong bytes served"] += after(disk, record, other) != []
+        behind = after(disk, record)
         # Of what is found by content only so many of the latest are found by context too.
-        if spec.tail or (spec.origin != "blended" and len(after) < BEHIND):
-            found["not found"] += got is not None and not any(r.id == id for r in after)
+        if spec.tail or (spec.origin != "blended" and len(behind) < BEHIND):
+            found["not found"] += whole and not any(r.id == id for r in behind)
         if not spec.tail:
-            there = any(r.id == id for r in disk.find(record.namespace, record.key))
-            found["not found"] += got is not None and not there
+            there = any(r.id == id for r in find(disk, record))
+            found["not found"] += whole and not there
     counted = DAMAGE[kind][1]
     if counted and (may_be_gone or "index_rebuilt" in counted):
         found["not counted"] += not any(disk.counts[count] for count in counted)
-    new = Spec(1000, 0, 40)
-    put = disk.put([new.item()]) == [True]
-    got = disk.get(new.record())
-    found["not put"] += not put or got is None or not right(got, new)
+    new = Spec(1000, 0, 40, kind=case.rng.choice(KINDS))
+    found["not put"] += not put(disk, new) or served(disk, new) is not True
     found["leaked bytes"] += leaked(disk) if kind != "segment a folder" else 0
     for count in FOUND:
         found[count] += disk.counts[count]
     disk.close()
     if case.rng.random() < 0.2:
         disk = opened(case.root, CAPACITY)
-        for id, (_, record) in known.items():
-            got = disk.get(record)
-            found["wrong bytes served"] += got is not None and not np.array_equal(got[0], rows[id])
+        for spec, _ in known.values():
+            found["wrong bytes served"] += served(disk, spec) is False
         disk.close()
     return found
+
+
+def same(got: Sequence[Section], want: Sequence[Section]) -> bool:
+    """Whether sections are equal, in the order that is wanted."""
+    return [form for form, _ in got] == [form for form, _ in want] and all(
+        np.array_equal(a.parts[0], b.parts[0]) for a, b in zip(got, want, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,8 +154,9 @@ def test_what_is_damaged_is_never_served(
         pristine, stale, root = folder / "pristine", folder / "stale", folder / "store"
         build(pristine, stale)
         placed, known = contents_of(pristine)
-        assert len(known) == 66 and len({record.segment for record in placed}) >= 4
-        rows = {id: spec.rows()[0] for id, (spec, _) in known.items()}
+        assert len(known) == 72 and len(placed) == 90
+        assert len({record.segment for record in placed}) >= 4
+        sections = {id: spec.sections() for id, (spec, _) in known.items()}
         kinds = sorted(DAMAGE)
 
         def work(first: int, pipe: int) -> None:
@@ -138,7 +165,7 @@ def test_what_is_damaged_is_never_served(
                 shutil.rmtree(root, ignore_errors=True)
                 shutil.copytree(pristine, root)
                 case = Case(root, stale, placed, random.Random(i))
-                counts = one_case(case, kinds[i % len(kinds)], known, rows)
+                counts = one_case(case, kinds[i % len(kinds)], known, sections)
                 os.write(pipe, json.dumps(counts).encode() + b"\n")
 
         for first in range(0, cases, A_CHILD):

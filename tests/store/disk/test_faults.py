@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.disk.chunks import Spec, forked, held, leaked, opened, right, served
+from tests.store.disk.chunks import Spec, forked, held, leaked, opened, put, right, served
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_full_disk_is_a_smaller_one(small_disk: Path) -> None:
     acknowledged = 0
     specs = [Spec(i, 0, 100) for i in range(600)]  # 26 KB each
     for i, spec in enumerate(specs):
-        acknowledged += disk.put([spec.item()])[0]
+        acknowledged += put(disk, spec)
         assert served(disk, specs[i // 2]) is not False
     assert acknowledged > 300  # more than there is room for: it goes on
     there = held(disk).values()
@@ -59,13 +59,13 @@ def test_a_full_disk_is_a_smaller_one(small_disk: Path) -> None:
     # Others fill the rest, to the last byte.
     fill(small_disk / "others")
     alive = list(held(disk).values())
-    failed = [disk.put([Spec(1000 + i, 0, 100).item()])[0] for i in range(20)]
+    failed = [put(disk, Spec(1000 + i, 0, 100)) for i in range(20)]
     kept = [spec for spec in alive if spec.record().id in held(disk)]
     assert all(served(disk, spec) for spec in kept)
     assert leaked(disk) == 0
     assert not all(failed) or disk.counts["evicted"]
     (small_disk / "others").unlink()
-    assert disk.put([Spec(2000, 0, 100).item()]) == [True]
+    assert disk.put([Spec(2000, 0, 100).item()]) == ["stored"]
     assert served(disk, Spec(2000, 0, 100))
     disk.close()
     disk = opened(small_disk / "kv", 64 << 20)
@@ -90,7 +90,7 @@ def test_a_disk_too_full_for_an_index_can_be_read(small_disk: Path) -> None:
     (small_disk / "others").unlink()
     disk = opened(small_disk / "kv", 4 << 20)
     assert sum(bool(served(disk, spec)) for spec in specs) == 20
-    assert disk.put([Spec(99, 0, 10).item()]) == [True]
+    assert disk.put([Spec(99, 0, 10).item()]) == ["stored"]
     disk.close()
 
 
@@ -104,7 +104,7 @@ def test_a_folder_that_may_not_be_written_is_read(small_disk: Path) -> None:
     for _ in range(2):
         disk = opened(small_disk / "kv", 4 << 20, read_only=True)
         assert all(served(disk, spec) for spec in specs)
-        assert disk.put([Spec(99, 0, 20).item()]) == [False]
+        assert disk.put([Spec(99, 0, 20).item()]) == ["failed"]
         assert disk.counts["put_failed:read_only"] == 1
         disk.evict([specs[0].record()])
         assert served(disk, specs[0])
@@ -138,7 +138,7 @@ def reading(folder: Path, seconds: float, pipe: int) -> None:
 def writing(folder: Path, contents: range, pipe: int, capacity: int = 2 << 20) -> None:
     """Put contents one after another; say how many were acknowledged."""
     disk = opened(folder, capacity)
-    done = sum(disk.put([Spec(i, 0, 30).item()])[0] for i in contents)
+    done = sum(put(disk, Spec(i, 0, 30)) for i in contents)
     disk.close()
     os.write(pipe, b"%d" % done)
 

@@ -13,7 +13,16 @@ import pytest
 
 from lmc.store.disk import seal
 from lmc.store.disk.folder import FORMAT_FILE, _version_digest
-from tests.store.disk.chunks import NAMESPACES, Spec, held, opened, right, served
+from tests.store.disk.chunks import (
+    NAMESPACES,
+    Spec,
+    after,
+    find,
+    held,
+    opened,
+    right,
+    served,
+)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -39,7 +48,7 @@ def test_no_name_of_a_chunk_is_a_path(tmp_path: Path) -> None:
     record, rows = Spec(1, 0, 20).item()
     hostile = b"../../../tmp/escaped\0".ljust(32, b"/")
     bad = replace(record, key=hostile, context=hostile, namespace=hostile)
-    assert disk.put([(bad, rows)]) == [True]
+    assert disk.put([(bad, rows)]) == ["stored"]
     got = disk.get(bad)
     assert got is not None and right(got, Spec(1, 0, 20))
     disk.close()
@@ -51,16 +60,15 @@ def test_no_name_of_a_chunk_is_a_path(tmp_path: Path) -> None:
 def test_a_tenant_cannot_read_anothers_chunk(tmp_path: Path) -> None:
     """Not by looking, and not with a record that names the other's key and tokens."""
     disk = opened(tmp_path / "kv")
-    mine, theirs = NAMESPACES
+    _, theirs = NAMESPACES
     spec = Spec(2, 0, 20, tenant=0)
     tail = Spec(4, 1, 10, tail=True, tenant=0)
     disk.put([spec.item(), tail.item()])
     record = spec.record()
-    assert [r.id for r in disk.find(mine, record.key)] == [record.id]
-    assert disk.find(theirs, record.key) == []
-    begins = (tail.record().context, tail.record().tokens[:8])
-    assert [r.id for r in disk.after(mine, *begins)] == [tail.record().id]
-    assert disk.after(theirs, *begins) == []
+    assert [r.id for r in find(disk, record)] == [record.id]
+    assert find(disk, replace(record, namespace=theirs)) == []
+    assert [r.id for r in after(disk, tail.record())] == [tail.record().id]
+    assert after(disk, tail.record(), theirs) == []
     assert disk.get(replace(record, namespace=theirs)) is None
     other_key = replace(Spec(2, 0, 20, tenant=1).record(), context=record.context)
     assert other_key.tokens == record.tokens and disk.get(other_key) is None
@@ -78,11 +86,11 @@ def test_a_folder_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
     disk = opened(folder)
     disk.put([Spec(1, 0, 20).item()])
     disk.close()
-    newer = {"lmc_store_format": 2, "xxh3_64": _version_digest(2), "new": "field"}
+    newer = {"lmc_store_format": 3, "xxh3_64": _version_digest(3), "new": "field"}
     (folder / FORMAT_FILE).write_text(json.dumps(newer))
     before = snapshot(folder)
     for read_only in (False, True):
-        with pytest.raises(ValueError, match=r"store of format 2, .* reads up to 1\)"):
+        with pytest.raises(ValueError, match=r"store of format 3, .* reads 2\)"):
             opened(folder, read_only=read_only)
     assert snapshot(folder) == before
 
@@ -98,7 +106,7 @@ def test_a_folder_that_is_no_store_is_left_alone(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ["", "{", '{"lmc_store_format": 2, "xxh3_64": "0"}', "[]", "\0"])
+@pytest.mark.parametrize("damage", ["", "{", '{"lmc_store_format": 3, "xxh3_64": "0"}', "[]", "\0"])
 def test_a_damaged_format_file_costs_nothing(tmp_path: Path, damage: str) -> None:
     disk = opened(tmp_path / "kv")
     disk.put([Spec(1, 0, 20).item()])
@@ -108,7 +116,7 @@ def test_a_damaged_format_file_costs_nothing(tmp_path: Path, damage: str) -> Non
     assert served(disk, Spec(1, 0, 20)) is True
     disk.close()
     text = json.loads((tmp_path / "kv" / FORMAT_FILE).read_text())
-    assert text["lmc_store_format"] == 1
+    assert text["lmc_store_format"] == 2
 
 
 def test_capacity_is_checked_before_a_folder_is_made(tmp_path: Path) -> None:
@@ -123,7 +131,7 @@ def test_it_needs_neither_torch_nor_vllm(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.store.disk.chunks import *; "
         f"d = opened(Path({str(tmp_path / 'kv')!r})); s = Spec(1, 0, 20); "
-        "assert d.put([s.item()]) == [True] and served(d, s); d.close(); "
+        "assert put(d, s) and served(d, s); d.close(); "
         "assert not {'torch', 'vllm', 'triton'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
@@ -135,7 +143,7 @@ def test_all_is_served_after_a_restart(tmp_path: Path, n: int) -> None:
     specs = [Spec(i, 0, 4) for i in range(n)]
     disk = opened(tmp_path / "kv", 256 << 20)
     for i in range(0, n, 500):
-        assert all(disk.put([spec.item() for spec in specs[i : i + 500]]))
+        assert {*disk.put([spec.item() for spec in specs[i : i + 500]])} == {"stored"}
     disk.close()
     for crashed in (False, True):
         if crashed:

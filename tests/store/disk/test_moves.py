@@ -15,13 +15,13 @@ import pytest
 from lmc.store.disk.header import LIVE, STATE_AT
 from lmc.store.disk.segments import Segments
 from lmc.store.disk.tier import Disk
-from tests.store.disk.chunks import Spec, held, leaked, opened, served
+from tests.store.disk.chunks import Spec, after, find, held, leaked, opened, served
 
 
 def located(disk: Disk, spec: Spec) -> tuple[int, int]:
     """Segment and offset of a record."""
-    found = disk.folder.catalog.locate(disk.id_of(spec.record()))
-    assert found is not None
+    with disk.folder.catalog.reading() as index:
+        ((_, found),) = index.parts(spec.record().id)
     return found.segment, found.at
 
 
@@ -54,10 +54,10 @@ def test_a_segment_number_is_never_used_twice(tmp_path: Path) -> None:
     """Or a writer that has the old file open would append to that, acknowledge, and lose it."""
     one, other = opened(tmp_path / "kv"), opened(tmp_path / "kv")
     first, second, third = (Spec(i, 0, 30) for i in range(3))
-    assert other.put([first.item()]) == [True]
+    assert other.put([first.item()]) == ["stored"]
     one.evict([first.record()])  # and with it goes the file
-    assert one.put([second.item()]) == [True]
-    assert other.put([third.item()]) == [True]
+    assert one.put([second.item()]) == ["stored"]
+    assert other.put([third.item()]) == ["stored"]
     for disk in (one, other):
         assert served(disk, second) and served(disk, third)
         disk.close()
@@ -69,21 +69,21 @@ def test_a_segment_number_is_never_used_twice(tmp_path: Path) -> None:
 def test_of_one_content_chunks_are_put_one_after_the_other(tmp_path: Path) -> None:
     disk = opened(tmp_path / "kv")
     variants = [Spec(1, context, 20) for context in range(3)]
-    assert disk.put([spec.item() for spec in variants]) == [True] * 3
+    assert disk.put([spec.item() for spec in variants]) == ["stored"] * 3
     record = variants[0].record()
-    assert [Spec.of(r) for r in disk.find(record.namespace, record.key)] == variants[1:]
+    assert [Spec.of(r) for r in find(disk, record)] == variants[1:]
 
     tails = [Spec(2, 0, T, tail=True) for T in (20, 10, 30)]
-    assert disk.put([spec.item() for spec in tails]) == [True, False, True]
+    assert disk.put([spec.item() for spec in tails]) == ["stored", "known", "stored"]
     record = tails[0].record()
-    found = disk.after(record.namespace, record.context, record.tokens[:8])
+    found = after(disk, record)
     assert [Spec.of(r) for r in found] == [tails[2]]
     assert disk.contains([spec.record() for spec in tails]) == [False, False, True]
 
     # What is held when the batch begins may be replaced within it.
     alone = [Spec(3, context, 20, "isolated").item() for context in range(3)]
-    assert disk.put([alone[1]]) == [True] and disk.put([alone[2]]) == [True]
-    assert disk.put([alone[0], alone[1]]) == [True, True]
+    assert disk.put([alone[1]]) == ["stored"] and disk.put([alone[2]]) == ["stored"]
+    assert disk.put([alone[0], alone[1]]) == ["stored", "stored"]
     disk.close()
 
 
@@ -116,7 +116,7 @@ def test_a_tail_that_was_replaced_stays_so(tmp_path: Path) -> None:
     disk = opened(tmp_path / "kv")
     assert list(held(disk).values()) == [long]
     record = long.record()
-    found = disk.after(record.namespace, record.context, record.tokens[:8])
+    found = after(disk, record)
     assert [Spec.of(r) for r in found] == [long]
     disk.close()
 
@@ -174,7 +174,7 @@ def test_what_cannot_be_read_at_the_start_is_there_when_it_can(
 ) -> None:
     specs = [Spec(i, 0, 40) for i in range(40)]
     disk = opened(tmp_path / "kv", 4 << 20)
-    assert all(disk.put([spec.item() for spec in specs]))
+    assert {*disk.put([spec.item() for spec in specs])} == {"stored"}
     lost = {spec for spec in specs if located(disk, spec)[0] == 2}
     disk.close()
     assert 0 < len(lost) < 40
@@ -184,7 +184,7 @@ def test_what_cannot_be_read_at_the_start_is_there_when_it_can(
         disk = opened(tmp_path / "kv", 4 << 20)
         assert disk.counts["segments_unreadable"] == 1
         assert {spec for spec in specs if not served(disk, spec)} == lost
-        assert disk.put([new.item()]) == [True]
+        assert disk.put([new.item()]) == ["stored"]
         disk.evict([specs[0].record()])
         disk.close()
     disk = opened(tmp_path / "kv", 4 << 20)

@@ -1,0 +1,313 @@
+"""What tiers have of a prompt: asked in the background, once for the whole of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from lmc.chunking.pieces import Contexts, Piece, content_keys
+from lmc.store.breaker import Breaker
+from lmc.store.record import Record
+from lmc.store.tier import Behind, Tier
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED = 1 << 16  # answers kept of one tier
+LASTS_S = 2.0  # an answer of a tier that cannot tell whether it still holds
+ROUNDS = (
+    64  # of questions about one prompt: texts that were cut elsewhere are followed chunk by chunk
+)
+
+
+# What a tier is asked: its chunks of a content, by token ids, or what is behind.
+_Question = bytes | Behind
+
+
+class Answers:
+    """What one tier said about one prompt; what it was not asked counts as not there.
+
+    Attributes:
+        name: the tier's.
+        unasked: what would have been asked of it.
+        ids: of all records that it told of.
+        told: whether it answered at all.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.unasked: set[_Question] = set()
+        self.ids: set[bytes] = set()
+        self.told = False
+        self._known: dict[_Question, list[Record]] = {}
+
+    def of(self, content: bytes) -> list[Record]:
+        """Variants of one content, by its token ids' bytes, the oldest first; tails excepted."""
+        return self._of(content)
+
+    def after(self, context: bytes, first: bytes) -> list[Record]:
+        """What was computed behind `context` and begins with the token `first` (8 bytes)."""
+        return self._of(Behind(context, first))
+
+    def questions(self) -> set[_Question]:
+        """What it was asked, and what would have been."""
+        return self._known.keys() | self.unasked
+
+    def learn(self, answers: Mapping[_Question, list[Record]]) -> None:
+        """What it answered."""
+        self._known.update(answers)
+        for records in answers.values():
+            if records:
+                self.ids.update(record.id for record in records)
+
+    def _of(self, question: _Question) -> list[Record]:
+        found = self._known.get(question)
+        if found is None:
+            if self.told:
+                self.unasked.add(question)
+            return []
+        return found
+
+
+class Asked:
+    """A prompt that the tiers are asked about.
+
+    Attributes:
+        answers: of each tier, in order; what has not come yet is not in them.
+    """
+
+    def __init__(self, namespace: bytes, tokens: np.ndarray, pieces: Sequence[Piece]) -> None:
+        self.namespace = namespace
+        self.tokens, self.pieces = tokens, pieces
+        self.answers: list[Answers] = []
+        self.deadline = 0.0
+        self._left = 0
+        self._changed = threading.Condition()
+
+    @property
+    def over(self) -> bool:
+        """Whether all that were asked have answered."""
+        return not self._left
+
+    @property
+    def unasked(self) -> bool:
+        """Whether a plan with these answers would have wanted to know more."""
+        return any(answers.unasked for answers in self.answers)
+
+    def wait(self, until: float) -> bool:
+        """Whether all have answered by `until` of `time.monotonic()`."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not self._left, max(0.0, until - time.monotonic())
+            )
+
+    def begin(self, n: int, deadline: float) -> None:
+        self._left, self.deadline = n, deadline
+
+    def answered(self) -> None:
+        """One more has."""
+        with self._changed:
+            self._left -= 1
+            self._changed.notify_all()
+
+    def told_by(self, id: bytes) -> int | None:
+        """The first tier that told of the record of an id, by its place; None where none did."""
+        return next((i for i, answers in enumerate(self.answers) if id in answers.ids), None)
+
+
+class Directory:
+    """Asks every tier on a thread of its own, and remembers what it said while that holds.
+
+    A tier that does not answer in time is left alone for a while. What is told may be wrong by the
+    time it is used: whoever uses it verifies what comes.
+
+    Args:
+        tiers: in the order in which they are asked for bytes.
+        patience_s: after so long an answer is not waited for.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], patience_s: float) -> None:
+        self.tiers = list(tiers)
+        self.breakers = [Breaker() for _ in self.tiers]
+        self.patience_s = patience_s
+        self._desks = [
+            _Desk(tier, breaker) for tier, breaker in zip(self.tiers, self.breakers, strict=True)
+        ]
+
+    def ask(
+        self,
+        namespace: bytes,
+        tokens: np.ndarray,
+        pieces: Sequence[Piece],
+        also: Asked | None = None,
+    ) -> Asked:
+        """Have every tier that answers asked for the chunks of tokens [T]; returns at once.
+
+        Args:
+            also: what was asked before, and left questions open: those are asked as well.
+        """
+        asked = Asked(namespace, tokens, pieces)
+        answering = []
+        for desk in self._desks:
+            answers = Answers(desk.name)
+            more = also.answers[len(asked.answers)].questions() if also else set()
+            asked.answers.append(answers)
+            if desk.available():
+                answering.append((desk, answers, more))
+        asked.begin(len(answering), time.monotonic() + self.patience_s)
+        for desk, answers, more in answering:
+            desk.submit(partial(desk.answer, asked, answers, more), asked)
+        return asked
+
+    def close(self, tiers: bool, timeout_s: float = 5.0) -> None:
+        """Let go of the threads; one that hangs is left.
+
+        Args:
+            tiers: whether to close the tiers, too, on these threads.
+        """
+        for desk in self._desks:
+            desk.close(tiers)
+        until = time.monotonic() + timeout_s
+        for desk in self._desks:
+            desk.join(until - time.monotonic())
+
+
+class _Desk:
+    """One tier's answers, and the thread that asks for them."""
+
+    def __init__(self, tier: Tier, breaker: Breaker) -> None:
+        self.tier, self.breaker, self.name = tier, breaker, tier.name
+        # By namespace; all of one epoch, or each with the time at which it was told.
+        self._remembered: dict[bytes, dict[_Question, tuple[list[Record], float]]] = {}
+        self._epoch: int | None = None
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[Callable[[], None], Asked]] = []
+        self._running: Asked | None = None
+        self._closing = False
+        self._close_tier = False
+        self._thread = threading.Thread(target=self._run, name=f"lmc-ask-{self.name}", daemon=True)
+        self._thread.start()
+
+    def available(self) -> bool:
+        """Whether to ask the tier: not as long as a call has not come back in time."""
+        with self._changed:
+            overdue = self._running is not None and self._running.deadline <= time.monotonic()
+        if overdue:
+            self.breaker.late()
+        return self.breaker.allows()
+
+    def submit(self, job: Callable[[], None], asked: Asked) -> None:
+        with self._changed:
+            if not self._closing:
+                self._waiting.append((job, asked))
+                self._changed.notify()
+                return
+        asked.answered()
+
+    def close(self, tier: bool) -> None:
+        with self._changed:
+            self._closing, self._close_tier = True, tier
+            waiting, self._waiting = self._waiting, []
+            self._changed.notify()
+        for _, asked in waiting:
+            asked.answered()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(max(0.0, timeout_s))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if self._closing:
+                    break
+                job, asked = self._waiting.pop(0)
+                self._running = asked
+            try:
+                # One whose time is over is waited for by nobody.
+                if time.monotonic() < asked.deadline:
+                    job()
+            except BaseException:  # a tier may be anybody's
+                logger.exception("lmc could not ask tier %s what it has", self.name)
+            if time.monotonic() < asked.deadline:
+                self.breaker.answered()
+            with self._changed:
+                self._running = None
+            asked.answered()
+        try:
+            if self._close_tier:
+                self.tier.close()
+        except BaseException:
+            logger.exception("lmc could not close tier %s", self.name)
+
+    def answer(self, asked: Asked, answers: Answers, more: set[_Question]) -> None:
+        """Ask for every chunk and border of a prompt, and follow what was cut elsewhere."""
+        ids = np.ascontiguousarray(asked.tokens, "<i8").tobytes()
+        contexts = Contexts(ids)
+        places = [(start, 8 * start, 8 * end) for start, end, _ in asked.pieces]
+        contents = [ids[a:b] for _, a, b in places]
+        ends = {Behind(contexts[start], ids[a : a + 8]): start for start, a, _ in places}
+        more = more.difference(ends, contents)
+        contents += [question for question in more if isinstance(question, bytes)]
+        behind = [*ends, *(question for question in more if isinstance(question, Behind))]
+        for _ in range(ROUNDS):
+            self._ask(asked, answers, contents, behind)
+            contents, new = [], {}
+            for question in behind:
+                records = answers.after(*question)
+                if not records or question not in ends:
+                    continue
+                for record in records:
+                    # Where it ends the text may go on in what was cut elsewhere, too.
+                    at = ends[question]
+                    if ids.startswith(record.tokens, 8 * at):
+                        end = at + record.T
+                        first = ids[8 * end : 8 * end + 8]
+                        following = Behind(record.context_after, first)
+                        if first and following not in ends:
+                            new[following] = end
+            ends |= new
+            behind = list(new)
+            if not behind or time.monotonic() >= asked.deadline:
+                break
+        answers.told = True
+
+    def _ask(
+        self, asked: Asked, answers: Answers, contents: list[bytes], behind: list[Behind]
+    ) -> None:
+        remembered = self._held(asked.namespace)
+        if remembered:
+            known = {q: remembered[q][0] for q in (*contents, *behind) if q in remembered}
+            answers.learn(known)
+            contents = [content for content in contents if content not in known]
+            behind = [question for question in behind if question not in known]
+        if not contents and not behind:
+            return
+        keys = content_keys(asked.namespace, contents)
+        found, after = self.tier.lookup_many(asked.namespace, keys, behind, asked.deadline)
+        told: dict[_Question, list[Record]] = dict(zip(behind, after, strict=True))
+        for content, records in zip(contents, found, strict=True):
+            told[content] = [r for r in records if r.tokens == content] if records else records
+        answers.learn(told)
+        now = time.monotonic()
+        for question, records in told.items():
+            # That something is not there holds only where it would be noticed when it comes.
+            if records or self._epoch is not None:
+                remembered[question] = records, now
+
+    def _held(self, namespace: bytes) -> dict[_Question, tuple[list[Record], float]]:
+        """What was told of a namespace and still holds."""
+        epoch, now = self.tier.epoch, time.monotonic()
+        much = sum(len(told) for told in self._remembered.values()) > REMEMBERED
+        if epoch != self._epoch or much:
+            self._epoch = epoch
+            self._remembered.clear()
+        remembered = self._remembered.setdefault(namespace, {})
+        if epoch is None:
+            for question in [q for q, (_, at) in remembered.items() if now - at > LASTS_S]:
+                del remembered[question]
+        return remembered
