@@ -26,6 +26,7 @@ from lmc.store import Index, Record
 from lmc.store.disk.room import OCCUPANCY
 from lmc.store.disk.tier import Disk
 from lmc.store.keep import keep
+from lmc.store.sections import Section, full_attention
 from lmc.store.store import Store
 
 LAYOUT = KVLayout(L=1, G=1, D=4, dtype="float32")
@@ -34,7 +35,8 @@ T = 64  # tokens of a chunk
 RECORD_BYTES = 8 << 10
 BATCH = 500  # chunks of a prompt, put together
 PROMPT = 2000  # chunks of the prompt that is looked up: 128,000 tokens
-ROWS = np.zeros((1, 2, T, 16), np.uint8)
+FORM = full_attention(LAYOUT, T)
+ROWS = Section(FORM, [np.zeros(FORM.shape, np.uint8)])
 OUT = Path(__file__).parent / "results" / "store_scale.jsonl"
 Line = tuple[str, float, str]  # what, how much, of what
 

@@ -274,7 +274,7 @@ def test_a_write_that_fails_keeps_no_file_open(
         disk.put([Spec(9, 0, 20).item()])
         monkeypatch.setattr(os, "pwritev", failing)
         monkeypatch.setattr(Segments, "free", lambda self: 0)
-        assert disk.put([spec.item() for spec in specs]) == [False] * runs
+        assert disk.put([spec.item() for spec in specs]) == ["full"] * runs
         monkeypatch.setattr(os, "pwritev", real)
         assert failed and deleted() == set()
         disk.evict([Spec(9, 0, 20).record()])
