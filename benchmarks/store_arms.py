@@ -17,7 +17,7 @@ from lmc.results.statistics import bootstrap
 from lmc.store.disk.header import padded
 from lmc.store.disk.segments import aligned
 from lmc.store.record import Record
-from lmc.store.tier import Rows
+from lmc.store.sections import Section, full_attention
 
 SIZES = [64 << 10, 256 << 10, 1 << 20, 2 << 20, 4 << 20, 16 << 20]
 PASS_BYTES = 64 << 20  # more than a last-level cache holds
@@ -26,7 +26,7 @@ READER_CHUNK = 1 << 20
 OUT = Path(__file__).parent / "results" / "store.jsonl"
 NAMESPACE = b"benchmark"
 
-Item = tuple[Record, Sequence[Rows]]
+Item = tuple[Record, Sequence[Section]]
 Arm = Callable[[], float]  # does its work once and says how many seconds that took
 
 
@@ -58,17 +58,16 @@ class Chunks:
         """Of one chunk."""
         return self.T * self.layout.bytes_per_token
 
-    def rows(self, i: int) -> Rows:
-        """Chunk `i` as a tier takes it."""
-        L, R = self.layout.L, self.layout.bytes_per_token // (2 * self.layout.L)
-        rows: Rows = self.pages[i, : self.nbytes].reshape(L, 2, self.T, R)
-        return rows
+    def sections(self, page: np.ndarray) -> list[Section]:
+        """A chunk as a tier takes and gives it, uint8 `[bytes]`."""
+        form = full_attention(self.layout, self.T)
+        return [Section(form, [page[: self.nbytes].reshape(form.shape)])]
 
     def items(self, seed: int, n: int | None = None) -> list[Item]:
         """The first `n` chunks with records that no other seed gives."""
         rng = np.random.default_rng(seed)
         return [
-            (record(rng, self.T, self.nbytes), [self.rows(i)])
+            (record(rng, self.T, self.nbytes), self.sections(self.pages[i]))
             for i in range(len(self.pages) if n is None else n)
         ]
 

@@ -25,6 +25,7 @@ from lmc.results.rows import git_commit
 from lmc.store import Index, Record
 from lmc.store.disk.tier import Disk
 from lmc.store.keep import keep
+from lmc.store.sections import Section, full_attention
 
 LAYOUT = KVLayout(L=2, G=1, D=64, dtype="float32")  # 1 KiB a token
 NAMESPACE = b"benchmark"
@@ -46,8 +47,12 @@ def main() -> None:
         folder = Path(work) / "kv"
         disk = opened(folder)
         for batch in records(options):
-            zeros = np.zeros((LAYOUT.L, 2, options.tokens, 256), np.uint8)
-            assert all(disk.put([(record, [zeros + i % 251]) for i, record in enumerate(batch)]))
+            form = full_attention(LAYOUT, options.tokens)
+            items = [
+                (record, [Section(form, [np.full(form.shape, i % 251, np.uint8)])])
+                for i, record in enumerate(batch)
+            ]
+            assert set(disk.put(items)) == {"stored"}
         disk.close()
         for segment in (folder / "segments").iterdir():
             segment.read_bytes()
@@ -80,8 +85,9 @@ def again(options: argparse.Namespace) -> dict[str, float]:
     start = time.perf_counter()
     disk = opened(options.again)
     opened_s = time.perf_counter() - start
+    until = time.monotonic() + 600
     for record in wanted:
-        (found,) = disk.find(NAMESPACE, record.key)
+        ((found,),), _ = disk.lookup_many(NAMESPACE, [record.key], [], until)
         assert disk.get(found) is not None
     total_s = time.perf_counter() - start
     disk.close()

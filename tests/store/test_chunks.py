@@ -205,5 +205,6 @@ def test_what_a_tier_is_offered_is_what_it_gets(way: str) -> None:
     assert list(first.held) == [record(1).id]
     assert (first.held[record(1).id] == rows(5.0)).all()
     chunks.forget(2)
-    assert chunks.memory.size == 0
+    while chunks.memory.size:  # free as soon as nobody reads it
+        assert time.monotonic() < until
     chunks.close()

@@ -107,11 +107,12 @@ class Files:
         self._keep_sweeping()
         return file
 
-    def not_direct(self, number: int, file: File, fault: OSError) -> None:
-        """Go through the page cache where the system would not go past it; else raise."""
-        if not file.direct or fault.errno != errno.EINVAL:
-            raise fault
-        self._buffered.add(number)
+    def not_direct(self, number: int, file: File, fault: OSError) -> bool:
+        """Whether a call failed since it went past the page cache: from now on none does."""
+        refused = file.direct and fault.errno == errno.EINVAL
+        if refused:
+            self._buffered.add(number)
+        return refused
 
     def mapped(self, number: int, end: int) -> Map | None:
         """The file in memory as far as `end` at least; None where that cannot be.

@@ -86,7 +86,8 @@ class Segments:
             try:
                 done = os.pwritev(file.fd, views[:IOV_MAX], at)
             except OSError as e:
-                self._files.not_direct(number, file, e)
+                if not self._files.not_direct(number, file, e):
+                    raise
                 continue
             at += done
             direct = direct and done % PAGE == 0  # cut short, as by a disk that is full
@@ -175,7 +176,8 @@ class Segments:
             try:
                 n = os.preadv(file.fd, _first(views, most), at + done)
             except OSError as e:
-                self._files.not_direct(number, file, e)
+                if not self._files.not_direct(number, file, e):
+                    raise
                 continue
             if n == 0:
                 raise EOFError(f"the file ends at {at + done}")

@@ -14,7 +14,7 @@ from lmc.store.disk.segments import Segments
 
 # What is written together, at most: the disk is idle between two writes.
 WRITE_BYTES = 32 << 20
-FIRST_BYTES = 1 << 20  # what is written first, so that the disk is soon at work
+FIRST_BYTES = 2 << 20  # what is written first, so that the disk is soon at work
 Place = tuple[int, int]  # segment, offset
 Call = Callable[[], None]
 Jobs = SimpleQueue[tuple[Call, SimpleQueue[BaseException | None]] | None]
@@ -99,7 +99,8 @@ def write_records(
             if len(runs) == 1:
                 segments.append(*places[run.start], pages)
             else:
-                _over(writing)
+                writing, before = None, writing
+                _over(before)
                 writing = _hand().begin(partial(segments.append, *places[run.start], pages))
             for i, (header, data, _) in zip(run, records, strict=True):
                 told(header, places[i], data)
@@ -111,8 +112,12 @@ def write_records(
 
 def _over(writing: SimpleQueue[BaseException | None] | None) -> None:
     """Wait for a call to end; raise what it raised."""
-    if writing is not None and (fault := writing.get()) is not None:
-        raise fault
+    fault = None if writing is None else writing.get()
+    try:
+        if fault is not None:
+            raise fault
+    finally:
+        del fault  # or it would keep this frame, and this frame the fault and files that it saw
 
 
 def _runs(places: Sequence[Place], sizes: Sequence[int]) -> list[range]:

@@ -176,8 +176,8 @@ def test_verify_quarantines_what_it_has_read_and_nothing_put_since(
     disk = opened(tmp_path / "kv")
     spec = Spec(1, 0, 20)
     disk.put([spec.item(), Spec(2, 0, 20).item()])
-    located = disk.folder.catalog.locate(disk.id_of(spec.record()))
-    assert located is not None
+    with disk.folder.catalog.reading() as index:
+        ((_, located),) = index.parts(spec.record().id)
     with open(tmp_path / "kv" / "segments" / f"{located.segment:08d}.seg", "r+b") as file:
         file.seek(located.at + 4096 + 100)
         file.write(b"rot")
@@ -188,7 +188,7 @@ def test_verify_quarantines_what_it_has_read_and_nothing_put_since(
         if self is folder and not once:  # a server comes first
             once.append(True)
             assert served(disk, spec) is None
-            assert disk.put([spec.item()]) == [True]
+            assert disk.put([spec.item()]) == ["stored"]
         with writing(self, patience_s):
             yield
 
@@ -223,12 +223,12 @@ def test_a_writer_that_gains_nothing_gives_up_no_more(
     with monkeypatch.context() as patch:
         full(disk, patch)
         for content in range(300, 310):
-            assert disk.put([Spec(content, 0, 20).item()]) == [False]
+            assert disk.put([Spec(content, 0, 20).item()]) == ["full"]
         assert len(disk.folder.segments.numbers()) == before - 1
         assert disk.counts["put_failed:disk_full"] == 10
         free[0] = 10 << 20  # they have let go: if that is not enough, there is one more
         for content in range(300, 310):
-            assert disk.put([Spec(content, 0, 20).item()]) == [False]
+            assert disk.put([Spec(content, 0, 20).item()]) == ["full"]
         assert len(disk.folder.segments.numbers()) == before - 2
     kept = held(disk).values()
     assert len(kept) > 100 and all(served(disk, spec) for spec in kept)
@@ -257,7 +257,7 @@ def test_a_segment_that_is_given_up_and_an_index_that_cannot_say_so(
     with monkeypatch.context() as patch:
         full(disk, patch)
         patch.setattr(Catalog, "change", failing)
-        assert disk.put([Spec(300, 0, 20).item()]) == [False]
+        assert disk.put([Spec(300, 0, 20).item()]) == ["full"]
     assert fail[0] and len(disk.folder.segments.numbers()) == len(before) - 1
     put(disk, [301])
     assert served(disk, Spec(301, 101, 20)) and leaked(disk) == 0

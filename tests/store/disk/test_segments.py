@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmc.store.disk import files, maps
+from lmc.store.disk import files, maps, write
 from lmc.store.disk.header import PAGE
 from lmc.store.disk.segments import Segments, aligned
+from tests.store.disk.chunks import Spec, opened
 
 
 def data(number: int, pages: int = 2) -> np.ndarray:
@@ -159,11 +160,11 @@ def test_what_the_system_does_not_do_past_the_page_cache_goes_through_it(
         raise OSError(errno.EINVAL, "never")
 
     monkeypatch.setattr(os, call, failing)
+    again: Callable[[], object] = lambda: segments.append(1, 0, [data(1)])  # noqa: E731
+    if call == "preadv":
+        again = lambda: read(segments, 1)  # noqa: E731
     with pytest.raises(OSError, match="never"):
-        if call == "preadv":
-            read(segments, 1)
-        else:
-            segments.append(1, 2 * PAGE, [data(1)])
+        again()
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "foreign", "dangling"])
@@ -251,6 +252,36 @@ def test_a_reader_lets_go_of_what_others_remove(tmp_path: Path) -> None:
         read(reader, 1)
     assert np.array_equal(read(reader, 8), data(8))
     reader.close()
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_a_write_that_fails_keeps_no_file_open(
+    runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the space of that file would not come back before the collector runs."""
+    monkeypatch.setattr(write, "FIRST_BYTES", 1 if runs > 1 else 1 << 30)
+    disk = opened(tmp_path / "kv")
+    specs = [Spec(i, 0, 20) for i in range(runs)]
+    real, failed = os.pwritev, []
+
+    def failing(fd: int, *arguments: Any) -> int:
+        failed.append(fd)
+        raise OSError(errno.ENOSPC, "no space")
+
+    gc.collect()
+    gc.disable()
+    try:
+        disk.put([Spec(9, 0, 20).item()])
+        monkeypatch.setattr(os, "pwritev", failing)
+        monkeypatch.setattr(Segments, "free", lambda self: 0)
+        assert disk.put([spec.item() for spec in specs]) == ["full"] * runs
+        monkeypatch.setattr(os, "pwritev", real)
+        assert failed and deleted() == set()
+        disk.evict([Spec(9, 0, 20).record()])
+        assert deleted() == set()
+    finally:
+        gc.enable()
+    disk.close()
 
 
 def test_nobody_watches_files_that_are_closed(tmp_path: Path) -> None:
