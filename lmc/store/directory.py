@@ -74,7 +74,7 @@ class Answers:
 
 
 class Asked:
-    """A prompt that the tiers are asked about.
+    """A prompt, and those of its pieces that the tiers are asked about.
 
     Attributes:
         answers: of each tier, in order; what has not come yet is not in them.
@@ -145,9 +145,10 @@ class Directory:
         pieces: Sequence[Piece],
         also: Asked | None = None,
     ) -> Asked:
-        """Have every tier that answers asked for the chunks of tokens [T]; returns at once.
+        """Have every tier that answers asked for chunks of tokens [T]; returns at once.
 
         Args:
+            pieces: those that are asked for.
             also: what was asked before, and left questions open: those are asked as well.
         """
         asked = Asked(namespace, tokens, pieces)
@@ -245,7 +246,7 @@ class _Desk:
             logger.exception("lmc could not close tier %s", self.name)
 
     def answer(self, asked: Asked, answers: Answers, more: set[_Question]) -> None:
-        """Ask for every chunk and border of a prompt, and follow what was cut elsewhere."""
+        """Ask for chunks, and what stands where they begin; follow what was cut elsewhere."""
         ids = np.ascontiguousarray(asked.tokens, "<i8").tobytes()
         contexts = Contexts(ids)
         places = [(start, 8 * start, 8 * end) for start, end, _ in asked.pieces]

@@ -233,6 +233,20 @@ def find(
     return everything
 
 
+def lacking(pieces: Sequence[Piece], found: Sequence[Found]) -> list[Piece]:
+    """Those of a prompt's pieces that what was found does not serve whole and exact."""
+    exact = iter(one for one in found if one.kind == "exact")
+    out, reached, start = [], 0, 0
+    for piece in pieces:
+        # What is exact in one run, however it was cut.
+        while reached < piece.end and (one := next(exact, None)) is not None:
+            start = start if one.start == reached else one.start
+            reached = one.end
+        if not start <= piece.start < piece.end <= reached:
+            out.append(piece)
+    return out
+
+
 def exact_at(record: Record, start: int, contexts: Contexts) -> bool:
     """Whether a record is, at `start`, what full prefill would give."""
     # What stands before it has a length: that comes first, since digests cost a pass.

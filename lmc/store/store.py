@@ -7,7 +7,6 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,10 @@ from lmc.chunking.pieces import Piece, split
 from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
 from lmc.store.chunks import Attached, Chunks, Drained
-from lmc.store.directory import Asked, Directory
+from lmc.store.directory import Answers, Asked, Directory
 from lmc.store.index import Index
 from lmc.store.keep import keep
-from lmc.store.lookup import Found, Known, find
+from lmc.store.lookup import Found, Known, find, lacking
 from lmc.store.record import ContextPolicy, Record
 from lmc.store.tier import TIERS, Tier
 
@@ -101,18 +100,14 @@ class Store:
         )
         self.directory = Directory(self.tiers, patience_s)
         self._lock = threading.RLock()
+        self._coming: dict[int, int] = {}  # bytes of what was prefetched and is on its way
         self._told: OrderedDict[bytes, str] = OrderedDict()
         self._close = weakref.finalize(self, _close, self.chunks, self.directory)
 
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def pieces(
@@ -135,15 +130,17 @@ class Store:
             ValueError: as `pieces`.
         """
         ids, pieces = np.asarray(tokens, np.int64), self.pieces(tokens, spans)
-        asked, until = None, time.monotonic() + self.chunks.patience_s
-        while True:
-            asked = self.ask(ids, pieces, asked)
-            with self._lock:
-                self._settle()
-                known = Known(self.index, self.namespace, asked.answers, self.context, self.begins)
-                found = find(ids, pieces, known)
-            if not asked.unasked or time.monotonic() >= until:
+        found, until = self._found(ids, pieces), time.monotonic() + self.chunks.patience_s
+        asked: Asked | None = None
+        wanted = lacking(pieces, found) if self.tiers else []
+        while wanted and time.monotonic() < until:
+            asked = self.directory.ask(self.namespace, ids, wanted, asked)
+            asked.wait(asked.deadline)
+            found = self._found(ids, pieces, asked.answers)
+            if not asked.unasked:
                 break
+        if asked is None:
+            return found
         for one in found:
             told_by = asked.told_by(one.record.id) if one.record.slot < 0 else None
             if told_by is not None:
@@ -151,16 +148,6 @@ class Store:
         while len(self._told) > TOLD:
             self._told.popitem(last=False)
         return found
-
-    def ask(self, tokens: np.ndarray, pieces: Sequence[Piece], also: Asked | None = None) -> Asked:
-        """What tiers say they have of tokens [T], as far as it comes within the patience.
-
-        Args:
-            also: what was asked before and left questions open.
-        """
-        asked = self.directory.ask(self.namespace, tokens, pieces, also)
-        asked.wait(asked.deadline)
-        return asked
 
     def where(self, found: Found | Record) -> str:
         """The tier that would give a chunk: `memory`, or the name of one behind it.
@@ -201,15 +188,21 @@ class Store:
     def prefetch(self, tokens: Tokens, spans: Sequence[tuple[int, int]] | None = None) -> None:
         """Start to bring what is stored of tokens [T] into host memory, and return.
 
-        It holds no more of host memory than there is: what is not asked for soon is evicted again
-        as everything is.
+        What is on its way takes half of host memory at most; what is not asked for soon is evicted
+        again as everything is.
 
         Raises:
             ValueError: as `pieces`.
         """
         found = self.lookup(tokens, spans)
         with self._lock:
-            self._start([one.record for one in found])
+            room = self.index.capacity // 2 - sum(self._coming.values())
+            some = []
+            for one in found:
+                if one.record.slot < 0 and (room := room - one.record.nbytes) >= 0:
+                    some.append(one.record)
+            started = self._start(some)
+            self._coming |= {record.slot: record.nbytes for record in started.values()}
 
     def save(
         self,
@@ -331,7 +324,21 @@ class Store:
             self._free()
         return held
 
+    def ask(self, tokens: np.ndarray, pieces: Sequence[Piece]) -> list[Answers]:
+        """What tiers say they have of tokens [T], as far as it comes within the patience."""
+        asked = self.directory.ask(self.namespace, tokens, pieces)
+        asked.wait(asked.deadline)
+        return asked.answers
+
     # -- parts ---------------------------------------------------------------------------------
+
+    def _found(
+        self, ids: np.ndarray, pieces: Sequence[Piece], answers: Sequence[Answers] = ()
+    ) -> list[Found]:
+        with self._lock:
+            self._settle()
+            known = Known(self.index, self.namespace, answers, self.context, self.begins)
+            return find(ids, pieces, known)
 
     def _start(self, records: Sequence[Record], lease: bool = False) -> dict[bytes, Record]:
         """By id the records that are in memory or on their way now, with their slots.
@@ -362,6 +369,7 @@ class Store:
         """Learn of fetches that ended since: what came is as any chunk, what did not is gone."""
         while self._ended:
             slot, whole = self._ended.popleft()
+            self._coming.pop(slot, None)
             if whole:
                 self.index.acknowledge(slot, 0)
             else:

@@ -15,7 +15,7 @@ from lmc.chunking.cdc import Cdc
 from lmc.chunking.pieces import Piece, split
 from lmc.store import Index
 from lmc.store.keep import keep
-from lmc.store.lookup import Found, Known, find
+from lmc.store.lookup import Found, Known, find, lacking
 from lmc.store.record import ContextPolicy
 
 NS = b"namespace"
@@ -216,3 +216,19 @@ def test_what_continues_a_prompt_is_the_longest_of_the_latest() -> None:
     for slot in list(index._entries):
         index.drop(slot)
     assert not index._behind and not index._contents and not index._ends
+
+
+@given(st.data())
+def test_what_is_lacking_is_what_no_exact_run_covers(data: st.DataObject) -> None:
+    T = 30
+    cuts = sorted(data.draw(st.sets(st.integers(1, T - 1))))
+    pieces = [Piece(a, b) for a, b in pairwise([0, *cuts, T])]
+    edges = sorted(data.draw(st.sets(st.integers(0, T), max_size=8)))
+    kinds = st.sampled_from(["exact", "moved", None])
+    found = [
+        Found(a, b, kind, None, a)  # type: ignore[arg-type]
+        for a, b in pairwise(edges)
+        if (kind := data.draw(kinds))
+    ]
+    exact = {i for one in found if one.kind == "exact" for i in range(one.start, one.end)}
+    assert lacking(pieces, found) == [p for p in pieces if not exact.issuperset(range(*p[:2]))]

@@ -152,7 +152,7 @@ class HFStore:
         """A plan whose chunks are all in host memory."""
         index = self.store.index
         nothing: list[Answers] = []
-        for tiers in (self.store.ask(ids, pieces).answers, nothing):
+        for tiers in (self.store.ask(ids, pieces), nothing):
             while True:
                 plan = make_plan(
                     ids, pieces, index, self.namespace, strategy,
