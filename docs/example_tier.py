@@ -78,9 +78,11 @@ class Remembering:
         _, forms = self.held.get(wanted.record.id, (None, {}))
         if not all(form in forms for form, _ in wanted.into):
             return False
-        for form, parts in wanted.into:
+        layers = 0
+        for form, parts in sorted(wanted.into, key=lambda section: section.form.group):
             copy_rows([forms[form]], parts)
-            arrived(form.L)
+            layers += form.L
+            arrived(layers)
         return True
 
     def evict(self, records):
