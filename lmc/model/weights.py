@@ -17,10 +17,19 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
 
 
 def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/lmc`, or `~/.cache/lmc`."""
+    """`$XDG_CACHE_HOME/lmc`, or `~/.cache/lmc`.
+
+    Raises:
+        FileNotFoundError: the user has no home, and nothing says where else.
+    """
     # The XDG specification: a value that is not absolute is to be ignored.
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "lmc"
+    if not base.is_absolute():
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError as e:
+            raise FileNotFoundError(f"{e}: set XDG_CACHE_HOME to a folder of yours") from e
+    return base / "lmc"
 
 
 def folder_of(model: str, revision: str | None = None, cache: str | Path | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -202,7 +203,10 @@ def find_profile(
         profile.require(weights, dtype, rope, context)
         return profile
     name = f"*-{_key(weights, dtype, rope)}{_suffix(context)}.yaml"
-    for folder in (user_profiles(), SHIPPED):
+    folders = [SHIPPED]
+    with contextlib.suppress(OSError):  # a user without a home has none of his own
+        folders.insert(0, user_profiles())
+    for folder in folders:
         if files := list(folder.glob(name)):
             newest = max(files, key=lambda file: file.stat().st_mtime)
             return find_profile(weights, dtype, rope, context, newest)
@@ -214,7 +218,7 @@ def _suffix(context: str) -> str:
 
 
 def user_profiles() -> Path:
-    """Where `lmc calibrate` puts profiles."""
+    """Where `lmc calibrate` puts profiles; raises as `cache_dir`."""
     return cache_dir() / "profiles"
 
 

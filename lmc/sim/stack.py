@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from lmc.chunking.cdc import splitmix64
+from lmc.sim.compiled import compiled
 
 # The distance of a first access: no capacity makes it a hit.
 NEVER = np.iinfo(np.int64).max
@@ -220,7 +220,7 @@ def _checked(keys: np.ndarray, sizes: np.ndarray | None) -> tuple[np.ndarray, np
     return keys.astype(np.int64, copy=False), sizes.astype(np.int64, copy=False)
 
 
-@njit(cache=True)
+@compiled
 def _fill_distances(keys: np.ndarray, sizes: np.ndarray, U: int, distances: np.ndarray) -> int:
     """Fill `distances`; the first access whose size is not that of its key before, or -1.
 
@@ -261,7 +261,7 @@ def _fill_distances(keys: np.ndarray, sizes: np.ndarray, U: int, distances: np.n
     return -1
 
 
-@njit(cache=True)
+@compiled
 def _append(tree: np.ndarray, i: int, size: int) -> None:
     """Let slot i, right behind the last, hold `size`."""
     first = i - (i & -i)
@@ -272,7 +272,7 @@ def _append(tree: np.ndarray, i: int, size: int) -> None:
         child -= child & -child
 
 
-@njit(cache=True)
+@compiled
 def _sum(tree: np.ndarray, low: int, high: int) -> int:
     """The sizes in slots (low, high]."""
     total = 0
@@ -285,7 +285,7 @@ def _sum(tree: np.ndarray, low: int, high: int) -> int:
     return total
 
 
-@njit(cache=True)
+@compiled
 def _running_maximum(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     out = values.copy()
     for i in range(len(offsets) - 1):

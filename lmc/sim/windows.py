@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from lmc.sim.compiled import compiled
 
 
-@njit(cache=True)
+@compiled
 def window_hashes(tokens: np.ndarray, w: int) -> np.ndarray:
     """tokens [T] -> [max(T - w + 1, 0)] uint64, the hash of the w ids from each position on.
 
@@ -59,7 +60,7 @@ def covered(hits: np.ndarray, w: int, T: int) -> np.ndarray:
     return np.cumsum(edges[:T]) > 0
 
 
-@njit(cache=True)
+@compiled
 def greedy(hits: np.ndarray, start: int, w: int) -> np.ndarray:
     """Starts of the windows with hits[i], from `start` on, the first of those that overlap."""
     starts = np.empty(len(hits) // w + 1, dtype=np.int64)
@@ -74,14 +75,14 @@ def greedy(hits: np.ndarray, start: int, w: int) -> np.ndarray:
     return starts[:n]
 
 
-@njit(cache=True)
+@compiled
 def _mix(x: np.uint64) -> np.uint64:
     x = (x + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-@njit(cache=True)
+@compiled
 def _known(table: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     mask = np.uint64(len(table) - 1)
     found = np.empty(len(hashes), dtype=np.bool_)
@@ -93,7 +94,7 @@ def _known(table: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     return found
 
 
-@njit(cache=True)
+@compiled
 def _insert(table: np.ndarray, hashes: np.ndarray) -> int:
     mask = np.uint64(len(table) - 1)
     added = 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from xxhash import xxh3_128_digest
 
 from lmc.store import compress, wire
 from lmc.store.record import Record
@@ -20,20 +21,17 @@ BAND_BYTES = 1 << 20  # at least, of layers that are not compressed
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A header without digests, and the payload, uint8 `[payload_bytes]`."""
+    """A header without digests, the payload, uint8 `[payload_bytes]`, and the header's bytes."""
 
     header: Header
     payload: np.ndarray
-
-    def sealed(self) -> Header:
-        """The header with the digests of the payload."""
-        spans = (Span(e - s, digest_of(self.payload[s:e])) for *_, s, e in self.header.bands())
-        stored = [s._replace(spans=tuple(next(spans) for _ in s.spans)) for s in self.header.stored]
-        return replace(self.header, stored=tuple(stored))
+    data: bytes
 
     def packed(self) -> tuple[bytes, np.ndarray]:
         """The bytes of the header, with digests, and the payload: what a place has to hold."""
-        return wire.pack(self.sealed()), self.payload
+        payload = self.payload.data
+        digests = [xxh3_128_digest(payload[start:end]) for *_, start, end in self.header.bands()]
+        return wire.sealed(bytearray(self.data), digests), self.payload
 
 
 def encode(
@@ -66,7 +64,6 @@ def encode(
         L, S, t, R = form.shape
         if shapes != {((L, S), (R,))} or t != T or any(p.dtype != np.uint8 for p in parts):
             raise ValueError(f"got rows {[p.shape for p in parts]} for {form.shape} of {form}")
-    wire.check(record, [section.form for section in sections])
     stored: list[Stored] = []
     data: list[Sequence[np.ndarray]] = []
     squares, layers = 0.0, 0
@@ -90,7 +87,7 @@ def encode(
     if len(stored) == 1 and stored[0].codec == "none" and len(data[0]) == 1:
         (rows,) = data[0]
         if rows.flags.c_contiguous and rows.ctypes.data % 512 == 0:
-            return Encoded(header, rows.reshape(-1))
+            return Encoded(header, rows.reshape(-1), wire.pack(header))
     payload = memory(header.payload_bytes)
     at = 0
     for (form, kind, *_), some in zip(stored, data, strict=True):
@@ -100,7 +97,7 @@ def encode(
         else:
             np.concatenate(some, out=payload[at : at + n])
         at += n
-    return Encoded(header, payload)
+    return Encoded(header, payload, wire.pack(header))
 
 
 def _compressed(

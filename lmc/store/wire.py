@@ -191,8 +191,17 @@ def pack(header: Header) -> bytes:
     for span in header.sections:
         _SPAN.pack_into(out, at, *span)
         at += _SPAN.size
-    out[DIGEST_AT : DIGEST_AT + 16] = _digest(out)
-    return bytes(out)
+    return sealed(out)
+
+
+def sealed(header: bytearray, digests: Sequence[bytes] = ()) -> bytes:
+    """A header that was packed, with other digests of its spans, if they are told."""
+    at = len(header) - _SPAN.size * len(digests) + 8
+    for digest in digests:
+        header[at : at + 16] = digest
+        at += _SPAN.size
+    header[DIGEST_AT : DIGEST_AT + 16] = _digest(header)
+    return bytes(header)
 
 
 def sizes(data: Bytes) -> tuple[int, int]:

@@ -7,6 +7,8 @@ import time
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from lmc.store import Record
 from lmc.store.chunks import Attached, Chunks
 from lmc.store.tier import Outcome
@@ -162,3 +164,47 @@ def test_a_tier_that_raises_costs_its_batch_and_no_more() -> None:
     assert tier.contains([record(0), record(1)]) == [False, True]
     writer.close(time.monotonic() + 10, lambda: None)
     assert writer.join(10)
+
+
+@pytest.mark.parametrize("way", ["fetched", "stored"])
+def test_what_a_tier_is_offered_is_what_it_gets(way: str) -> None:
+    """Its owner lets go of the memory, and has it refilled, while it is copied for the tier."""
+    first, second = Plain(), Plain()
+    first.name, second.name = "first", "second"
+    second.held[record(1).id] = rows(5.0)
+    chunks = Chunks(LAYOUT, 256 * T, [Attached(first, "through"), Attached(second, "through")])
+    offer, begun, go_on = chunks._writers[0].offer, threading.Event(), threading.Event()
+    copied = threading.Event()
+
+    def slowly(r: Record, sections: Any) -> bool:
+        if begun.is_set():
+            return offer(r, sections)
+        begun.set()  # the first of them has its views, and no copy yet
+        assert go_on.wait(60)
+        taken = offer(r, sections)
+        copied.set()
+        return taken
+
+    chunks._writers[0].offer = slowly  # type: ignore[method-assign]
+    filling = threading.Thread(target=filled, args=(chunks, record(1), 5.0))
+    if way == "fetched":
+        chunks.expect(record(1))
+        chunks.fetch([1])
+    else:
+        filling.start()
+    assert begun.wait(60)
+    chunks.evict(1)
+    for part in chunks.reserve(2, T) or ():  # there is none, as long as it is read
+        part.fill_(1e9)
+    go_on.set()
+    assert copied.wait(60)
+    until = time.monotonic() + 60
+    while chunks.arrival(1) is not None:
+        assert time.monotonic() < until
+    assert chunks.drain(60)
+    assert list(first.held) == [record(1).id]
+    assert (first.held[record(1).id] == rows(5.0)).all()
+    chunks.forget(2)
+    while chunks.memory.size:  # free as soon as nobody reads it
+        assert time.monotonic() < until
+    chunks.close()

@@ -86,11 +86,13 @@ def existing(path: Path, to_write: bool = False) -> Folder:
     if not any(path.iterdir()):
         raise ValueError(f"got {path}, which is empty: it holds no store")
     try:
-        return Folder(path)
+        folder = Folder(path)
     except OSError as e:
-        if not to_write and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return Folder(path, read_only=True)
-        raise
+        if to_write or e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        folder = Folder(path, read_only=True)
+    folder.settle()
+    return folder
 
 
 def entries(

@@ -17,6 +17,7 @@ import xxhash
 
 from lmc.cli.store.chunk_file import MOST_HEADER, MOST_TENSORS, Item, header_of, items_of
 from lmc.cli.store.inspect import Entry, entries, settled
+from lmc.store import wire
 from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Located
 from lmc.store.disk.encode import Encoded
@@ -195,7 +196,8 @@ def _encoded(item: Item, sections: Sequence[Section], codec: str, folder: bytes)
     part = encode(item.record, sections, codec, facts.label, memory=aligned)
     # The encoder takes a namespace, and this one is a digest already.
     header = replace(part.header, record=item.record, created=facts.created, error=facts.error)
-    return Encoded(Header(header, 0, folder), replace(part, header=header))
+    part = replace(part, header=header, data=wire.pack(header))
+    return Encoded(Header(header, 0, folder), part)
 
 
 def _check_room(path: Path, sizes: dict[bytes, int], capacity: int) -> None:

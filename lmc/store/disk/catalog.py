@@ -1,30 +1,25 @@
 """Where records lie: an LMDB index that can always be made again from the segment files.
 
 It is synced only when it is closed: until then the segments are what lasts. `seal` says whether a
-file that was closed may be used again.
+file that was closed may be used again, and `env` watches it meanwhile.
 """
 
 from __future__ import annotations
 
-import os
+import itertools
 import struct
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import lmdb
-
+from lmc.store.disk import env, order
 from lmc.store.disk import header as fmt
-from lmc.store.disk import order
 from lmc.store.disk.header import Header
 from lmc.store.disk.order import Since, Use, use_of
 from lmc.store.record import Record
-
-# Address space, the same in every process: about ten million records.
-MAP_BYTES = 1 << 34
 
 _AT = struct.Struct(">IQ")
 _SEGMENT = struct.Struct("<QQQ")
@@ -33,11 +28,11 @@ _TABLES = (
     "records", "places", "keys", "behind", "tails", "segments", "quarantined", "meta",
     *order.TABLES,
 )  # fmt: skip
+_DUPS = ("keys", "behind")  # with several values of a key
+_AT_ONCE = 1024  # records of one transaction, where all are walked through
 BEHIND = 16  # of what continues a context with the same token, only so many of the latest are told
+_numbers = itertools.count(1)  # of catalogs in this process
 RECORD = slice(8, 40)  # where in a listing the id of the record is
-
-_shared: dict[tuple[int, str], tuple[Any, int]] = {}
-_sharing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -66,37 +61,21 @@ class Catalog:
     """The index of one folder, shared by processes; one of them writes at a time.
 
     Args:
-        folder: of the LMDB files; made when missing.
-        read_only: it is opened without locks, so nobody may write it meanwhile.
+        folder: of the LMDB files.
+
+    Raises:
+        lmdb.Error, OSError: it cannot be used.
     """
 
-    def __init__(self, folder: Path, read_only: bool = False) -> None:
-        self._key = (os.getpid(), os.path.realpath(folder))
-        with _sharing:
-            env, users = _shared.get(self._key, (None, 0))
-            if env is None:
-                if not read_only:
-                    folder.mkdir(mode=0o700, exist_ok=True)
-                env = lmdb.open(
-                    str(folder), map_size=MAP_BYTES, max_dbs=len(_TABLES), mode=0o600,
-                    sync=False, readonly=read_only, lock=not read_only, max_spare_txns=4,
-                )  # fmt: skip
-            _shared[self._key] = (env, users + 1)
-        self._env: Any = env
-        self._data = folder / "data.mdb"
-        if not read_only:
-            self._env.reader_check()
-        dups = {"keys", "behind"}
-        try:
-            self._db: dict[str, Any] = {
-                name: self._env.open_db(
-                    name.encode(), create=not read_only, dupsort=name in dups, dupfixed=name in dups
-                )
-                for name in _TABLES
-            }
-        except BaseException:
-            self.close()  # or the next to open it would share what this one has left
-            raise
+    def __init__(self, folder: Path) -> None:
+        self.env = env.opened(folder, _TABLES, _DUPS)
+        self._env, self._db = self.env, self.env.tables
+        self._number = next(_numbers)
+
+    @staticmethod
+    def make(folder: Path, identity: bytes) -> None:
+        """An empty index in a folder that is there, of the store with this identity."""
+        env.make(folder, _TABLES, _DUPS, identity)
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -118,16 +97,24 @@ class Catalog:
 
     @property
     def epoch(self) -> int:
-        """The number of the last transaction that changed anything."""
-        return int(self._env.info()["last_txnid"])
+        """Another number after every change, and of every other index."""
+        return self._number << 48 | int(self._env.info()["last_txnid"])
 
     def records(self) -> Iterator[tuple[bytes, Located]]:
         """All records, by id."""
-        with self._env.begin(db=self._db["records"]) as txn:
-            for id, value in txn.cursor():
-                located = _located(value)
-                assert located is not None
-                yield id, located
+        last: bytes | None = None
+        while True:
+            # Some at a time: a transaction that stays open keeps the index from using pages again.
+            with self._env.begin(db=self._db["records"]) as txn:
+                cursor = txn.cursor()
+                there = cursor.first() if last is None else cursor.set_range(last + b"\0")
+                some = list(islice(cursor.iternext(), _AT_ONCE)) if there else []
+            for id, value in some:
+                segment, at = _AT.unpack_from(value)
+                yield id, Located(segment, at, value[_AT.size :])
+            if len(some) < _AT_ONCE:
+                return
+            last = some[-1][0]
 
     def within(self, segment: int) -> list[tuple[bytes, Located]]:
         """Records of one segment, by offset."""
@@ -200,28 +187,6 @@ class Catalog:
             change = Change(txn, self._db)
             yield change
             change.finish()
-        # Pages that a transaction took and gave back may be the last ones, and not be in the file:
-        # who compares its size with its last page would take it for one that was cut short.
-        end = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-        if os.stat(self._data).st_size < end:
-            os.truncate(self._data, end)
-
-    # -- the end -----------------------------------------------------------------------------
-
-    def close(self) -> bool:
-        """Let go; True when nobody else in this process has it open."""
-        with _sharing:
-            env, users = _shared[self._key]
-            if users > 1:
-                _shared[self._key] = (env, users - 1)
-                return False
-            del _shared[self._key]
-            env.close()
-            return True
-
-    def sync(self) -> None:
-        """Return when the file is on the disk."""
-        self._env.sync(True)
 
 
 class Reading:

@@ -24,17 +24,13 @@ class Encoded:
     part: payload.Encoded
 
     def pages(self, seq: int) -> tuple[Header, bytes, list[np.ndarray]]:
-        """The header with its number and digests, its bytes, and the record in whole pages.
-
-        Raises:
-            ValueError: what no reader would take.
-        """
-        header = replace(self.header, part=self.part.sealed(), seq=seq)
-        data = fmt.pack(header)
+        """The header with its number, its bytes with digests, and the record in whole pages."""
+        header = replace(self.header, seq=seq)
+        part, rows = self.part.packed()
+        data = fmt.front_of(header, part)
         front = aligned(header.payload_at)
         front[: len(data)] = np.frombuffer(data, np.uint8)
         front[len(data) :] = 0
-        rows = self.part.payload
         whole = rows.nbytes // PAGE * PAGE
         pages = [front, rows[:whole]]
         if whole < rows.nbytes:

@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import errno
+import struct
 
 import lmdb
 
+from lmc.store.disk.env import FULL_DISK, ClosedError, condemns
 from lmc.store.disk.header import HeaderError
 from lmc.store.disk.read import Damaged
 
-FAULTS = (OSError, EOFError, lmdb.Error, HeaderError)
+FAULTS = (OSError, EOFError, lmdb.Error, HeaderError, struct.error, UnicodeDecodeError)
 
 
 class NoRoomError(OSError):
     """What may go does not make enough room."""
 
 
+class GoneError(OSError):
+    """The folder was removed, or another has its name."""
+
+
+class NoIndexError(OSError):
+    """There is no index, or not the whole one yet."""
+
+
 def kind_of(fault: Exception) -> str:
     """A short word for what went wrong, to count by."""
+    number = getattr(fault, "errno", None) or getattr(fault, "code", None)
+    for types, word in _WORDS:
+        if isinstance(fault, types):
+            return word
     if isinstance(fault, Damaged):
         return str(fault)
-    if isinstance(fault, HeaderError):
-        return "index"
-    if isinstance(fault, EOFError):
-        return "truncated"
-    if isinstance(fault, FileNotFoundError):
-        return "missing"
-    if isinstance(fault, NoRoomError):
-        return "no_room"
-    if isinstance(fault, TimeoutError):
-        return "timeout"
-    if isinstance(fault, PermissionError) or getattr(fault, "errno", None) == errno.EROFS:
-        return "read_only"
-    if getattr(fault, "errno", None) == errno.ENOSPC or isinstance(fault, lmdb.DiskError):
+    if number in FULL_DISK:
         return "disk_full"
-    return "index" if isinstance(fault, lmdb.Error) else "io_error"
+    if isinstance(fault, PermissionError) or number == errno.EROFS:
+        return "read_only"
+    return "index" if condemns(fault) or isinstance(fault, lmdb.Error) else "io_error"
+
+
+_WORDS: tuple[tuple[type[Exception], str], ...] = (
+    (ClosedError, "closed"),
+    (NoIndexError, "no_index"),
+    (GoneError, "gone"),
+    (NoRoomError, "no_room"),
+    (EOFError, "truncated"),
+    (FileNotFoundError, "missing"),
+    (TimeoutError, "timeout"),
+    (lmdb.MapFullError, "index_full"),
+    (lmdb.ReadersFullError, "readers_full"),
+    (lmdb.DiskError, "disk_full"),
+)

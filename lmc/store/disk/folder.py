@@ -1,12 +1,10 @@
-"""The folder of a store: its format, its locks, and the index made again when it must be."""
+"""The folder of a store: who has it open, who writes, and that its index is made again."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
+import errno
 import os
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -14,318 +12,358 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lmdb
-import xxhash
 
-from lmc.store.disk import header as fmt
-from lmc.store.disk import seal
+from lmc.store.disk import place, seal
 from lmc.store.disk.catalog import Catalog
-from lmc.store.disk.header import PAGE, HeaderError
-from lmc.store.disk.segments import Segments, fsync_folder
+from lmc.store.disk.env import ClosedError, condemns
+from lmc.store.disk.faults import FAULTS, GoneError, NoIndexError
+from lmc.store.disk.index import INDEX, Index
+from lmc.store.disk.locks import OPEN, USERS, WRITER, Locks
+from lmc.store.disk.segments import Segments
 
-FORMAT_FILE = "lmc-store.json"
-_SCAN_BYTES = 1 << 20
+# How long others are waited for: who opens or closes takes no time, unless it is stopped.
+OPEN_PATIENCE_S = 10.0
+CLOSE_PATIENCE_S = 20.0
+JOIN_PATIENCE_S = 2.0  # until a writer is done; then the index is opened when it is
+# An index that is soon made again is there when the folder is open.
+REBUILD_PATIENCE_S = 0.5
+RETRY_S = 5.0  # after it could not be made, as far as nobody writes
+LOOK_S = 0.1  # how often a process that reads looks whether the index is another one
 
 
 class Folder:
     """An open folder. Several processes may have it open; one at a time changes it.
 
-    Layout: `lmc-store.json` (format), `segments/NNNNNNNN.seg` (records), `index/` (LMDB), and
-    lock files. All files are 0600, folders 0700.
+    Layout: `lmc-store.json` (format and identity), `segments/NNNNNNNN.seg` (records), `index/`
+    (LMDB), and lock files. All files are 0600, folders 0700. The index is never trusted: where it
+    fails, or is another folder's, all processes let go of it, and it is made again from the
+    segments. What it has by then can be asked for meanwhile, and nothing be written.
+
+    It is entered (`with folder:`) by whoever uses it, so that nothing is closed beneath him; a
+    child of a fork cannot enter what its parent opened.
+
+    Attributes:
+        root: absolute.
+        counts: what happened, by kind.
 
     Args:
         root: made when missing.
-        read_only: nothing in it is changed; an index that cannot be used is made in a temporary
-            folder.
+        read_only: nothing in it is changed; the index is this process's own, as of now.
 
     Raises:
-        ValueError: a folder that is no store and not empty, or one of a newer format.
-        OSError: it cannot be made or opened.
+        ValueError: a folder that is no store and not empty, one of another format, or with links
+            where files should be.
+        OSError: it cannot be made or opened, is another user's, may be written by others, or others
+            have been opening it all the time.
     """
 
-    identity = bytes(16)  # what records in it are marked with
-
-    def __init__(self, root: Path, read_only: bool = False) -> None:
-        self.root = root
+    def __init__(
+        self, root: Path, read_only: bool = False, counts: Counter[str] | None = None
+    ) -> None:
+        self.root = Path(os.path.realpath(root))
         self.read_only = read_only
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter() if counts is None else counts
         self._writer_thread = threading.Lock()
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._locks: dict[str, int] = {}
-        damaged = _check_format(root, read_only)
+        self._inside = threading.Condition(threading.Lock())
+        self._users, self._closing, self._released = 0, False, False
+        self._healer: threading.Thread | None = None
+        self._failure: Exception | None = None  # of the last attempt to make the index again
+        self._next_look = 0.0
+        self._place = place.open_folder(self.root, read_only)
         try:
-            self._prepare(damaged)
-        except BaseException as e:
-            self._unlock()
-            if isinstance(e, lmdb.Error):
-                raise OSError(f"the index of {root} cannot be used or made: {e}") from e
+            self._key = _key(os.fstat(self._place))
+            known = place.identity_in(self.root, self._place)
+            place.subfolder(self.root, self._place, "segments", make=not read_only)
+            place.subfolder(self.root, self._place, INDEX, make=False)
+            self._locks = Locks(self._place, read_only)
+        except BaseException:
+            os.close(self._place)
             raise
+        self.segments = Segments(self.root / "segments", read_only)
+        self._index = Index(
+            self.root, self._place, self.segments, self.counts, read_only, lambda: self._closing
+        )
+        try:
+            if read_only:
+                self._index.identity = known or b""
+                if not self._index.private(seal.sealed(self.root / INDEX) is not None):
+                    self._heal(held=True)
+            else:
+                self._open()
+            self.settle(REBUILD_PATIENCE_S)
+            self._raise_failure()
+        except BaseException as e:
+            self.close()
+            if isinstance(e, FAULTS) and not isinstance(e, OSError):
+                raise OSError(f"the index of {root} cannot be made: {e}") from e
+            raise
+
+    # -- using it ----------------------------------------------------------------------------
+
+    def __enter__(self) -> Folder:
+        """Raises ClosedError."""
+        if self._locks.forked:
+            raise ClosedError("it was opened by the process that this one was forked from")
+        with self._inside:
+            if self._closing:
+                raise ClosedError("it is closed")
+            self._users += 1
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + LOOK_S
+            if not self._index.look(self._turn(0.0)):
+                self._heal()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._inside:
+            self._users -= 1
+            last = self._closing and self._users == 0
+            if last:
+                self._inside.notify_all()
+        if last:
+            self._let_go()
+
+    @property
+    def forked(self) -> bool:
+        """Whether it was opened by the process that this one was forked from."""
+        return self._locks.forked
+
+    @property
+    def identity(self) -> bytes:
+        """16 random bytes that no other folder has."""
+        return self._index.identity
+
+    @property
+    def catalog(self) -> Catalog:
+        """The index, as far as it is made; another one whenever it was made again.
+
+        Raises:
+            NoIndexError: there is none now.
+        """
+        return self._index.catalog
+
+    def settle(self, timeout_s: float | None = None) -> bool:
+        """Wait until the index has all that the segments have; whether it does."""
+        healer = self._healer
+        if healer is not None:
+            healer.join(timeout_s)
+        return self._index.ready
+
+    def index_fault(self, fault: Exception) -> bool:
+        """Tell of what the catalog raised, wherever it is caught; whether it is of the index.
+
+        What shows that the index is damaged ends its use, for all processes.
+        """
+        if not isinstance(fault, lmdb.Error) and not condemns(fault):
+            return False
+        self.counts["index_faults"] += 1
+        with contextlib.suppress(NoIndexError):
+            catalog = self.catalog
+            # An error of LMDB may be of an index that is gone by now: the one of this is marked.
+            damaged = not isinstance(fault, lmdb.Error) or catalog.env.broken
+            if damaged and self._index.condemn(catalog):
+                self._heal()
+        return True
 
     @contextlib.contextmanager
     def writing(self, patience_s: float = 10.0) -> Iterator[None]:
-        """Be the one who changes the folder.
+        """Be the one who changes the folder, with an index that has all of it.
 
         Raises:
-            TimeoutError: another process has been it for all of `patience_s` seconds.
+            TimeoutError: another process has been it for all of `patience_s` seconds, or has been
+                making the index.
             PermissionError: the folder is open for reading only.
+            ClosedError: it is closed, or the parent's of this process.
+            GoneError: what has its name by now is another folder.
+            NoIndexError: the index cannot be made.
         """
         if self.read_only:
             raise PermissionError("the store is open for reading only")
         until = time.monotonic() + patience_s
-        if not self._writer_thread.acquire(timeout=patience_s):
-            raise TimeoutError("another thread has been writing to the store all the time")
-        try:
-            fd = self._locks["writer.lock"]
-            while not _try_lock(fd, fcntl.LOCK_EX):
-                if time.monotonic() > until:
-                    raise TimeoutError("another process has been writing to the store all the time")
-                time.sleep(0.002)
+        for again in (False, True):
+            self._take(until)
             try:
-                yield
+                self._check_place()
+                if self._index.look(contextlib.nullcontext()):
+                    yield
+                    return
             finally:
-                fcntl.flock(fd, fcntl.LOCK_UN)
-        finally:
-            self._writer_thread.release()
+                self._give()
+            if again:
+                break
+            self._heal()
+            if not self.settle(max(0.0, until - time.monotonic())) and self._failure is None:
+                raise TimeoutError("the index has been made all the time")
+            until = max(until, time.monotonic() + 0.1)
+        raise NoIndexError(f"the index cannot be made: {self._failure}")
 
-    def close(self) -> None:
-        """Let go; the last user leaves the index in a state that the next one can trust."""
-        if self.read_only:
-            self.catalog.close()
-            if self._temporary is not None:
-                self._temporary.cleanup()
+    # -- the end -----------------------------------------------------------------------------
+
+    def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
+        """Let go; the last user leaves the index in a state that the next one can trust.
+
+        What takes longer, as where a disk hangs, is done later, when it can be: until then nothing
+        is let go of that others could take for theirs. A second time nothing happens.
+        """
+        if self._locks.forked:
+            return
+        with self._inside:
+            if self._closing:
+                return
+            self._closing = True
+        thread = threading.Thread(target=self._finish, args=(patience_s / 2,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is at its end
+            self._finish(0.0)
         else:
-            fcntl.flock(self._locks["open.lock"], fcntl.LOCK_EX)
-            alone = _try_lock(self._locks["users.lock"], fcntl.LOCK_EX)
-            with contextlib.suppress(Exception):  # a disk that fails now: the index is made again
-                if alone:
-                    self.catalog.sync()
-            last = self.catalog.close()
-            with contextlib.suppress(OSError):
-                if alone and last:
-                    seal.seal(self.root / "index")
+            thread.join(patience_s)
+
+    def _finish(self, patience_s: float) -> None:
+        with self._inside:
+            if not self._inside.wait_for(lambda: self._users == 0, patience_s):
+                self.counts["closed_later"] += 1
+                return
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Nobody is inside any more."""
+        with self._inside:
+            if self._released:
+                return
+            self._released = True
+        if self._healer is not None:
+            self._healer.join(CLOSE_PATIENCE_S)  # it looks whether it must end
+            if self._healer.is_alive():
+                return
+        try:
+            alone = not self.read_only and self._locks.take(WRITER, 1.0)
+            if alone and self._locks.take(OPEN, 2.0) and self._locks.take(USERS):
+                self._index.seal()
+        except FAULTS:  # then it is made again
+            self.counts["not_sealed"] += 1
+        self._index.let_go()
         self.segments.close()
-        self._unlock()
+        self._locks.close()
+        os.close(self._place)
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _prepare(self, damaged: bool) -> None:
-        if self.read_only:
-            self.segments = Segments(self.root / "segments", read_only=True)
-            index = self.root / "index"
-            if not seal.sealed(index):
-                self._temporary = tempfile.TemporaryDirectory(prefix="lmc-index-")
-                index = Path(self._temporary.name)
-                catalog = Catalog(index)
-                self._rebuild(catalog)
-                catalog.close()
-            self.catalog = Catalog(index, read_only=True)
-            return
-        _make_folder(self.root)
-        _make_folder(self.root / "segments")
-        if damaged:
-            _write_format(self.root)
-        for name in ("open.lock", "users.lock", "writer.lock"):
-            self._locks[name] = os.open(self.root / name, os.O_RDWR | os.O_CREAT, 0o600)
-        self.segments = Segments(self.root / "segments")
-        index = self.root / "index"
-        fcntl.flock(self._locks["open.lock"], fcntl.LOCK_EX)
+    def _open(self) -> None:
+        if not self._locks.take(OPEN, OPEN_PATIENCE_S):
+            raise TimeoutError(
+                f"somebody else has been opening or closing {self.root} for {OPEN_PATIENCE_S:.0f} s"
+            )
         try:
-            alone = _try_lock(self._locks["users.lock"], fcntl.LOCK_EX)
-            if not alone:
-                if not seal.complete(index):
-                    raise OSError(f"the index in {index} is damaged, and others are using it")
-                self.catalog = Catalog(index)
-            elif seal.sealed(index) and not self._strangers(index):
-                seal.break_seal(index)
-                self.catalog = Catalog(index)
-            else:
-                if index.exists() or self.segments.numbers():
-                    self.counts["index_rebuilt"] += 1
-                seal.wipe(index)
-                self.catalog = Catalog(index)
+            self._locks.check()
+            known = place.identity_in(self.root, self._place)
+            self._index.identity = known or self._index.find_identity()
+            if known is None:
+                place.write_format(self._place, self.identity)
+            if not self._locks.take(USERS):
+                if not self._index.look(self._turn(JOIN_PATIENCE_S)):
+                    self._heal()
+            elif not self._index.trust():
+                self._take(time.monotonic() + 1.0)  # of nobody else: the caller is alone
                 try:
-                    self._rebuild(self.catalog)
+                    self._index.renew()
                 except BaseException:
-                    self.catalog.close()
+                    self._give()
                     raise
-            fcntl.flock(self._locks["users.lock"], fcntl.LOCK_SH)
+                self._heal(held=True)
+            self._locks.take(USERS, shared=True)
         finally:
-            fcntl.flock(self._locks["open.lock"], fcntl.LOCK_UN)
+            self._locks.drop(OPEN)
 
-    def _strangers(self, index: Path) -> bool:
-        """Whether the segment files are others than those the index knows."""
-        catalog = Catalog(index, read_only=True)
-        known = {number: use.end for number, use in catalog.segments().items()}
-        catalog.close()
-        there = {number: self.segments.size(number) for number in self.segments.numbers()}
-        return known != there
+    def _heal(self, held: bool = False) -> None:
+        """Have the index made again in the background.
 
-    def _rebuild(self, catalog: Catalog) -> None:
-        """Index what is in the segment files, and cut off what is not whole."""
-        others = [p for p in (self.root / "segments").iterdir() if not p.is_file()]
-        self.counts["segments_unreadable"] += len(others)
-        found: dict[bytes, int] = {}  # by id, the latest put
-        for number in self.segments.numbers():
-            try:
-                with catalog.change() as change:
-                    end = 0
-                    for at, data in self._records(number):
-                        header = fmt.unpack(data)
-                        end = at + header.record_bytes
-                        if data[fmt.STATE_AT] != fmt.LIVE or found.get(header.id, -1) > header.seq:
-                            continue
-                        found[header.id] = header.seq
-                        change.add(header, (number, at), data)
-                    change.segment_ends(number, end)
-            except OSError:
-                # It stays, and the index is made again whenever it can be: the disk may recover.
-                self.counts["segments_unreadable"] += 1
-                with catalog.change() as change:
-                    change.unreadable(number)
-                continue
-            if self.read_only:
-                continue
-            with contextlib.suppress(OSError):  # then it is done when the index is made again
-                if end == 0:
-                    with catalog.change() as change:
-                        change.drop_segment(number)
-                    self.segments.unlink(number)
-                elif self.segments.size(number) > end:
-                    self.segments.truncate(number, end)
-
-    def _records(self, number: int) -> Iterator[tuple[int, bytes]]:
-        """Records of one segment that are whole as far as their headers tell, by offset.
-
-        From the last one back payloads are read too, until one is whole: a crash may have torn
-        those behind it.
+        held: the caller is the folder's writer, and has made an empty one; the thread is it then.
         """
-        size = self.segments.size(number)
-        found: list[tuple[int, bytes]] = []
-        at = 0
-        while at < size:
-            data = self._header(number, at)
-            if data is None:
-                self.counts["headers_unreadable"] += 1
-                at = self._next(number, at + PAGE, size)
-                continue
-            total = fmt.sizes(data)[1]
-            if at + total > size:
-                self.counts["records_torn"] += 1
-                break
-            found.append((at, data))
-            at += total
-        whole = len(found)
-        for at, data in reversed(found):
-            if self._verifies(number, at, data):
-                break
-            self.counts["records_torn"] += 1
-            whole -= 1
-        yield from found[:whole]
+        with self._inside:
+            if self._closing or (self._healer is not None and self._healer.is_alive()):
+                return
+            healer = threading.Thread(
+                target=self._make_index, args=(held,), name="lmc-index", daemon=True
+            )
+            with contextlib.suppress(RuntimeError):  # no thread to be had: the next one tries
+                healer.start()
+                self._healer = healer
+                return
+        if held and not self.read_only:
+            self._give()
 
-    def _header(self, number: int, at: int) -> bytes | None:
-        data = self.segments.pread(number, at, PAGE)
+    def _make_index(self, held: bool) -> None:
+        self._failure = None
         try:
-            size, _ = fmt.sizes(data)
-            if size > PAGE:
-                data = self.segments.pread(number, at, size)
-            fmt.unpack(data)
-            return data[:size]
-        except HeaderError:
-            return None
+            if self.read_only:
+                if not held:
+                    self._index.private(copied=False)
+                self._index.fill()
+                return
+            if not held and not self._wait_to_write():
+                return
+            try:
+                self._check_place()
+                if held or not self._index.look(contextlib.nullcontext()):
+                    if not held:
+                        self._index.renew()
+                    self._index.fill()
+            finally:
+                self._give()
+        except ClosedError:
+            pass
+        except FAULTS as e:
+            self._failure = e
+            self._next_look = time.monotonic() + RETRY_S
+            self.counts["index_not_made"] += 1
 
-    def _next(self, number: int, at: int, size: int) -> int:
-        """The next page from `at` on that begins as a record does, or the end."""
-        while at < size:
-            block = self.segments.pread(number, at, _SCAN_BYTES)
-            for i in range(0, len(block), PAGE):
-                if block[i : i + len(fmt.MAGIC)] == fmt.MAGIC:
-                    return at + i
-            at += _SCAN_BYTES
-        return size
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
-    def _verifies(self, number: int, at: int, data: bytes) -> bool:
-        header = fmt.unpack(data)
-        at += header.payload_at
-        for section in header.sections:
-            if fmt.digest_of(self.segments.pread(number, at, section.length)) != section.digest:
-                return False
-            at += section.length
-        return True
-
-    def _unlock(self) -> None:
-        for fd in self._locks.values():
-            os.close(fd)
-        self._locks = {}
-
-
-def _check_format(root: Path, read_only: bool) -> bool:
-    """Whether the format file must be written; ValueError for a folder that must be left alone."""
-    file = root / FORMAT_FILE
-    names = sorted(path.name for path in root.iterdir()) if root.exists() else []
-    # Its new form may be there, of a crash or of another process that opens the folder just now.
-    names = [name for name in names if not (name.startswith(FORMAT_FILE) and name != FORMAT_FILE)]
-    if not names:
-        if read_only:
-            raise ValueError(f"got {root}, which holds no store")
-        return True
-    try:
-        text = json.loads(file.read_bytes())
-        version = int(text["lmc_store_format"])
-        if text["xxh3_64"] != _version_digest(version):
-            return True  # no lmc wrote this: the records say their format themselves
-    except FileNotFoundError:
-        if "segments" not in names:
-            raise ValueError(
-                f"got {root}, which is no store and not empty (it has {names[0]}); "
-                "name a folder that is empty, missing or a store"
-            ) from None
-        return True
-    except (ValueError, KeyError, TypeError, IsADirectoryError):
-        return True
-    if version > fmt.FORMAT:
-        raise ValueError(
-            f"{root} is a store of format {version}, which this version of lmc cannot read "
-            f"(it reads {fmt.FORMAT}): use another folder, or a newer lmc"
-        )
-    if version < fmt.FORMAT:
-        raise ValueError(
-            f"{root} is a store of format {version}, which this version of lmc cannot read "
-            f"(it reads {fmt.FORMAT}): use another folder, or remove this one: its chunks are "
-            "computed again"
-        )
-    return False
-
-
-def _make_folder(path: Path) -> None:
-    """Make a folder, and those it is in, whose names are durable."""
-    if path.is_dir():
-        return
-    _make_folder(path.parent)
-    path.mkdir(mode=0o700, exist_ok=True)
-    fsync_folder(path.parent)
-
-
-def _version_digest(version: int) -> str:
-    return xxhash.xxh3_64(b"lmc-store %d" % version).hexdigest()
-
-
-def _write_format(root: Path) -> None:
-    text = {"lmc_store_format": fmt.FORMAT, "xxh3_64": _version_digest(fmt.FORMAT)}
-    new = root / f"{FORMAT_FILE}.{os.getpid()}"
-    fd = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-    try:
-        os.write(fd, json.dumps(text).encode())
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    if (root / FORMAT_FILE).is_dir():
-        (root / FORMAT_FILE).rmdir()  # only if there is nothing in it
-    new.rename(root / FORMAT_FILE)
-    fsync_folder(root)
-
-
-def _try_lock(fd: int, kind: int) -> bool:
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
+    def _wait_to_write(self) -> bool:
+        """Become the writer, however long it takes; False when the folder is closed before."""
+        while not self._closing:
+            with contextlib.suppress(TimeoutError):
+                self._take(time.monotonic() + 1.0)
+                return True
         return False
+
+    def _take(self, until: float) -> None:
+        """Become the writer. Raises TimeoutError, ClosedError."""
+        if self._locks.forked:
+            raise ClosedError("it was opened by the process that this one was forked from")
+        if not self._writer_thread.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise TimeoutError("another thread has been writing to the store all the time")
+        try:
+            if not self._locks.take(WRITER, until - time.monotonic()):
+                raise TimeoutError("another process has been writing to the store all the time")
+        except BaseException:
+            self._writer_thread.release()
+            raise
+
+    @contextlib.contextmanager
+    def _turn(self, patience_s: float) -> Iterator[None]:
+        """Be the writer, whatever the index is like. Raises as `_take`."""
+        self._take(time.monotonic() + patience_s)
+        try:
+            yield
+        finally:
+            self._give()
+
+    def _give(self) -> None:
+        self._locks.drop(WRITER)
+        self._writer_thread.release()
+
+    def _check_place(self) -> None:
+        try:
+            here = _key(os.stat(self.root)) == self._key
+        except OSError:
+            here = False
+        if not here:
+            raise GoneError(errno.ESTALE, f"{self.root} is another folder by now, or gone")
+
+
+def _key(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino

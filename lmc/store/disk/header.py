@@ -100,13 +100,17 @@ def pack(header: Header) -> bytes:
     Raises:
         ValueError: what no reader would take.
     """
-    data = wire.pack(header.part)
+    return front_of(header, wire.pack(header.part))
+
+
+def front_of(header: Header, part: bytes) -> bytes:
+    """The same, of a part that is packed already."""
     if not 0 <= header.seq <= MOST_SEQ or len(header.folder) != 16:
         raise ValueError(f"got seq={header.seq} in folder {header.folder.hex()}")
-    size, total = FRONT + len(data), header.record_bytes
+    size, total = FRONT + len(part), header.record_bytes
     out = bytearray(size)
     _FRONT.pack_into(out, 0, MAGIC, LIVE, FORMAT, size, total, header.seq, header.folder, bytes(16))
-    out[FRONT:] = data
+    out[FRONT:] = part
     out[_DIGEST_AT:FRONT] = _digest(out)
     return bytes(out)
 

@@ -147,16 +147,8 @@ def view_part(segments: Segments, part: Part, deadline: float | None) -> list[Se
         TimeoutError: it is later than the deadline.
         OSError: the disk fails.
     """
-    if deadline is not None:
-        check_deadline(deadline)
-    record, located = part.known, part.located
+    record, data = part.known, _fetch(segments, part, deadline)
     front = record.payload_at
-    total = front + record.payload_bytes
-    data = segments.view(located.segment, located.at, total)
-    if data is None:
-        data = aligned(total)
-        segments.read(located.segment, located.at, [data])
-    check_header(data, part)
     there, start = data.data, front
     for end, digest in zip(record.ends, record.digests, strict=True):
         if xxh3_128_digest(there[start : front + end]) != digest:
@@ -215,8 +207,7 @@ def read_part(
     Raises:
         As `view_part`.
     """
-    check_deadline(deadline)
-    payload = _fetch(segments, part)
+    payload = _fetch(segments, part, deadline)[part.known.payload_at :]
     header, digests = part.known.header.part, part.known.digests
     for (i, first, last, start, end), digest in zip(header.bands(), digests, strict=True):
         check_deadline(deadline)
@@ -324,15 +315,20 @@ class Progress:
             self._arrived(total)
 
 
-def _fetch(segments: Segments, part: Part) -> np.ndarray:
-    """A part's payload, of which only the header is checked."""
+def _fetch(segments: Segments, part: Part, deadline: float | None) -> np.ndarray:
+    """A part's header and payload in whole, of which only the header is checked."""
+    if deadline is not None:
+        check_deadline(deadline)
     located, record = part.located, part.known
-    data = segments.view(located.segment, located.at, record.payload_at + record.payload_bytes)
+    total = record.payload_at + record.payload_bytes
+    data = segments.view(located.segment, located.at, total)
     if data is None:
-        data = aligned(record.payload_at + record.payload_bytes)
-        segments.read(located.segment, located.at, [data])
+        data = aligned(total)
+        segments.read(
+            located.segment, located.at, [data], arrived=lambda n: check_deadline(deadline)
+        )
     check_header(data, part)
-    return data[record.payload_at :]
+    return data
 
 
 def check_header(head: np.ndarray, part: Part) -> None:

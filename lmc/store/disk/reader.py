@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmc.store.disk.directory import REMEMBERED, Directory
+from lmc.store.disk.faults import FAULTS, kind_of
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import HeaderError
 from lmc.store.disk.read import (
@@ -23,6 +24,7 @@ from lmc.store.disk.read import (
     straight,
     view_part,
 )
+from lmc.store.disk.room import Room
 from lmc.store.record import Record
 from lmc.store.sections import Section
 
@@ -45,19 +47,17 @@ class Reader:
     """Reads sections, and looks again where others have moved them.
 
     Args:
-        bad: ids of parts that failed to verify; those whose place in the index did are added.
-        set_aside: called with a part that is not what was put, and what was met.
+        bad: ids of parts that failed to verify, as far as this process knows; more are added.
     """
 
     def __init__(
         self,
         folder: Folder,
+        room: Room,
         directory: Directory,
         bad: set[bytes],
-        set_aside: Callable[[Part, Exception], None],
     ) -> None:
-        self._folder, self._directory = folder, directory
-        self._bad, self._set_aside = bad, set_aside
+        self._folder, self._room, self._directory, self._bad = folder, room, directory, bad
         self._counts = folder.counts
         self._uses: dict[bytes, int] = {}  # reads that the index has not been told of
         # By id, what the index said of records that were read: the file is compared with it at
@@ -123,22 +123,17 @@ class Reader:
             return got
 
     def _locate(self, record: Record) -> _Found:
-        """What the index has of a record."""
+        """What the index has of a record; raises HeaderError where that cannot be."""
         with self._folder.catalog.reading() as index:
             there = index.parts(record.id)
         parts = []
         for id, located in there:
             if id in self._bad:
                 continue
-            part = None
-            try:
-                part = Part(located, known(located.header))
-                if part.known.id != id or part.known.header.folder != self._folder.identity:
-                    raise HeaderError("another's record")
-            except HeaderError:
-                self._counts["damaged:index"] += 1
-                self._bad.add(id)  # the file's record may be sound: it is left as it is
-                continue
+            part = Part(located, known(located.header))
+            # Then it is the index that cannot be believed.
+            if part.known.id != id or part.known.header.folder != self._folder.identity:
+                raise HeaderError("another's record")
             parts.append(part)
         found = _Found(parts, self._whole(parts))
         if len(self._found) >= REMEMBERED:
@@ -220,6 +215,22 @@ class Reader:
         uses = self._uses
         for part in parts:
             uses[part.known.id] = uses.get(part.known.id, 0) + 1
+
+    def _set_aside(self, part: Part, fault: Exception) -> None:
+        """Never serve a part again that failed to verify where it was."""
+        id, reason = part.known.id, kind_of(fault)
+        self._counts[f"damaged:{reason}"] += 1
+        self._bad.add(id)
+        if self._folder.read_only:
+            return
+        try:
+            with self._folder.writing(1.0):
+                if not self._room.quarantine(id, part.located, reason):  # it has been put again
+                    self._bad.discard(id)
+                    return
+            self._counts["quarantined"] += 1
+        except FAULTS as e:
+            self._folder.index_fault(e)
 
 
 class _losing:  # noqa: N801 as `contextlib.suppress`; a generator takes longer than a get

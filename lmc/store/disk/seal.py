@@ -7,78 +7,97 @@ next one compares; after a crash there is none.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
+import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
-from lmc.store.disk.segments import fsync_folder
+from lmc.store.disk.place import write_file
 
 _MAGIC, _VERSION = 0xBEEFC0DE, 1  # of LMDB's files
+_PAGES = range(9, 17)  # their sizes, as powers of two
 TABLES = 3  # version of what an index has: one that lacks a table is made again from the segments
+_SEAL_BYTES = 4096
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, identity: bytes) -> None:
     """Write down what the index file is, now that nobody has it open."""
-    data = folder / "data.mdb"
-    seal = {"tables": TABLES, "bytes": data.stat().st_size, "xxh3_128": _file_digest(data)}
-    new = folder / "seal.new"
-    fd = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-    try:
-        os.write(fd, json.dumps(seal).encode())
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    new.rename(folder / "seal")
-    fsync_folder(folder)
+    with _within(folder) as place:
+        fd = _open(place, "data.mdb")
+        try:
+            size, digest = os.fstat(fd).st_size, _digest(fd)
+        finally:
+            os.close(fd)
+        seal = {"tables": TABLES, "identity": identity.hex(), "bytes": size, "xxh3_128": digest}
+        write_file(place, "seal", json.dumps(seal).encode())
 
 
-def sealed(folder: Path) -> bool:
-    """Whether the index file is what its last user left."""
+def sealed(folder: Path, copy: int | None = None) -> bytes | None:
+    """Of an index that is what its last user left, the identity of its folder.
+
+    Args:
+        copy: descriptor of a file, which becomes what was compared.
+    """
     try:
-        seal = json.loads((folder / "seal").read_bytes())
-        data = folder / "data.mdb"
-        return bool(
-            complete(folder)
-            and seal["tables"] == TABLES
-            and seal["bytes"] == data.stat().st_size
-            and seal["xxh3_128"] == _file_digest(data)
-        )
+        with _within(folder) as place:
+            fd = _open(place, "seal")
+            try:
+                seal = json.loads(os.read(fd, _SEAL_BYTES))
+            finally:
+                os.close(fd)
+            fd = _open(place, "data.mdb")
+            try:
+                same = (
+                    _complete(fd)
+                    and seal["tables"] == TABLES
+                    and seal["bytes"] == os.fstat(fd).st_size
+                    and seal["xxh3_128"] == _digest(fd, copy)
+                )
+            finally:
+                os.close(fd)
+        return bytes.fromhex(seal["identity"]) if same else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def break_seal(folder: Path) -> None:
     """The index is about to be used: as long as it is, only its users know what it is."""
-    (folder / "seal").unlink(missing_ok=True)
-    (folder / "lock.mdb").unlink(missing_ok=True)  # of users that are gone
-    fsync_folder(folder)  # or a loss of power brings back a seal and the index that it is of
+    with _within(folder) as place:
+        for name in ("seal", "lock.mdb"):  # the latter of users that are gone
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=place)
+        os.fsync(place)  # or a loss of power brings back a seal and the index that it is of
 
 
 def complete(folder: Path) -> bool:
     """Whether the index file reaches as far as its own last page, which LMDB does not check."""
     try:
-        with open(folder / "data.mdb", "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            metas = [_meta(file.read(4096)) for _ in range(2)]
-    except (OSError, struct.error):
+        with _within(folder) as place:
+            fd = _open(place, "data.mdb")
+            try:
+                return _complete(fd)
+            finally:
+                os.close(fd)
+    except OSError:
         return False
-    # Two pages take turns; the one of the later transaction counts.
-    known = [meta for meta in metas if meta is not None]
-    if len(known) < 2:
+
+
+def _complete(fd: int) -> bool:
+    size = os.fstat(fd).st_size
+    first = _meta(os.pread(fd, 4096, 0))
+    if first is None:
         return False
-    _, last_page, page_bytes = max(known)
+    # Two pages take turns; the one of the later transaction counts. Pages are the system's.
+    second = _meta(os.pread(fd, 4096, first[2]))
+    if second is None or second[2] != first[2]:
+        return False
+    _, last_page, page_bytes = max(first, second)
     return size >= (last_page + 1) * page_bytes
-
-
-def wipe(folder: Path) -> None:
-    """Remove an index that cannot be used."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        folder.unlink(missing_ok=True)
 
 
 def _meta(page: bytes) -> tuple[int, int, int] | None:
@@ -88,17 +107,42 @@ def _meta(page: bytes) -> tuple[int, int, int] | None:
     address, size of the map, two databases of 48 bytes (of the first, the leading 4 bytes are the
     page size), last page, transaction.
     """
-    magic, version, _, _ = struct.unpack_from("<IIQQ", page, 16)
-    if (magic, version) != (_MAGIC, _VERSION):
+    try:
+        magic, version, _, _ = struct.unpack_from("<IIQQ", page, 16)
+        page_bytes = struct.unpack_from("<I", page, 40)[0]
+        last_page, transaction = struct.unpack_from("<QQ", page, 40 + 2 * 48)
+    except struct.error:
         return None
-    page_bytes = struct.unpack_from("<I", page, 40)[0]
-    last_page, transaction = struct.unpack_from("<QQ", page, 40 + 2 * 48)
+    if (magic, version) != (_MAGIC, _VERSION) or page_bytes not in [1 << n for n in _PAGES]:
+        return None
     return transaction, last_page, page_bytes
 
 
-def _file_digest(path: Path) -> str:
+@contextlib.contextmanager
+def _within(folder: Path) -> Iterator[int]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _open(place: int, name: str) -> int:
+    """A plain file of a folder, to be read."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(name, flags, dir_fd=place)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(f"{name} is no plain file")
+    return fd
+
+
+def _digest(fd: int, copy: int | None = None) -> str:
     digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    at = 0
+    while block := os.pread(fd, 1 << 20, at):
+        digest.update(block)
+        if copy is not None:
+            os.pwrite(copy, block, at)
+        at += len(block)
     return digest.hexdigest()

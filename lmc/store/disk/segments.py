@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -192,6 +193,16 @@ class Segments:
         """Up to `length` bytes from `at`, through the page cache."""
         file = self._files.opened(number, direct=False)
         return os.pread(file.fd, length, at)
+
+    def data_from(self, number: int, at: int) -> int:
+        """Where from page `at` on the first page is that is no hole; the end where none is."""
+        file = self._files.opened(number, direct=False)
+        try:
+            return max(at, os.lseek(file.fd, at, os.SEEK_DATA) // PAGE * PAGE)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                return self.size(number)
+            raise
 
     def close(self) -> None:
         """Close all files; they are opened again if they are needed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,19 +12,19 @@ from typing import Any
 from lmc.model.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
-from lmc.store.disk.catalog import Reading
+from lmc.store.disk.catalog import Located, Reading
 from lmc.store.disk.directory import Directory
 from lmc.store.disk.encode import Encoded, Encoder
 from lmc.store.disk.faults import FAULTS, kind_of
 from lmc.store.disk.folder import Folder
+from lmc.store.disk.guard import otherwise
 from lmc.store.disk.header import Header
-from lmc.store.disk.read import Part
 from lmc.store.disk.reader import Reader
 from lmc.store.disk.room import Room
 from lmc.store.disk.write import write_records
 from lmc.store.reads import Reads
 from lmc.store.record import Record, superseded
-from lmc.store.sections import Form, Heads, Section, covered
+from lmc.store.sections import Form, Heads, Section, covered, overlap
 from lmc.store.tier import Behind, Durability, Handle, Outcome, Wanted
 
 
@@ -31,7 +32,9 @@ class Disk:
     """Chunks in a folder, which outlive the process and may be shared by several.
 
     A put is acknowledged when its bytes are synced to the disk and indexed. A get checks every
-    byte that it gives. One process writes at a time, and none ever waits in order to read.
+    byte that it gives. One process writes at a time, and none ever waits in order to read. In a
+    child of a fork the folder is opened anew when it is first needed. A tier that is closed has
+    nothing and takes nothing; one that is dropped, or open when the interpreter ends, is closed.
 
     A record is one whatever the number of ranks: each puts its part, the heads that it has, and
     any rank of any other number reads its own from those that there are.
@@ -50,7 +53,7 @@ class Disk:
     Raises:
         ValueError: a folder that is no store, or of another format; a codec or policy that cannot
             be; heads that are not the layout's; a capacity of less than a MiB.
-        OSError: it cannot be opened.
+        OSError: it cannot be opened: see `Folder`.
     """
 
     name = "disk"
@@ -79,60 +82,68 @@ class Disk:
         self.layout = layout
         self.read_only = read_only
         self._exact_variants = exact_variants
-        self.folder = Folder(Path(path), read_only)
-        self.counts: Counter[str] = self.folder.counts
+        self._path, self._policy = Path(path), policy
+        self._heads, self._compression = heads, compression
+        self._label = label.encode()[:255].decode(errors="ignore")
+        self.counts: Counter[str] = Counter()
+        self._open()
+
+    def _open(self) -> None:
+        self.folder = Folder(self._path, self.read_only, self.counts)
+        # Not `self`, which could never be dropped then.
+        self._closer = weakref.finalize(self, Folder.close, self.folder)
         try:
-            self.room = Room(self.folder, capacity, policy, self.counts)
+            self.room = Room(self.folder, self.capacity, self._policy, self.counts)
         except ValueError:
             self.folder.close()
             raise
-        label = label.encode()[:255].decode(errors="ignore")
-        self._encode = Encoder(self.folder.identity, compression, label, self.counts)
+        self._path = self.folder.root  # wherever the process goes
+        identity = self.folder.identity
+        self._encode = Encoder(identity, self._compression, self._label, self.counts)
         self._bad: set[bytes] = set()  # what failed to verify, as far as this process knows
-        self._directory = Directory(self.folder, layout, heads, self._bad)
-        self._reader = Reader(self.folder, self._directory, self._bad, self._set_aside)
-        self._reads = Reads(self.name, self._read)
+        self._directory = Directory(self.folder, self.layout, self._heads, self._bad)
+        self._reader = Reader(self.folder, self.room, self._directory, self._bad)
+        read = weakref.WeakMethod(self._read)  # or its threads would keep a tier that is dropped
+        self._reads = Reads(
+            self.name, lambda wanted, arrived: (get := read()) is not None and get(wanted, arrived)
+        )
+
+    def open_again(self) -> None:
+        """In a child, whose locks, files and index are its parent's, and may be half changed."""
+        if self._closer.detach():  # one thread does; for the others it is closed
+            try:
+                self._open()
+            except (ValueError, *FAULTS) as e:
+                self.counts[f"not_opened:{kind_of(e)}"] += 1
 
     # -- what is here ------------------------------------------------------------------------
 
     @property
+    @otherwise(lambda: 0)
     def size(self) -> int:
         """Bytes of the segment files; 0 where the index cannot be read."""
-        try:
-            return self.room.size
-        except FAULTS:
-            self.counts["index_faults"] += 1
-            return 0
+        return self.room.size
 
     @property
+    @otherwise(lambda: None)
     def epoch(self) -> int | None:
         """The number of the index's last change, whoever made it."""
-        try:
-            return self.folder.catalog.epoch
-        except FAULTS:
-            self.counts["index_faults"] += 1
-            return None
+        return self.folder.catalog.epoch
 
     def register(self, address: int, nbytes: int) -> None:
         """Files need no memory registered."""
 
+    @otherwise(lambda records: [False] * len(records))
     def contains(self, records: Sequence[Record]) -> list[bool]:
         """Of which records this rank's heads are there."""
-        try:
-            return self._directory.contains(records)
-        except FAULTS:
-            self.counts["index_faults"] += 1
-            return [False] * len(records)
+        return self._directory.contains(records)
 
+    @otherwise(lambda namespace, keys, behind, deadline: ([[] for _ in keys], [[] for _ in behind]))
     def lookup_many(
         self, namespace: bytes, keys: Sequence[bytes], behind: Sequence[Behind], deadline: float
     ) -> tuple[list[list[Record]], list[list[Record]]]:
         """As `Tier.lookup_many`."""
-        try:
-            return self._directory.lookup_many(namespace, keys, behind, deadline)
-        except FAULTS:
-            self.counts["index_faults"] += 1
-            return [[] for _ in keys], [[] for _ in behind]
+        return self._directory.lookup_many(namespace, keys, behind, deadline)
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -143,6 +154,7 @@ class Disk:
     def _read(self, wanted: Wanted, arrived: Callable[[int], None]) -> bool:
         return self.get(wanted.record, wanted.into, wanted.deadline, arrived) is not None
 
+    @otherwise(lambda *arguments, **options: None)
     def get(
         self,
         record: Record,
@@ -159,33 +171,18 @@ class Disk:
             arrived: called with the number of layers that are there and verified, as they come:
                 of all sections, one after the other in the order of `lmc.store.wire.order`.
         """
+        got = None
         try:
             got = self._reader.get(record, into, deadline, arrived)
-        except (*FAULTS, MemoryError) as e:
-            self.counts["no_memory" if isinstance(e, MemoryError) else kind_of(e)] += 1
-            got = None
-        if got is None:
-            self.counts["misses"] += 1
-            return None
-        self.counts["hits"] += 1
-        self.counts["bytes_read"] += record.nbytes
+        except MemoryError:
+            self.counts["no_memory"] += 1
+        finally:
+            if got is None:
+                self.counts["misses"] += 1
+        if got is not None:
+            self.counts["hits"] += 1
+            self.counts["bytes_read"] += record.nbytes
         return got
-
-    def _set_aside(self, part: Part, fault: Exception) -> None:
-        """Never serve a part again that failed to verify where it was."""
-        id, reason = part.known.id, kind_of(fault)
-        self.counts[f"damaged:{reason}"] += 1
-        self._bad.add(id)
-        if self.read_only:
-            return
-        try:
-            with self.folder.writing(1.0):
-                if not self.room.quarantine(id, part.located, reason):  # it has been put again
-                    self._bad.discard(id)
-                    return
-            self.counts["quarantined"] += 1
-        except FAULTS:
-            self.counts["index_faults"] += 1
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -211,17 +208,15 @@ class Disk:
             outcomes[i] = outcome
         return outcomes
 
+    @otherwise(lambda items: [False] * len(items))
     def _held(self, items: Sequence[tuple[Record, Sequence[Section]]]) -> list[bool]:
-        try:
-            with self.folder.catalog.reading() as index:
-                return [
-                    self._has(index, record.id, [form for form, _ in sections])
-                    for record, sections in items
-                ]
-        except FAULTS:
-            self.counts["index_faults"] += 1
-            return [False] * len(items)
+        with self.folder.catalog.reading() as index:
+            return [
+                self._have(index.parts(record.id), [form for form, _ in sections])
+                for record, sections in items
+            ]
 
+    @otherwise(lambda encoded: ["failed"] * len(encoded))
     def put_encoded(self, encoded: Sequence[Encoded]) -> list[Outcome]:
         """As `put`, of parts whose namespaces are digests already."""
         outcomes: list[Outcome] = ["failed"] * len(encoded)
@@ -235,7 +230,7 @@ class Disk:
                     try:
                         told = self._write(group)
                     except FAULTS as e:
-                        if kind_of(e) != "disk_full" or not self.room.give_up_a_segment():
+                        if not self._make_room(e):
                             raise
                         told = self._write(group)  # if that is not enough, nothing is
                     for i, outcome in told.items():
@@ -243,10 +238,17 @@ class Disk:
                     done.update(told)
         except FAULTS as e:
             self.counts[f"put_failed:{kind_of(e)}"] += len(encoded) - len(done)
-            full = kind_of(e) in ("disk_full", "no_room")
+            self.folder.index_fault(e)
+            full = kind_of(e) in ("disk_full", "index_full", "no_room")
             for i in set(range(len(encoded))) - done:
                 outcomes[i] = "full" if full else "failed"
         return outcomes
+
+    def _make_room(self, fault: Exception) -> bool:
+        """Whether what failed may succeed now."""
+        if kind_of(fault) == "index_full" and self.folder.catalog.env.grow():
+            return True
+        return kind_of(fault) in ("disk_full", "index_full") and self.room.give_up_a_segment()
 
     def _groups(self, encoded: Sequence[Encoded]) -> list[dict[int, Encoded]]:
         """What is written and synced together, by index: no more than there can be room for.
@@ -273,7 +275,8 @@ class Disk:
         parts: set[bytes] = set()  # of the same records, that the new ones have too
         with folder.catalog.reading() as index:
             for i, e in encoded.items():
-                replaced = self._replaced(index, e.header)
+                there = index.parts(e.header.record.id)
+                replaced = self._replaced(index, e.header, there)
                 if replaced is None:
                     self.counts["known"] += 1
                     outcomes[i] = "known"
@@ -283,7 +286,7 @@ class Disk:
                 else:
                     outcomes[i] = "stored"
                     records.update(replaced)
-                    parts.update(_within(index, e.header))
+                    parts.update(_within(there, e.header))
         new = [encoded[i] for i, outcome in outcomes.items() if outcome == "stored"]
         if not new:
             return outcomes
@@ -303,14 +306,18 @@ class Disk:
         self.counts["bytes_written"] += sum(sizes)
         return outcomes
 
-    def _replaced(self, index: Reading, new: Header) -> list[bytes] | None:
+    def _replaced(
+        self, index: Reading, new: Header, there: Sequence[tuple[bytes, Located]]
+    ) -> list[bytes] | None:
         """Ids of the records that a new one takes the place of; None when it would add nothing.
 
         Of other records it counts who has heads that this part has: ranks put one after the other,
         and one that is behind must not push out what another has put since.
+
+        there: parts of the same record.
         """
         record = new.record
-        if self._has(index, record.id, new.forms):
+        if self._have(there, new.forms):
             return None
         if record.tail:
             tail = index.tail(record.namespace, record.context)
@@ -322,15 +329,15 @@ class Disk:
         known: dict[bytes, Record] = {}
         for data in headers.values():
             other = fmt.record_of(data)
-            if record.tail or _overlap(fmt.forms_of(data), new.forms):
+            if record.tail or overlap(fmt.forms_of(data), new.forms):
                 known.setdefault(other.id, other)
         known.pop(record.id, None)
         replaced = superseded(known.values(), record, self._exact_variants)
         return None if replaced is None else [other.id for other in replaced]
 
-    def _has(self, index: Reading, id: bytes, wanted: Sequence[Form]) -> bool:
-        """Whether there is all that is wanted of a record."""
-        headers = [at.header for part, at in index.parts(id) if part not in self._bad]
+    def _have(self, parts: Sequence[tuple[bytes, Located]], wanted: Sequence[Form]) -> bool:
+        """Whether parts of a record have all that is wanted of it."""
+        headers = [at.header for part, at in parts if part not in self._bad]
         forms = [form for data in headers for form in fmt.forms_of(data)]
         return bool(forms) and all(covered(form, forms) for form in wanted)
 
@@ -338,6 +345,7 @@ class Disk:
         """As `Tier.evict`, with all of their parts."""
         self.evict_ids([record.id for record in records])
 
+    @otherwise(lambda ids: 0)
     def evict_ids(self, ids: Sequence[bytes]) -> int:
         """Let go of records by their ids, or those of their parts; how many parts there were."""
         for id in ids:
@@ -347,6 +355,7 @@ class Disk:
                 return self.room.evict(ids)
         except FAULTS as e:
             self.counts[f"evict_failed:{kind_of(e)}"] += len(ids)
+            self.folder.index_fault(e)
             return 0
 
     def _tell_uses(self) -> None:
@@ -360,12 +369,15 @@ class Disk:
     def close(self) -> None:
         """As `Tier.close`."""
         self._reads.close()
-        if not self.read_only:
+        if not self._closer.detach():  # it is closed, or somebody is closing it
+            return
+        if not self.read_only and not self.folder.forked:
             try:
-                with self.folder.writing(1.0):
+                with self.folder, self.folder.writing(1.0):
                     self._tell_uses()
-            except FAULTS:
-                self.counts["index_faults"] += 1
+            except FAULTS as e:
+                if not self.folder.index_fault(e):
+                    self.counts[kind_of(e)] += 1
         self.folder.close()
 
 
@@ -374,19 +386,10 @@ def _content(record: Record) -> object:
     return (record.namespace, record.context) if record.tail else record.key
 
 
-def _overlap(some: Sequence[Form], others: Sequence[Form]) -> bool:
-    """Whether forms have heads in common."""
-    return any(
-        a.kin == b.kin and a.heads[0] < b.heads[1] and b.heads[0] < a.heads[1]
-        for a in some
-        for b in others
-    )
-
-
-def _within(index: Reading, new: Header) -> list[bytes]:
+def _within(there: Sequence[tuple[bytes, Located]], new: Header) -> list[bytes]:
     """Ids of parts of the same record that have nothing beside what a new one has."""
     return [
         id
-        for id, located in index.parts(new.record.id)
+        for id, located in there
         if all(covered(form, new.forms) for form in fmt.forms_of(located.header))
     ]

@@ -304,8 +304,12 @@ HOSTILE = {
     ),
     "a header of 100 MB": (lambda: b" " * 100_000_000, 0, "allowed: at most 67,108,864"),
     "more tensors than any": (lambda: tensors(140_000), 0, "allowed: at most 131,072"),
-    "nested lists": (lambda: b"[" * 1_000_000, 0, "no safetensors file"),
-    "nested objects": (lambda: b'{"a":' * 1_000_000, 0, "no safetensors file"),
+    "nested lists": (lambda: b"[" * 1_000_000, 0, "beside names and text"),
+    "nested objects": (lambda: b'{"a":' * 1_000_000, 0, "allowed: at most 131,072"),
+    "empty objects": (lambda: b'{"a":[' + b"{}," * 20_000_000 + b"{}]}", 0, "allowed: at most"),
+    "numbers": (lambda: b'{"a":[' + b"1," * 30_000_000 + b"1]}", 0, "beside names and text"),
+    "a string without an end": (lambda: b'{"' + b"a" * 60_000_000, 0, "beside names and text"),
+    "escapes": (lambda: b'{"' + b"\\\\" * 30_000_000, 0, "beside names and text"),
 }
 
 

@@ -169,10 +169,11 @@ def right(sections: Sequence[Section], spec: Spec) -> bool:
 
 
 def opened(folder: Path, capacity: int = 64 << 20, **settings: Any) -> Disk:
-    """The store under test."""
-    return Disk(
-        folder, capacity, **{"layout": LAYOUT, "exact_variants": EXACT_VARIANTS, **settings}
-    )
+    """The store under test, with all of its index."""
+    settings = {"layout": LAYOUT, "exact_variants": EXACT_VARIANTS, **settings}
+    disk = Disk(folder, capacity, **settings)
+    disk.folder.settle()
+    return disk
 
 
 def put(disk: Disk, spec: Spec) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmc.store.disk import seal
-from lmc.store.disk.folder import FORMAT_FILE, _version_digest
+from lmc.store.disk.place import FORMAT_FILE, format_digest
 from tests.store.disk.chunks import (
     NAMESPACES,
     Spec,
@@ -86,11 +86,11 @@ def test_a_folder_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
     disk = opened(folder)
     disk.put([Spec(1, 0, 20).item()])
     disk.close()
-    newer = {"lmc_store_format": 3, "xxh3_64": _version_digest(3), "new": "field"}
+    newer = {"lmc_store_format": 3, "xxh3_64": format_digest(3, ""), "new": "field"}
     (folder / FORMAT_FILE).write_text(json.dumps(newer))
     before = snapshot(folder)
     for read_only in (False, True):
-        with pytest.raises(ValueError, match=r"store of format 3, .* reads 2\)"):
+        with pytest.raises(ValueError, match=r"store of format 3, .* reads format 2\)"):
             opened(folder, read_only=read_only)
     assert snapshot(folder) == before
 

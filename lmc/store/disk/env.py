@@ -1,0 +1,381 @@
+"""The LMDB environment of an index: opened once in a process, and watched.
+
+LMDB checks nothing that it reads. So the sizes of its file are compared before it is used, and a
+digest of all that the tables hold is kept with them: what is read in the end, entry by entry, must
+add up to it, or the file is not what was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from lmc.store.disk.header import HeaderError
+from lmc.store.disk.sums import Summed, adds_up
+
+# Address space, about ten million records; it grows where that does not do.
+MAP_BYTES = 1 << 34
+FULL = 0.75  # of the map, when it grows
+READERS = 4096  # transactions that read at a time, of all processes
+_LOCK_BYTES = 64 * (READERS + 1)  # of LMDB's lock file
+READER_CHECK_S = 1.0  # how often the places of dead ones are given back
+REUSED_S = 1.0  # how long a file that is closed may be taken for one that is open
+GATE_S = 1.0  # how long anybody waits because the map grows
+
+_IDENTITY, _BUILDING = b"identity", b"building"  # in the table `meta`
+
+# What LMDB says without anything being wrong with the index.
+_PASSING = (
+    lmdb.MapFullError, lmdb.MapResizedError, lmdb.ReadersFullError, lmdb.TxnFullError,
+    lmdb.DiskError, lmdb.MemoryError,
+)  # fmt: skip
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_shared: weakref.WeakValueDictionary[tuple[int, int], Env] = weakref.WeakValueDictionary()
+_sharing = threading.Lock()
+
+
+class ClosedError(OSError):
+    """The folder is closed, or was opened by the process that this one was forked from."""
+
+
+def condemns(fault: BaseException) -> bool:
+    """Whether an index that gave rise to a fault must not be believed any more.
+
+    A header that does not unpack came out of the index: those in segments are only compared.
+    """
+    if isinstance(fault, lmdb.Error):
+        return not isinstance(fault, _PASSING) and getattr(fault, "code", 0) not in FULL_DISK
+    return isinstance(fault, HeaderError | struct.error | UnicodeDecodeError)
+
+
+def opened(folder: Path, tables: Sequence[str], dups: Collection[str]) -> Env:
+    """The environment of a folder; the same for all in this process.
+
+    To open it LMDB must be its writer for a moment, as the caller is then: or a writer that was
+    stopped would stop the caller for as long.
+
+    Raises:
+        lmdb.Error, OSError: it cannot be used.
+    """
+    with _sharing:
+        env = _shared.get(key_of(folder))
+        if env is None:
+            env = Env(folder, tables, dups)
+            _shared[env.key] = env
+        return env
+
+
+def make(folder: Path, tables: Sequence[str], dups: Collection[str], identity: bytes) -> None:
+    """A new, empty one in a folder that is there, known to be incomplete: `Env.building`."""
+    env = Env(folder, tables, dups, new=True)
+    with env.begin(write=True) as txn:
+        txn.put(_IDENTITY, identity, db=env.tables["meta"])
+        txn.put(_BUILDING, b"1", db=env.tables["meta"])
+    env.close()
+
+
+def key_of(folder: Path | str, place: int | None = None) -> tuple[int, int]:
+    """What tells an index from all others that are there: device and inode of its file.
+
+    Raises:
+        OSError: there is none, or it is no plain file.
+    """
+    found = os.stat(f"{folder}/data.mdb", dir_fd=place, follow_symlinks=False)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{folder}/data.mdb is no plain file")
+    return found.st_dev, found.st_ino
+
+
+class Env:
+    """An open environment. Transactions are short, or the map could not grow.
+
+    Attributes:
+        key: as `key_of`.
+        tables: the databases, by name.
+        broken: something was read or written that cannot be; it must not be believed any more.
+    """
+
+    def __init__(
+        self, folder: Path, tables: Sequence[str], dups: Collection[str], new: bool = False
+    ) -> None:
+        if not new:
+            key_of(folder)
+        _allocate(folder / "lock.mdb")
+        self.broken = False
+        self._env: Any = _open(folder, len(tables), new)
+        self._gate = threading.Condition(threading.Lock())
+        self._inside = 0
+        self._growing = False
+        self._checked = 0.0
+        self._complete = False
+        self._writing: Summed | None = None
+        self._file = -1
+        self.tables: dict[str, Any] = {}
+        try:
+            self._file = os.open(folder / "data.mdb", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self.key = key_of(folder)
+            self._page = self._env.stat()["psize"]
+            with self._env.begin(write=True) as txn:  # what one that reads opens is closed with it
+                for name in tables:
+                    self.tables[name] = self._env.open_db(
+                        name.encode(), txn=txn, create=new,
+                        dupsort=name in dups, dupfixed=name in dups,
+                    )  # fmt: skip
+        except BaseException:
+            self.close()  # or nobody in this process could open it again
+            raise
+        # By database: what sets its entries apart from other ones', and whether it has duplicates.
+        self.seeds = {db: (i, name in dups) for i, (name, db) in enumerate(self.tables.items())}
+
+    # -- transactions ------------------------------------------------------------------------
+
+    def begin(self, db: Any = None, write: bool = False, buffers: bool = False) -> _Transaction:
+        """A transaction, to be entered by `with`; one that writes is all or nothing.
+
+        Raises:
+            lmdb.Error: by `broken` one knows whether it is the index that is at fault.
+        """
+        return _Transaction(self, db, write, buffers)
+
+    def info(self) -> dict[str, int]:
+        """As LMDB has it."""
+        return dict(self._opened().info())
+
+    @property
+    def building(self) -> bool:
+        """Whether something is missing that the segments have."""
+        if not self._complete:
+            with self.begin() as txn:
+                self._complete = txn.get(_BUILDING, db=self.tables["meta"]) is None
+        return not self._complete
+
+    def complete(self) -> None:
+        """Nothing is missing from now on."""
+        with self.begin(write=True) as txn:
+            txn.delete(_BUILDING, db=self.tables["meta"])
+
+    @property
+    def identity(self) -> bytes:
+        """Of the folder that it is the index of."""
+        with self.begin() as txn:
+            return bytes(txn.get(_IDENTITY, b"", db=self.tables["meta"]))
+
+    def whole(self) -> bool:
+        """Whether the file reaches as far as its own last page: touching it would be fatal."""
+        return self._size() >= (self.info()["last_pgno"] + 1) * self._page
+
+    def sound(self, until: float) -> bool:
+        """Whether all that is in it is what was written; also False where that takes too long.
+
+        Args:
+            until: `time.monotonic()`.
+        """
+        if self.broken or not self.whole():
+            return False
+        with self.begin() as txn:
+            return adds_up(txn, self.seeds, self.tables["meta"], until)
+
+    def grow(self) -> bool:
+        """More address space; False where there is none."""
+        try:
+            self._resize(2 * self.info()["map_size"])
+            return True
+        except (lmdb.Error, OSError):
+            return False
+
+    def sync(self) -> None:
+        """Return when the file is on the disk."""
+        self._opened().sync(True)
+
+    def close(self) -> None:
+        """Nobody uses it any more."""
+        env, self._env = self._env, None
+        if env is not None:
+            env.close()
+            self._close_file()
+
+    def __del__(self) -> None:
+        if self.__dict__.get("_env") is not None:  # LMDB's own goes with the last transaction
+            self._close_file()
+
+    def _close_file(self) -> None:
+        fd, self._file = self._file, -1
+        if fd >= 0:
+            os.close(fd)
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _opened(self) -> Any:
+        if self._env is None:
+            raise ClosedError("the index is closed")
+        return self._env
+
+    def _size(self) -> int:
+        return os.fstat(self._file).st_size
+
+    def _enter(self) -> None:
+        with self._gate:
+            if self._growing and not self._gate.wait_for(lambda: not self._growing, GATE_S):
+                raise TimeoutError("the index has been growing all the time")
+            self._inside += 1
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._inside -= 1
+            if self._growing:
+                self._gate.notify_all()
+
+    def _resize(self, size: int) -> None:
+        """Another size of the map, which ends all transactions of this process.
+
+        size: 0 for that which another process has given it.
+        """
+        with self._gate:
+            if self._growing:
+                return
+            self._growing = True
+            try:
+                if not self._gate.wait_for(lambda: self._inside == 0, GATE_S):
+                    raise TimeoutError("somebody has been reading the index all the time")
+                self._opened().set_mapsize(size)
+            finally:
+                self._growing = False
+                self._gate.notify_all()
+
+    def _prepare_write(self) -> None:
+        now = time.monotonic()
+        if now > self._checked + READER_CHECK_S:
+            self._checked = now
+            self._opened().reader_check()  # one that died may have kept pages from being used again
+        info = self.info()
+        if (info["last_pgno"] + 1) * self._page > FULL * info["map_size"]:
+            self.grow()
+
+    def _extend(self) -> None:
+        # Pages that a transaction took and gave back may be the last ones, and not be in the file:
+        # who compares its size with its last page would take it for one that was cut short.
+        with contextlib.suppress(OSError):
+            end = (self.info()["last_pgno"] + 1) * self._page
+            if self._size() < end:
+                os.ftruncate(self._file, end)
+
+
+class _Transaction:
+    """What `with` enters."""
+
+    def __init__(self, env: Env, db: Any, write: bool, buffers: bool) -> None:
+        self._env, self._db, self._write, self._buffers = env, db, write, buffers
+        self._txn: Any = None
+
+    def __enter__(self) -> Any:
+        env = self._env
+        if self._write:
+            env._prepare_write()
+        for resized in (False, True):
+            env._enter()
+            try:
+                txn = env._opened().begin(db=self._db, write=self._write, buffers=self._buffers)
+                self._txn = Summed(txn, env.seeds, env.tables["meta"]) if self._write else txn
+                if self._write:
+                    env._writing = self._txn
+                return self._txn
+            except lmdb.MapResizedError:  # by another process
+                env._leave()
+                if resized:
+                    raise
+                env._resize(0)
+            except BaseException as e:
+                env._leave()
+                env.broken = env.broken or condemns(e)
+                raise
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        env, txn = self._env, self._txn
+        try:
+            if error is not None:
+                txn.abort()
+                env.broken = env.broken or condemns(error)
+                return
+            txn.commit()
+            if self._write:
+                env._extend()
+        except lmdb.Error as e:
+            env.broken = env.broken or condemns(e)
+            raise
+        finally:
+            env._writing = None if self._write else env._writing
+            env._leave()
+
+
+def _open(folder: Path, tables: int, new: bool) -> Any:
+    """LMDB's environment.
+
+    LMDB's module tells files by their inodes, and forgets one just after it has been closed: when
+    another thread may have made the next file, with the same number.
+    """
+    until = time.monotonic() + REUSED_S
+    while True:
+        try:
+            # No spare transactions: a child of a fork would end its parent's.
+            return lmdb.open(
+                str(folder), map_size=MAP_BYTES, max_dbs=tables, mode=0o600, create=new,
+                sync=False, max_readers=READERS,
+            )  # fmt: skip
+        except lmdb.Error as e:
+            if "already open" not in str(e) or time.monotonic() > until:
+                raise
+        time.sleep(0.002)
+
+
+def _allocate(path: Path) -> None:
+    """Make the lock file of an environment, with all of its pages.
+
+    LMDB maps it and writes there: on a disk that is full, a page that is missing is fatal.
+
+    Raises:
+        OSError: there is no room for it, or something else there.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o600)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, f"{path} is no plain file")
+        if found.st_size < _LOCK_BYTES:
+            os.posix_fallocate(fd, 0, _LOCK_BYTES)
+    finally:
+        os.close(fd)
+
+
+def _after_in_child() -> None:
+    """Let go of what was inherited, without a word to LMDB: it is the parent's.
+
+    To close it would end the parent's transactions. Objects of a process that is not theirs do
+    nothing when they are freed, and then the child may open the same file. What is in a
+    transaction of another thread is never freed, but for what is taken out of it here.
+    """
+    global _sharing
+    _sharing = threading.Lock()
+    for env in list(_shared.values()):
+        env._env = None
+        env.tables.clear()
+        env.seeds.clear()
+        if env._writing is not None:
+            env._writing.__dict__.clear()
+        env._close_file()
+    _shared.clear()
+
+
+os.register_at_fork(after_in_child=_after_in_child)
