@@ -20,15 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from lmc.blend import STRATEGIES
-from lmc.blend.plan import make_plan
+from lmc.blend.plan import Plan, make_plan
+from lmc.blend.strategy import Strategy
 from lmc.chunking import CHUNKERS
 from lmc.chunking.pieces import Piece, split
 from lmc.model.layout import KVLayout
 from lmc.results.rows import git_commit
 from lmc.store.chunks import Attached, Chunks
+from lmc.store.directory import Directory
 from lmc.store.disk.tier import Disk
 from lmc.store.index import Index
 from lmc.store.keep import keep
+from lmc.store.sections import Section, full_attention
 
 LAYOUT = KVLayout(L=2, G=1, D=64, dtype="float32")  # bytes are not what is timed
 NAMESPACE = b"benchmark"
@@ -79,11 +82,12 @@ def measured(
     strategy = STRATEGIES.build({"name": "epic", "link_tokens": 16})
     taken: dict[str, list[float]] = {"alone": [], "memory": [], "disk": [], "adopt": []}
     chunks = Chunks(LAYOUT, 64 << 20, [Attached(disk, "through")])
+    directory = Directory([disk], 60.0)
     segments: Sequence[object] = ()
     for _ in range(rounds):
         index = Index(64 << 20)
         start = time.perf_counter()
-        plan = make_plan(tokens, pieces, index, NAMESPACE, strategy, tiers=[disk])
+        plan = planned(tokens, pieces, index, strategy, directory)
         taken["disk"].append(time.perf_counter() - start)
         segments = plan.found
         start = time.perf_counter()
@@ -92,23 +96,40 @@ def measured(
         for record in records:
             index.lease(record.slot)
             chunks.expect(record)
-            chunks.fetch(record.slot)
+        chunks.fetch([record.slot for record in records])
         taken["adopt"].append(time.perf_counter() - start)
         for record in records:
             if arrival := chunks.arrival(record.slot):
                 arrival.wait(None, time.monotonic() + 60)
             index.acknowledge(record.slot, 0)
         start = time.perf_counter()
-        make_plan(tokens, pieces, index, NAMESPACE, strategy, tiers=[disk])
+        planned(tokens, pieces, index, strategy, directory)
         taken["memory"].append(time.perf_counter() - start)
         start = time.perf_counter()
         make_plan(tokens, pieces, index, NAMESPACE, strategy)
         taken["alone"].append(time.perf_counter() - start)
         for record in records:
             chunks.memory.release(record.slot)
+    directory.close(tiers=False)
     chunks.drain()
     medians = [1000 * float(np.median(taken[what])) for what in taken]
     return len(segments), medians[0], medians[1], medians[2], medians[3]
+
+
+def planned(
+    tokens: np.ndarray,
+    pieces: Sequence[Piece],
+    index: Index,
+    strategy: Strategy,
+    directory: Directory,
+) -> Plan:
+    """A plan, the disk asked for what it has until no question is open."""
+    asked = None
+    while asked is None or asked.unasked:
+        asked = directory.ask(NAMESPACE, tokens, pieces, asked)
+        asked.wait(asked.deadline)
+        plan = make_plan(tokens, pieces, index, NAMESPACE, strategy, tiers=asked.answers)
+    return plan
 
 
 def pieces_of(parts: Sequence[np.ndarray], name: str) -> tuple[np.ndarray, list[Piece]]:
@@ -120,8 +141,12 @@ def pieces_of(parts: Sequence[np.ndarray], name: str) -> tuple[np.ndarray, list[
 
 def save(disk: Disk, tokens: np.ndarray, pieces: Sequence[Piece]) -> None:
     kept = keep(Index(1 << 30), NAMESPACE, tokens, pieces, None, LAYOUT.bytes_per_token)
-    R = LAYOUT.bytes_per_token // (2 * LAYOUT.L)
-    disk.put([(r, [np.zeros((LAYOUT.L, 2, r.T, R), np.uint8)]) for _, r in kept])
+    forms = [full_attention(LAYOUT, record.T) for _, record in kept]
+    items = [
+        (record, [Section(form, [np.zeros(form.shape, np.uint8)])])
+        for (_, record), form in zip(kept, forms, strict=True)
+    ]
+    assert set(disk.put(items)) <= {"stored", "known"}
 
 
 def fill(disk: Disk, n: int, rng: np.random.Generator) -> None:
