@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lmc.store.disk import env, order
+from lmc.store.disk import env, envs, order
 from lmc.store.disk import header as fmt
 from lmc.store.disk.header import Header
 from lmc.store.disk.order import Since, Use, use_of
@@ -62,13 +62,14 @@ class Catalog:
 
     Args:
         folder: of the LMDB files.
+        patience_s: to wait where it has been tried in vain.
 
     Raises:
         lmdb.Error, OSError: it cannot be used.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.env = env.opened(folder, _TABLES, _DUPS)
+    def __init__(self, folder: Path, patience_s: float = envs.OPEN_S) -> None:
+        self.env = envs.opened(folder, _TABLES, _DUPS, patience_s)
         self._env, self._db = self.env, self.env.tables
         self._number = next(_numbers)
 

@@ -1,4 +1,4 @@
-"""The LMDB environment of an index: opened once in a process, and watched.
+"""The LMDB environment of an index, watched.
 
 LMDB checks nothing that it reads. So the sizes of its file are compared before it is used, and a
 digest of all that the tables hold is kept with them: what is read in the end, entry by entry, must
@@ -14,7 +14,6 @@ import stat
 import struct
 import threading
 import time
-import weakref
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +40,7 @@ _PASSING = (
     lmdb.DiskError, lmdb.MemoryError,
 )  # fmt: skip
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-_shared: weakref.WeakValueDictionary[tuple[int, int], Env] = weakref.WeakValueDictionary()
-_sharing = threading.Lock()
+_REFUSALS = (*FULL_DISK, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE)
 
 
 class ClosedError(OSError):
@@ -56,34 +53,8 @@ def condemns(fault: BaseException) -> bool:
     A header that does not unpack came out of the index: those in segments are only compared.
     """
     if isinstance(fault, lmdb.Error):
-        return not isinstance(fault, _PASSING) and getattr(fault, "code", 0) not in FULL_DISK
+        return not isinstance(fault, _PASSING) and getattr(fault, "code", 0) not in _REFUSALS
     return isinstance(fault, HeaderError | struct.error | UnicodeDecodeError)
-
-
-def opened(folder: Path, tables: Sequence[str], dups: Collection[str]) -> Env:
-    """The environment of a folder; the same for all in this process.
-
-    To open it LMDB must be its writer for a moment, as the caller is then: or a writer that was
-    stopped would stop the caller for as long.
-
-    Raises:
-        lmdb.Error, OSError: it cannot be used.
-    """
-    with _sharing:
-        env = _shared.get(key_of(folder))
-        if env is None:
-            env = Env(folder, tables, dups)
-            _shared[env.key] = env
-        return env
-
-
-def make(folder: Path, tables: Sequence[str], dups: Collection[str], identity: bytes) -> None:
-    """A new, empty one in a folder that is there, known to be incomplete: `Env.building`."""
-    env = Env(folder, tables, dups, new=True)
-    with env.begin(write=True) as txn:
-        txn.put(_IDENTITY, identity, db=env.tables["meta"])
-        txn.put(_BUILDING, b"1", db=env.tables["meta"])
-    env.close()
 
 
 def key_of(folder: Path | str, place: int | None = None) -> tuple[int, int]:
@@ -141,6 +112,11 @@ class Env:
 
     # -- transactions ------------------------------------------------------------------------
 
+    @property
+    def closed(self) -> bool:
+        """Whether nobody can use it any more."""
+        return self._env is None
+
     def begin(self, db: Any = None, write: bool = False, buffers: bool = False) -> _Transaction:
         """A transaction, to be entered by `with`; one that writes is all or nothing.
 
@@ -197,7 +173,11 @@ class Env:
 
     def sync(self) -> None:
         """Return when the file is on the disk."""
-        self._opened().sync(True)
+        self._enter()
+        try:
+            self._opened().sync(True)
+        finally:
+            self._leave()
 
     def close(self) -> None:
         """Nobody uses it any more."""
@@ -254,11 +234,38 @@ class Env:
                 self._growing = False
                 self._gate.notify_all()
 
-    def _prepare_write(self) -> None:
+    def _check_readers(self) -> None:
+        """Give back the places of those that died, and with them the pages that they kept."""
         now = time.monotonic()
         if now > self._checked + READER_CHECK_S:
             self._checked = now
-            self._opened().reader_check()  # one that died may have kept pages from being used again
+            self._opened().reader_check()
+
+    def pause(self, until: float) -> bool | None:
+        """Let nobody in; whether nobody is in by then. None where the map is growing."""
+        with self._gate:
+            if self._growing:
+                return None
+            self._growing = True
+            left = until - time.monotonic()
+            return self._gate.wait_for(lambda: self._inside == 0, max(0.0, left))
+
+    def inherited(self) -> tuple[Any, ...]:
+        """Let go of what is the parent's; what LMDB has of it, which ends when it is dropped."""
+        kept = self._env, dict(self.tables), dict(self.seeds), self._writing
+        self._env = self._writing = None
+        self.tables.clear()
+        self.seeds.clear()
+        self._close_file()
+        return kept
+
+    def resume(self) -> None:
+        """As before `pause`."""
+        with self._gate:
+            self._growing = False
+            self._gate.notify_all()
+
+    def _make_room(self) -> None:
         info = self.info()
         if (info["last_pgno"] + 1) * self._page > FULL * info["map_size"]:
             self.grow()
@@ -282,10 +289,12 @@ class _Transaction:
     def __enter__(self) -> Any:
         env = self._env
         if self._write:
-            env._prepare_write()
+            env._make_room()
         for resized in (False, True):
             env._enter()
             try:
+                if self._write:
+                    env._check_readers()
                 txn = env._opened().begin(db=self._db, write=self._write, buffers=self._buffers)
                 self._txn = Summed(txn, env.seeds, env.tables["meta"]) if self._write else txn
                 if self._write:
@@ -330,7 +339,7 @@ def _open(folder: Path, tables: int, new: bool) -> Any:
         try:
             # No spare transactions: a child of a fork would end its parent's.
             return lmdb.open(
-                str(folder), map_size=MAP_BYTES, max_dbs=tables, mode=0o600, create=new,
+                os.fsencode(folder), map_size=MAP_BYTES, max_dbs=tables, mode=0o600, create=new,
                 sync=False, max_readers=READERS,
             )  # fmt: skip
         except lmdb.Error as e:
@@ -359,23 +368,10 @@ def _allocate(path: Path) -> None:
         os.close(fd)
 
 
-def _after_in_child() -> None:
-    """Let go of what was inherited, without a word to LMDB: it is the parent's.
-
-    To close it would end the parent's transactions. Objects of a process that is not theirs do
-    nothing when they are freed, and then the child may open the same file. What is in a
-    transaction of another thread is never freed, but for what is taken out of it here.
-    """
-    global _sharing
-    _sharing = threading.Lock()
-    for env in list(_shared.values()):
-        env._env = None
-        env.tables.clear()
-        env.seeds.clear()
-        if env._writing is not None:
-            env._writing.__dict__.clear()
-        env._close_file()
-    _shared.clear()
-
-
-os.register_at_fork(after_in_child=_after_in_child)
+def make(folder: Path, tables: Sequence[str], dups: Collection[str], identity: bytes) -> None:
+    """A new, empty one in a folder that is there, known to be incomplete: `Env.building`."""
+    env = Env(folder, tables, dups, new=True)
+    with env.begin(write=True) as txn:
+        txn.put(_IDENTITY, identity, db=env.tables["meta"])
+        txn.put(_BUILDING, b"1", db=env.tables["meta"])
+    env.close()

@@ -24,7 +24,6 @@ from lmc.store.disk.segments import Segments
 # How long others are waited for: who opens or closes takes no time, unless it is stopped.
 OPEN_PATIENCE_S = 10.0
 CLOSE_PATIENCE_S = 20.0
-JOIN_PATIENCE_S = 2.0  # until a writer is done; then the index is opened when it is
 # An index that is soon made again is there when the folder is open.
 REBUILD_PATIENCE_S = 0.5
 RETRY_S = 5.0  # after it could not be made, as far as nobody writes
@@ -110,7 +109,7 @@ class Folder:
             self._users += 1
         if time.monotonic() > self._next_look:
             self._next_look = time.monotonic() + LOOK_S
-            if not self._index.look(self._turn(0.0)):
+            if not self._index.look(0.0):
                 self._heal()
         return self
 
@@ -184,7 +183,7 @@ class Folder:
             self._take(until)
             try:
                 self._check_place()
-                if self._index.look(contextlib.nullcontext()):
+                if self._index.look():
                     yield
                     return
             finally:
@@ -261,7 +260,7 @@ class Folder:
             if known is None:
                 place.write_format(self._place, self.identity)
             if not self._locks.take(USERS):
-                if not self._index.look(self._turn(JOIN_PATIENCE_S)):
+                if not self._index.look():
                     self._heal()
             elif not self._index.trust():
                 self._take(time.monotonic() + 1.0)  # of nobody else: the caller is alone
@@ -305,7 +304,9 @@ class Folder:
                 return
             try:
                 self._check_place()
-                if held or not self._index.look(contextlib.nullcontext()):
+                if held or not self._index.look():
+                    if self._index.blocked:
+                        raise NoIndexError("the index that is there cannot be opened here")
                     if not held:
                         self._index.renew()
                     self._index.fill()
@@ -342,15 +343,6 @@ class Folder:
         except BaseException:
             self._writer_thread.release()
             raise
-
-    @contextlib.contextmanager
-    def _turn(self, patience_s: float) -> Iterator[None]:
-        """Be the writer, whatever the index is like. Raises as `_take`."""
-        self._take(time.monotonic() + patience_s)
-        try:
-            yield
-        finally:
-            self._give()
 
     def _give(self) -> None:
         self._locks.drop(WRITER)

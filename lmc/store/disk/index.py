@@ -14,7 +14,8 @@ from pathlib import Path
 
 from lmc.store.disk import seal
 from lmc.store.disk.catalog import Catalog
-from lmc.store.disk.env import key_of
+from lmc.store.disk.env import ClosedError, key_of
+from lmc.store.disk.envs import OPEN_S
 from lmc.store.disk.faults import FAULTS, NoIndexError
 from lmc.store.disk.rebuild import Rebuild, identity_of
 from lmc.store.disk.segments import Segments
@@ -27,6 +28,9 @@ class Index:
     """What finds the records of one folder that is open. Every index made is a folder of its own.
 
     So whoever has one open that is damaged can go on until he looks: its name is another's.
+
+    Attributes:
+        blocked: it is there and could not be opened, for now or in this process.
 
     Args:
         place: descriptor of the folder `root`.
@@ -44,6 +48,7 @@ class Index:
         stopped: Callable[[], bool],
     ) -> None:
         self.identity = b""
+        self.blocked = False
         self._path = root / INDEX
         self._root = root
         self._place = place
@@ -96,21 +101,21 @@ class Index:
             return False
         return self._catalog is not None
 
-    def look(self, writing: contextlib.AbstractContextManager[object]) -> bool:
-        """Take the index that has the name now; whether it has all that the segments have.
-
-        writing: to be entered where the index must be opened, which its writer alone can.
-        """
+    def look(self, patience_s: float = OPEN_S) -> bool:
+        """Take the index that has the name now; whether it has all that the segments have."""
         catalog = self._catalog
         if catalog is None or self._stale(catalog):
             with self._swapping:
                 if self._catalog is catalog:
                     self._catalog = None
+            self.blocked = False
             if not self._read_only:
-                with contextlib.suppress(*FAULTS), writing:
-                    catalog = self._open()
+                try:
+                    catalog = self._open(patience_s)
                     with self._swapping:
                         self._catalog = catalog
+                except FAULTS as e:
+                    self.blocked = isinstance(e, TimeoutError | ClosedError)
         return self.ready
 
     def condemn(self, catalog: Catalog) -> bool:
@@ -201,10 +206,10 @@ class Index:
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _open(self) -> Catalog:
+    def _open(self, patience_s: float = OPEN_S) -> Catalog:
         if not seal.complete(self._path):
             raise NoIndexError("there is no index, or it was cut short")
-        catalog = Catalog(self._path)
+        catalog = Catalog(self._path, patience_s)
         if catalog.env.broken or catalog.env.identity != self.identity:
             raise NoIndexError("the index is damaged, or another folder's")
         return catalog

@@ -60,7 +60,7 @@ class Rebuild:
                 for one in self._records(number):
                     if self._stopped():
                         raise ClosedError("the index is left as it is")
-                    end = one[0] + one[2].record_bytes
+                    end = one[0] + fmt.sizes(one[1])[1]
                     some.append(one)
                     if len(some) == _AT_ONCE:
                         self._add(catalog, number, end, some, found)
@@ -92,9 +92,10 @@ class Rebuild:
                 if header.folder != self._identity:
                     self._counts["records_of_others"] += 1
                     continue
-                if data[fmt.STATE_AT] != fmt.LIVE or found.get(header.id, -1) > header.seq:
+                id = header.id
+                if data[fmt.STATE_AT] != fmt.LIVE or found.get(id, -1) > header.seq:
                     continue
-                found[header.id] = header.seq
+                found[id] = header.seq
                 change.add(header, (number, at), data)
             change.segment_ends(number, end)
 
@@ -109,15 +110,15 @@ class Rebuild:
         at, block, block_at = 0, b"", 0
         while at < size:
             if not block_at <= at <= block_at + len(block) - PAGE:
-                small = not found or found[-1][2].record_bytes <= _SMALL_BYTES
+                small = not found or at - found[-1][0] <= _SMALL_BYTES
                 block_at = at
                 block = self._segments.pread(number, at, _SCAN_BYTES if small else PAGE)
-            one = self._header(number, at, block[at - block_at :])
+            one = self._header(number, at, block[at - block_at : at - block_at + PAGE])
             if one is None:
                 self._counts["headers_unreadable"] += 1
                 at = self._next(number, at + PAGE, size)
                 continue
-            total = one[2].record_bytes
+            total = fmt.sizes(one[1])[1]
             if at + total > size:
                 self._counts["records_torn"] += 1
                 break

@@ -246,9 +246,9 @@ class Disk:
 
     def _make_room(self, fault: Exception) -> bool:
         """Whether what failed may succeed now."""
-        if kind_of(fault) == "index_full" and self.folder.catalog.env.grow():
-            return True
-        return kind_of(fault) in ("disk_full", "index_full") and self.room.give_up_a_segment()
+        if kind_of(fault) == "index_full":
+            return self.folder.catalog.env.grow()
+        return kind_of(fault) == "disk_full" and self.room.give_up_a_segment()
 
     def _groups(self, encoded: Sequence[Encoded]) -> list[dict[int, Encoded]]:
         """What is written and synced together, by index: no more than there can be room for.
