@@ -126,7 +126,8 @@ def _quarantine(folder: Folder, room: Room, id: bytes, fault: Exception) -> bool
     try:
         with folder.writing():
             room.quarantine(id, kind_of(fault))
-    except FAULTS:
+    except FAULTS as e:
+        folder.index_fault(e)
         return False
     return True
 

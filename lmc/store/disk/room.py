@@ -246,8 +246,8 @@ class Room:
             if id not in self._items:
                 try:
                     new.append((fmt.unpack(located.header), id))
-                except HeaderError:
-                    self._counts["index_faults"] += 1
+                except HeaderError as e:
+                    self._folder.index_fault(e)
         for header, id in sorted(new, key=lambda pair: pair[0].seq):
             record = header.record
             item = Item(
