@@ -132,7 +132,8 @@ def _quarantine(
     try:
         with folder.writing():
             return room.quarantine(id, located, kind_of(fault))
-    except FAULTS:
+    except FAULTS as e:
+        folder.index_fault(e)
         return False
 
 

@@ -71,7 +71,7 @@ class Catalog:
     def __init__(self, folder: Path, patience_s: float = envs.OPEN_S) -> None:
         self.env = envs.opened(folder, _TABLES, _DUPS, patience_s)
         self._env, self._db = self.env, self.env.tables
-        self._number = next(_numbers)
+        self.number = next(_numbers)
 
     @staticmethod
     def make(folder: Path, identity: bytes) -> None:
@@ -99,7 +99,7 @@ class Catalog:
     @property
     def epoch(self) -> int:
         """Another number after every change, and of every other index."""
-        return self._number << 48 | int(self._env.info()["last_txnid"])
+        return self.number << 48 | int(self._env.info()["last_txnid"])
 
     def records(self) -> Iterator[tuple[bytes, Located]]:
         """All records, by id."""

@@ -50,6 +50,7 @@ class Room:
         self._policy: Policy = POLICIES.build(policy, capacity=self.limit)
         self._items: dict[bytes, bytes] = {}  # what the policy holds, and what it was told of it
         self._ends: dict[bytes, bytes] = {}  # of a context's digest -> id
+        self._seen = -1  # which index that was of
         self._told = b""  # how far in the order of puts and reads
         self._happened: int | None = None  # how many there were at the last look
         self._doubted: list[bytes] = []  # what the policy holds, and others may have evicted
@@ -289,6 +290,8 @@ class Room:
     def _tell(self) -> int:
         """Tell the policy of puts and reads that it has not been told of; how many."""
         catalog = self._folder.catalog
+        if catalog.number != self._seen:  # one that was made again counts anew
+            self._seen, self._told, self._happened = catalog.number, b"", None
         happened = catalog.next_seq()
         new = 0 if self._happened is None else max(0, happened - self._happened)
         most = min(SOME + 2 * new, MOST)

@@ -127,11 +127,11 @@ def test_a_child_ends_nothing_of_its_parents(tmp_path: Path, how: str) -> None:
 
     def another(pipe: int) -> None:
         with closing(opened(tmp_path / "kv")) as theirs:
-            assert theirs.put([Spec(3, 0, 20).item()]) == [True]
+            assert theirs.put([Spec(3, 0, 20).item()]) == ["stored"]
 
     with closing(disk):
         assert os.waitpid(forked(child)[0], 0)[1] == 0
-        assert disk.put([Spec(2, 0, 20).item()]) == [True]
+        assert disk.put([Spec(2, 0, 20).item()]) == ["stored"]
         assert os.waitpid(forked(another)[0], 0)[1] == 0
         assert all(served(disk, Spec(i, 0, 20)) for i in (1, 2, 3))
         assert disk.counts["index_faults"] == 0
@@ -229,7 +229,7 @@ def test_a_child_that_lives_on_holds_up_nobody(tmp_path: Path) -> None:
     try:
         begun = time.monotonic()
         disk = opened(folder)
-        assert disk.put([Spec(3, 0, 20).item()]) == [True]
+        assert disk.put([Spec(3, 0, 20).item()]) == ["stored"]
         assert served(disk, Spec(1, 0, 20)) and time.monotonic() - begun < 8
         disk.close()
     finally:
@@ -254,7 +254,7 @@ def test_a_child_of_the_midst_of_a_put_acts_on_nothing(tmp_path: Path) -> None:
             os.fdatasync = real
             assert served(disk, Spec(1, 0, 20)) is None
             os.write(pipe, b"born\n")
-            assert disk.put([Spec(3, 0, 20).item()]) == [False]
+            assert disk.put([Spec(3, 0, 20).item()]) == ["failed"]
             disk.close()
 
         pid, out = forked(child)
@@ -265,7 +265,7 @@ def test_a_child_of_the_midst_of_a_put_acts_on_nothing(tmp_path: Path) -> None:
     finally:
         os.fdatasync = real
     assert all(served(disk, Spec(i, 0, 20)) for i in (1, 2))
-    assert disk.put([Spec(4, 0, 20).item()]) == [True]
+    assert disk.put([Spec(4, 0, 20).item()]) == ["stored"]
     assert disk.counts["index_faults"] == disk.counts["index_rebuilt"] == 0
     disk.close()
 

@@ -67,7 +67,7 @@ def test_an_index_that_rotted_heals_while_it_is_open(tmp_path: Path) -> None:
     assert all(served(disk, spec) for spec in specs)
     assert disk.counts["index_condemned"] == 1 and data_of(root).stat().st_ino != before
     # The other one takes the new index, without being told.
-    assert other.put([Spec(100, 0, 20).item()]) == [True]
+    assert other.put([Spec(100, 0, 20).item()]) == ["stored"]
     assert all(served(tier, spec) for tier in (disk, other) for spec in [*specs, Spec(100, 0, 20)])
     other.close()
     disk.close()
@@ -86,7 +86,7 @@ def test_an_index_that_is_cut_short_under_a_reader_heals(tmp_path: Path) -> None
         served(disk, specs[0])
         disk.folder.settle()
         assert all(served(disk, spec) for spec in specs)
-        assert disk.put([Spec(100, 0, 20).item()]) == [True]
+        assert disk.put([Spec(100, 0, 20).item()]) == ["stored"]
         disk.close()
 
     pid, _ = forked(reading)
@@ -197,7 +197,7 @@ def test_the_map_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         os.write(pipe, b"ready")
         assert os.read(go[0], 1)
         assert all(served(theirs, spec) for spec in specs[::10])
-        assert theirs.put([Spec(9999, 0, 4).item()]) == [True]
+        assert theirs.put([Spec(9999, 0, 4).item()]) == ["stored"]
         theirs.close()
 
     go = os.pipe()
@@ -206,7 +206,7 @@ def test_the_map_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     thread = threading.Thread(target=reading)
     thread.start()
     for i in range(0, len(specs), 50):
-        assert all(disk.put([spec.item() for spec in specs[i : i + 50]]))
+        assert {*disk.put([spec.item() for spec in specs[i : i + 50]])} == {"stored"}
     os.write(go[1], b"x")
     assert os.waitpid(pid, 0)[1] == 0
     end.set()
@@ -273,7 +273,7 @@ def test_gets_go_on_while_the_index_is_made(
     root = tmp_path / "kv"
     specs = [Spec(i, 0, 40) for i in range(100)]
     disk = opened(root, 4 << 20)
-    assert all(disk.put([spec.item() for spec in specs]))
+    assert {*disk.put([spec.item() for spec in specs])} == {"stored"}
     disk.close()
     (root / "index" / "seal").unlink()
     monkeypatch.setattr(folders, "REBUILD_PATIENCE_S", 0.0)
@@ -297,7 +297,7 @@ def test_gets_go_on_while_the_index_is_made(
     with pytest.raises(TimeoutError), one.folder.writing(0.05):
         pass
     go.set()
-    assert two.put([Spec(1000, 0, 40).item()]) == [True]
+    assert two.put([Spec(1000, 0, 40).item()]) == ["stored"]
     assert all(served(tier, spec) for tier in (one, two) for spec in [*specs, Spec(1000, 0, 40)])
     assert one.counts["index_rebuilt"] + two.counts["index_rebuilt"] == 1
     two.close()
@@ -334,5 +334,5 @@ def test_who_dies_while_making_the_index_is_followed_by_others(tmp_path: Path) -
     os.waitpid(pid, 0)
     assert disk.folder.settle(20)
     assert all(served(disk, spec) for spec in specs)
-    assert disk.put([Spec(1000, 0, 40).item()]) == [True]
+    assert disk.put([Spec(1000, 0, 40).item()]) == ["stored"]
     disk.close()

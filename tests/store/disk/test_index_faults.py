@@ -127,7 +127,7 @@ def one_case(kind: str, fault: Fault, root: Path, totals: Totals) -> bool:
             if fault.injected:
                 again = Spec(900, 0, 40)
                 disk.folder.settle(10.0)
-                healed = disk.put([again.item()]) == [True] and served(disk, again) is True
+                healed = disk.put([again.item()]) == ["stored"] and served(disk, again) is True
                 totals.healed += healed
                 assert healed, (kind, fault.when, disk.counts)
                 acknowledged.append(again)
@@ -144,7 +144,7 @@ def one_case(kind: str, fault: Fault, root: Path, totals: Totals) -> bool:
     totals.lost += max(0, lost)
     totals.acknowledged += len(acknowledged)
     assert leaked(disk) == 0
-    assert disk.put([Spec(901, 0, 40).item()]) == [True]
+    assert disk.put([Spec(901, 0, 40).item()]) == ["stored"]
     disk.close()
     totals.injected += fault.injected
     return fault.injected
@@ -169,7 +169,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Exception]]]:
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pristine") / "kv"
     disk = opened(root, CAPACITY)
-    assert disk.put([spec.item() for spec in BEFORE]) == [True] * len(BEFORE)
+    assert disk.put([spec.item() for spec in BEFORE]) == ["stored"] * len(BEFORE)
     disk.close()
     return root
 

@@ -49,7 +49,7 @@ def test_a_tier_that_is_closed_has_nothing_and_takes_nothing(tmp_path: Path) -> 
     record = ONE.record()
     into = [np.full_like(ONE.rows()[0], 7)]
     assert disk.get(record) is None and disk.get(record, into) is None and (into[0] == 7).all()
-    assert disk.contains([record]) == [False] and disk.put([TWO.item()]) == [False]
+    assert disk.contains([record]) == [False] and disk.put([TWO.item()]) == ["failed"]
     assert disk.find(record.namespace, record.key) == []
     assert disk.after(record.namespace, record.context, record.tokens[:8]) == []
     disk.evict([record])
@@ -87,10 +87,10 @@ def test_a_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     disk = opened(Path("kv"))
     disk.put([ONE.item()])
     monkeypatch.chdir(tmp_path / "other")
-    assert disk.put([TWO.item()]) == [True] and served(disk, ONE) and served(disk, TWO)
+    assert disk.put([TWO.item()]) == ["stored"] and served(disk, ONE) and served(disk, TWO)
 
     def child(pipe: int) -> None:
-        assert served(disk, TWO) and disk.put([THREE.item()]) == [True]
+        assert served(disk, TWO) and disk.put([THREE.item()]) == ["stored"]
 
     assert os.waitpid(forked(child)[0], 0)[1] == 0
     disk.close()
@@ -104,7 +104,7 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
     for name in ("ü/日本語/🙂 x", "new\nline", b"no text \xff".decode(errors="surrogateescape")):
         for again in (False, True):
             disk = opened(tmp_path / name)
-            assert disk.put([ONE.item()]) == [not again] and served(disk, ONE)
+            assert disk.put([ONE.item()]) == ["known" if again else "stored"] and served(disk, ONE)
             assert disk.counts["index_rebuilt"] == 0
             disk.close()
 
@@ -113,12 +113,12 @@ def test_a_folder_that_was_removed_is_not_the_one_that_came_after(tmp_path: Path
     disk = opened(tmp_path / "kv")
     disk.put([ONE.item()])
     shutil.rmtree(tmp_path / "kv")
-    assert disk.put([TWO.item()]) == [False] and disk.counts["put_failed:gone"] == 1
+    assert disk.put([TWO.item()]) == ["failed"] and disk.counts["put_failed:gone"] == 1
     new = opened(tmp_path / "kv")
-    assert new.put([THREE.item()]) == [True]
-    assert disk.put([TWO.item()]) == [False] and served(disk, THREE) is not False
+    assert new.put([THREE.item()]) == ["stored"]
+    assert disk.put([TWO.item()]) == ["failed"] and served(disk, THREE) is not False
     disk.close()
-    assert len(held(new)) == 1 and leaked(new) == 0 and new.put([TWO.item()]) == [True]
+    assert len(held(new)) == 1 and leaked(new) == 0 and new.put([TWO.item()]) == ["stored"]
     new.close()
     new = opened(tmp_path / "kv")
     assert new.counts["index_rebuilt"] == 0 and len(held(new)) == 2
@@ -132,7 +132,7 @@ def test_reading_and_writing_in_one_process(tmp_path: Path) -> None:
     reader = opened(tmp_path / "kv", read_only=True)
     for spec in (TWO, THREE):
         disk = opened(tmp_path / "kv")
-        assert disk.put([spec.item()]) == [True] and disk.counts["index_rebuilt"] == 0
+        assert disk.put([spec.item()]) == ["stored"] and disk.counts["index_rebuilt"] == 0
         assert served(reader, ONE) and served(disk, ONE)
         disk.evict([spec.record()])
         disk.close()
@@ -175,7 +175,7 @@ def test_a_stopped_writer_holds_up_nobody_for_long(
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     disk = opened(root)
-    assert served(disk, ONE) and disk.put([THREE.item()]) == [True]
+    assert served(disk, ONE) and disk.put([THREE.item()]) == ["stored"]
     disk.close()
 
 
@@ -241,10 +241,10 @@ def test_locks_that_fail_cost_misses(
 
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", failing)
-        assert disk.put([TWO.item()]) == [False] and served(disk, ONE)
+        assert disk.put([TWO.item()]) == ["failed"] and served(disk, ONE)
         with pytest.raises(OSError, match=os.strerror(number)):
             opened(tmp_path / "other")
-    assert disk.put([TWO.item()]) == [True]
+    assert disk.put([TWO.item()]) == ["stored"]
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", failing)
         disk.close()
@@ -265,8 +265,8 @@ def test_an_unlock_that_fails_keeps_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", failing)
         for i in range(3):
-            assert one.put([Spec(10 + i, 0, 20).item()]) == [True]
-            assert other.put([Spec(20 + i, 0, 20).item()]) == [True]
+            assert one.put([Spec(10 + i, 0, 20).item()]) == ["stored"]
+            assert other.put([Spec(20 + i, 0, 20).item()]) == ["stored"]
     one.close()
     other.close()
 
@@ -297,7 +297,7 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path: Path, mode: int) ->
     disk.close()
     # In such a folder one may be made.
     disk = opened(tmp_path / "kv" / "mine")
-    assert disk.put([ONE.item()]) == [True]
+    assert disk.put([ONE.item()]) == ["stored"]
     disk.close()
 
 
@@ -336,7 +336,7 @@ def test_links_in_an_index_are_not_followed(tmp_path: Path, name: str) -> None:
     file.symlink_to(victim)
     before = victim.read_bytes()
     disk = opened(tmp_path / "kv")
-    assert served(disk, ONE) and disk.put([TWO.item()]) == [True]
+    assert served(disk, ONE) and disk.put([TWO.item()]) == ["stored"]
     disk.close()
     assert victim.read_bytes() == before
 
@@ -365,7 +365,7 @@ def test_hostile_segments_cost_nothing(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 20
     assert disk.folder.catalog.next_seq() < rebuild.MOST_SEQ
     assert served(disk, specs[0]) and served(disk, specs[2])
-    assert disk.put([Spec(9, 0, 20).item()]) == [True]
+    assert disk.put([Spec(9, 0, 20).item()]) == ["stored"]
     disk.close()
 
 
@@ -380,7 +380,7 @@ def test_what_has_no_room_is_a_full_disk(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", full)
-        assert disk.put([ONE.item()]) == [False]
+        assert disk.put([ONE.item()]) == ["failed"]
     assert disk.counts["put_failed:disk_full"] == 1
-    assert disk.put([ONE.item()]) == [True] and leaked(disk) == 0
+    assert disk.put([ONE.item()]) == ["stored"] and leaked(disk) == 0
     disk.close()
