@@ -208,6 +208,12 @@ def after(disk: Disk, record: Record, namespace: bytes | None = None) -> list[Re
     return disk.lookup_many(namespace, [], behind, time.monotonic() + 60)[1][0]
 
 
+def part_of(disk: Disk, spec: Spec) -> bytes:
+    """The id of a record's first part."""
+    record = spec.record().id
+    return next(id for id, _ in disk.folder.catalog.records() if id.startswith(record))
+
+
 def served(disk: Disk, spec: Spec) -> bool | None:
     """Whether a get gives what was put; None when it gives nothing."""
     got = disk.get(spec.record())

@@ -19,7 +19,7 @@ import pytest
 from lmc.store.disk import env as lmdb_env
 from lmc.store.disk import sums
 from lmc.store.disk.header import HeaderError
-from tests.store.disk.chunks import Spec, leaked, opened, served
+from tests.store.disk.chunks import Spec, find, leaked, opened, served
 
 SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CAPACITY = 4 << 20
@@ -118,11 +118,13 @@ def one_case(kind: str, fault: Fault, root: Path, totals: Totals) -> bool:
             for batch in range(3):
                 specs = [Spec(100 + 2 * batch + i, 0, 40) for i in range(2)]
                 done = disk.put([spec.item() for spec in specs])
-                acknowledged += [spec for spec, put in zip(specs, done, strict=True) if put]
+                acknowledged += [
+                    spec for spec, put in zip(specs, done, strict=True) if put == "stored"
+                ]
                 for spec in acknowledged[-3:]:
                     totals.wrong += served(disk, spec) is False
                 record = BEFORE[batch].record()
-                disk.find(record.namespace, record.key)
+                find(disk, record)
                 disk.contains([spec.record() for spec in BEFORE])
             if fault.injected:
                 again = Spec(900, 0, 40)

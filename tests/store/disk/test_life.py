@@ -16,14 +16,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from lmc.store.disk import folder as folders
 from lmc.store.disk import header as fmt
 from lmc.store.disk import rebuild, seal
 from lmc.store.disk.tier import Disk
-from tests.store.disk.chunks import LAYOUT, Spec, forked, held, leaked, opened, served
+from tests.store.disk.chunks import (
+    LAYOUT,
+    Spec,
+    after,
+    empty,
+    find,
+    forked,
+    held,
+    leaked,
+    opened,
+    part_of,
+    served,
+)  # fmt: skip
 
 ROOT = Path(__file__).parents[3]
 ONE, TWO, THREE = (Spec(i, 0, 20) for i in range(3))
@@ -47,13 +58,14 @@ def test_a_tier_that_is_closed_has_nothing_and_takes_nothing(tmp_path: Path) -> 
     begun = time.monotonic()
     disk.close()
     record = ONE.record()
-    into = [np.full_like(ONE.rows()[0], 7)]
-    assert disk.get(record) is None and disk.get(record, into) is None and (into[0] == 7).all()
+    into = empty(ONE.forms(), 7)
+    assert disk.get(record) is None and disk.get(record, into) is None
+    assert (into[0].parts[0] == 7).all()
     assert disk.contains([record]) == [False] and disk.put([TWO.item()]) == ["failed"]
-    assert disk.find(record.namespace, record.key) == []
-    assert disk.after(record.namespace, record.context, record.tokens[:8]) == []
+    assert find(disk, record) == []
+    assert after(disk, record) == []
     disk.evict([record])
-    assert disk.evict_ids([disk.id_of(record)]) == 0 and disk.size == 0
+    assert disk.evict_ids([record.id]) == 0 and disk.size == 0
     assert disk.counts["closed"] > 5 and time.monotonic() - begun < 5
     assert descriptors(tmp_path) == []
     disk = opened(tmp_path / "kv")
@@ -192,7 +204,7 @@ def test_a_disk_that_hangs_is_let_go_of_when_it_answers(
         assert go.wait(30)
         real(fd)
 
-    done: list[list[bool]] = []
+    done: list[list[str]] = []
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", hang)
         thread = threading.Thread(target=lambda: done.append(disk.put([TWO.item()])))
@@ -204,7 +216,7 @@ def test_a_disk_that_hangs_is_let_go_of_when_it_answers(
         assert descriptors(tmp_path)
         go.set()
         thread.join(10)
-    assert done == [[True]] and descriptors(tmp_path) == []
+    assert done == [["stored"]] and descriptors(tmp_path) == []
     disk = opened(tmp_path / "kv")
     assert served(disk, TWO) and disk.counts["index_rebuilt"] == 0
     disk.close()
@@ -346,8 +358,7 @@ def test_hostile_segments_cost_nothing(tmp_path: Path) -> None:
     disk = opened(tmp_path / "kv")
     specs = [Spec(i, 0, 20) for i in range(3)]
     disk.put([spec.item() for spec in specs])
-    located = disk.folder.catalog.locate(disk.id_of(specs[1].record()))
-    assert located is not None
+    located = dict(disk.folder.catalog.records())[part_of(disk, specs[1])]
     header = located.unpack()
     disk.close()
 
@@ -380,7 +391,7 @@ def test_what_has_no_room_is_a_full_disk(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", full)
-        assert disk.put([ONE.item()]) == ["failed"]
+        assert disk.put([ONE.item()]) == ["full"]
     assert disk.counts["put_failed:disk_full"] == 1
     assert disk.put([ONE.item()]) == ["stored"] and leaked(disk) == 0
     disk.close()
