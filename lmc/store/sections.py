@@ -107,12 +107,3 @@ def whole(form: Form) -> Form:
 def complete(forms: Sequence[Form]) -> bool:
     """Whether nothing is missing of any form that there is: no heads."""
     return all(covered(whole(form), forms) for form in forms)
-
-
-def overlap(some: Iterable[Form], others: Sequence[Form]) -> bool:
-    """Whether forms have heads in common."""
-    return any(
-        a.kin == b.kin and a.heads[0] < b.heads[1] and b.heads[0] < a.heads[1]
-        for a in some
-        for b in others
-    )

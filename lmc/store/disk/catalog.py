@@ -6,12 +6,11 @@ file that was closed may be used again, and `env` watches it meanwhile.
 
 from __future__ import annotations
 
-import itertools
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from lmc.store.disk import header as fmt
 from lmc.store.disk.header import Header
 from lmc.store.disk.order import Since, Use, use_of
 from lmc.store.record import Record
+from lmc.store.sections import Form, complete
 
 _AT = struct.Struct(">IQ")
 _SEGMENT = struct.Struct("<QQQ")
@@ -31,7 +31,7 @@ _TABLES = (
 _DUPS = ("keys", "behind")  # with several values of a key
 _AT_ONCE = 1024  # records of one transaction, where all are walked through
 BEHIND = 16  # of what continues a context with the same token, only so many of the latest are told
-_numbers = itertools.count(1)  # of catalogs in this process
+_numbers = count(1)  # of catalogs in this process
 RECORD = slice(8, 40)  # where in a listing the id of the record is
 
 
@@ -50,7 +50,7 @@ class Located:
 
 @dataclass
 class SegmentUse:
-    """Of one segment: where its last record ends, bytes of live records, how many those are."""
+    """Of one segment: where its last record ends, bytes of live ones, how many those are."""
 
     end: int = 0
     live: int = 0
@@ -260,21 +260,22 @@ class Change:
         segment, at = place
         self.remove(header.id, keep_use=True)
         record, id = header.record, header.id
-        tail = record.namespace + record.context
+        tail, takes_over = record.namespace + record.context, False
         if record.tail:
             before = self._txn.get(tail, db=self._db["tails"])
-            if before not in (None, record.id):
-                parts = _parts(self._txn.cursor(self._db["records"]), before)
-                if any(fmt.seq_of(located.header) > header.seq for _, located in parts):
+            takes_over = before in (None, record.id)
+            if not takes_over and self._state(record.id, header.forms)[0]:
+                if self._state(before) > (True, header.seq):
                     return
                 self.remove_records([before])
+                takes_over = True
         self._txn.put(id, _AT.pack(segment, at) + data, db=self._db["records"])
         self._txn.put(_AT.pack(segment, at), id, db=self._db["places"])
         self._txn.delete(id, db=self._db["quarantined"])
         listed = _SEQ.pack(header.seq) + id
-        if record.tail:
+        if takes_over:
             self._txn.put(tail, record.id, db=self._db["tails"])
-        else:
+        if not record.tail:
             self._txn.put(record.key, listed, db=self._db["keys"])
         if record.origin != "blended":
             self._txn.put(_behind(record), listed, db=self._db["behind"])
@@ -315,6 +316,12 @@ class Change:
         use.live -= fmt.sizes(data)[1]
         use.records -= 1
         return Located(segment, at, value[_AT.size :])
+
+    def _state(self, record: bytes, more: Sequence[Form] = ()) -> tuple[bool, int]:
+        """Whether parts of a record, with what comes to them, have all heads; the latest's number."""
+        parts = [at.header for _, at in _parts(self._txn.cursor(self._db["records"]), record)]
+        forms = [form for data in parts for form in fmt.forms_of(data)]
+        return complete([*forms, *more]), max(map(fmt.seq_of, parts), default=-1)
 
     def quarantine(self, id: bytes, reason: str) -> Located | None:
         """Forget a record that is damaged, but for why; where it was."""

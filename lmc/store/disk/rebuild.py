@@ -139,7 +139,9 @@ class Rebuild:
             size, _ = fmt.sizes(data)
             if size > len(data):
                 data = self._segments.pread(number, at, size)
-            return at, data[:size], fmt.unpack(data[:size])
+            header = fmt.unpack(data[:size])
+            # A number that others may follow: one near the last would be the end of all puts.
+            return (at, data[:size], header) if header.seq < fmt.MOST_SEQ // 2 else None
         except HeaderError:
             return None
 

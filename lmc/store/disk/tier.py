@@ -12,19 +12,18 @@ from typing import Any
 from lmc.model.layout import KVLayout
 from lmc.store import compress
 from lmc.store.disk import header as fmt
-from lmc.store.disk.catalog import Located, Reading
 from lmc.store.disk.directory import Directory
 from lmc.store.disk.encode import Encoded, Encoder
 from lmc.store.disk.faults import FAULTS, kind_of
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.guard import otherwise
-from lmc.store.disk.header import Header
 from lmc.store.disk.reader import Reader
+from lmc.store.disk.replaced import has_all, ids_replaced, within
 from lmc.store.disk.room import Room
 from lmc.store.disk.write import write_records
 from lmc.store.reads import Reads
-from lmc.store.record import Record, superseded
-from lmc.store.sections import Form, Heads, Section, covered, overlap
+from lmc.store.record import Record
+from lmc.store.sections import Heads, Section
 from lmc.store.tier import Behind, Durability, Handle, Outcome, Wanted
 
 
@@ -212,7 +211,7 @@ class Disk:
     def _held(self, items: Sequence[tuple[Record, Sequence[Section]]]) -> list[bool]:
         with self.folder.catalog.reading() as index:
             return [
-                self._have(index.parts(record.id), [form for form, _ in sections])
+                has_all(index.parts(record.id), [form for form, _ in sections], self._bad)
                 for record, sections in items
             ]
 
@@ -276,7 +275,7 @@ class Disk:
         with folder.catalog.reading() as index:
             for i, e in encoded.items():
                 there = index.parts(e.header.record.id)
-                replaced = self._replaced(index, e.header, there)
+                replaced = ids_replaced(index, e.header, there, self._bad, self._exact_variants)
                 if replaced is None:
                     self.counts["known"] += 1
                     outcomes[i] = "known"
@@ -286,7 +285,7 @@ class Disk:
                 else:
                     outcomes[i] = "stored"
                     records.update(replaced)
-                    parts.update(_within(there, e.header))
+                    parts.update(within(there, e.header))
         new = [encoded[i] for i, outcome in outcomes.items() if outcome == "stored"]
         if not new:
             return outcomes
@@ -305,41 +304,6 @@ class Disk:
         self.counts["puts"] += len(new)
         self.counts["bytes_written"] += sum(sizes)
         return outcomes
-
-    def _replaced(
-        self, index: Reading, new: Header, there: Sequence[tuple[bytes, Located]]
-    ) -> list[bytes] | None:
-        """Ids of the records that a new one takes the place of; None when it would add nothing.
-
-        Of other records it counts who has heads that this part has: ranks put one after the other,
-        and one that is behind must not push out what another has put since.
-
-        there: parts of the same record.
-        """
-        record = new.record
-        if self._have(there, new.forms):
-            return None
-        if record.tail:
-            tail = index.tail(record.namespace, record.context)
-            parts = [] if tail is None else [part for part, _ in index.parts(tail)]
-        else:
-            parts = [listed[8:] for _, listed in index.listed([record.key])]
-        # One that is known here to be damaged stands in nobody's way.
-        headers = index.headers(part for part in parts if part not in self._bad)
-        known: dict[bytes, Record] = {}
-        for data in headers.values():
-            other = fmt.record_of(data)
-            if record.tail or overlap(fmt.forms_of(data), new.forms):
-                known.setdefault(other.id, other)
-        known.pop(record.id, None)
-        replaced = superseded(known.values(), record, self._exact_variants)
-        return None if replaced is None else [other.id for other in replaced]
-
-    def _have(self, parts: Sequence[tuple[bytes, Located]], wanted: Sequence[Form]) -> bool:
-        """Whether parts of a record have all that is wanted of it."""
-        headers = [at.header for part, at in parts if part not in self._bad]
-        forms = [form for data in headers for form in fmt.forms_of(data)]
-        return bool(forms) and all(covered(form, forms) for form in wanted)
 
     def evict(self, records: Sequence[Record]) -> None:
         """As `Tier.evict`, with all of their parts."""
@@ -384,12 +348,3 @@ class Disk:
 def _content(record: Record) -> object:
     """What is equal of records that may replace each other."""
     return (record.namespace, record.context) if record.tail else record.key
-
-
-def _within(there: Sequence[tuple[bytes, Located]], new: Header) -> list[bytes]:
-    """Ids of parts of the same record that have nothing beside what a new one has."""
-    return [
-        id
-        for id, located in there
-        if all(covered(form, new.forms) for form in fmt.forms_of(located.header))
-    ]

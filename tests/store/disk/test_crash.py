@@ -193,11 +193,6 @@ def one_round(folder: Path, setting: Setting, rng: random.Random, totals: Totals
         totals.faults.append(f"{disk.size} bytes in {setting.capacity}")
     totals.rebuilt += disk.counts["index_rebuilt"]
 
-    # What was cut off between its parts counts as a variant until it is whole, or goes:
-    # the next round begins without.
-    there = {part[:32] for part, _ in disk.folder.catalog.records()}
-    disk.evict_ids([*(there - now.keys())])
-
     new = Spec(1000 + totals.rounds, 0, 30)
     if not put(disk, new) or served(disk, new) is not True:
         totals.faults.append(f"{new}: not put, {disk.counts}")

@@ -176,11 +176,11 @@ def test_tails_of_ranks_grow_together(tmp_path: Path) -> None:
     ranks = [opened(tmp_path / "kv", rank, 2, 2) for rank in range(2)]
     specs = [Spec(1, 0, T, tail=True) for T in (5, 9, 14)]
     for rank, disk in enumerate(ranks):
-        for i, spec in enumerate(specs):
+        for spec in specs:
             form = full_attention(replace(MODEL, G=1), spec.T, (rank, rank + 1, 2))
             done = disk.put([(spec.record(), [Section(form, [np.zeros(form.shape, np.uint8)])])])
-            # The first rank has a longer one already: the second is in time with that alone.
-            assert done == ["known" if rank and i < 2 else "stored"]
+            # The first rank has a longer one already, which counts once the second has it too.
+            assert done == ["stored"]
     record = specs[2].record()
     for disk in ranks:
         after = disk.lookup_many(
@@ -262,3 +262,40 @@ def test_groups_of_other_heads_come_as_they_are(tmp_path: Path) -> None:
     ):
         assert disk.get(found, empty([forms[0], other])) is None
     disk.close()
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_record_that_is_not_whole_takes_nobodys_place(tmp_path: Path, tail: bool) -> None:
+    """Of those that replace each other: what is cut off between its parts costs nothing else."""
+    ranks = [opened(tmp_path / "kv", rank, 2, 2) for rank in range(2)]
+
+    def given(rank: int, spec: Spec) -> str:
+        form = full_attention(replace(MODEL, G=1), spec.T, (rank, rank + 1, 2))
+        rows = np.full(form.shape, spec.context + 1, np.uint8)
+        return ranks[rank].put([(spec.record(), [Section(form, [rows])])])[0]
+
+    def told() -> list[Spec]:
+        record = specs[0].record()
+        behind = [Behind(spec.record().context, record.tokens[:8]) for spec in specs]
+        found = ranks[0].lookup_many(record.namespace, [], behind, time.monotonic() + 60)[1]
+        return list(dict.fromkeys(Spec.of(r) for some in found for r in some))
+
+    if tail:
+        specs = [Spec(1, 0, T, tail=True) for T in (5, 9, 14)]
+    else:
+        specs = [Spec(1, context, 9) for context in range(3)]  # and two exact ones are kept
+    for spec in specs[:-1]:
+        assert [given(rank, spec) for rank in range(2)] == ["stored"] * 2
+    before = told()
+    assert before == (specs[1:2] if tail else specs[:2])
+    assert given(0, specs[2]) == "stored"  # and then the process is killed
+    assert told() == before
+    for disk in ranks:
+        disk.close()
+    (tmp_path / "kv" / "index" / "seal").unlink(missing_ok=True)
+    ranks = [opened(tmp_path / "kv", rank, 2, 2) for rank in range(2)]
+    assert told() == before
+    assert given(0, specs[2]) == "known" and given(1, specs[2]) == "stored"
+    assert told() == (specs[2:] if tail else specs[1:])
+    for disk in ranks:
+        disk.close()
