@@ -318,7 +318,7 @@ class Change:
         return Located(segment, at, value[_AT.size :])
 
     def _state(self, record: bytes, more: Sequence[Form] = ()) -> tuple[bool, int]:
-        """Whether parts of a record, with what comes to them, have all heads; the latest's number."""
+        """Whether parts of a record, with what comes to them, have all heads; the latest seq."""
         parts = [at.header for _, at in _parts(self._txn.cursor(self._db["records"]), record)]
         forms = [form for data in parts for form in fmt.forms_of(data)]
         return complete([*forms, *more]), max(map(fmt.seq_of, parts), default=-1)
