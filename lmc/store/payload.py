@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from xxhash import xxh3_128_digest
@@ -25,13 +26,13 @@ class Encoded:
 
     header: Header
     payload: np.ndarray
-    data: bytes
+    data: bytearray
 
     def packed(self) -> tuple[bytes, np.ndarray]:
         """The bytes of the header, with digests, and the payload: what a place has to hold."""
         payload = self.payload.data
         digests = [xxh3_128_digest(payload[start:end]) for *_, start, end in self.header.bands()]
-        return wire.sealed(bytearray(self.data), digests), self.payload
+        return wire.sealed(self.data, digests), self.payload
 
 
 def encode(
@@ -56,13 +57,15 @@ def encode(
         ValueError: sections that are none of this record, rows of another shape than their forms,
             or what no reader would take.
     """
-    sections = sorted(sections, key=lambda section: wire.order(section.form))
+    if len(sections) > 1:
+        sections = sorted(sections, key=lambda section: wire.order(section.form))
     for form, parts in sections:
         wire.check_form(form, record.T)
-        shapes = {(part.shape[:2], part.shape[3:]) for part in parts}
-        T = sum(part.shape[2] for part in parts if part.ndim == 4)
-        L, S, t, R = form.shape
-        if shapes != {((L, S), (R,))} or t != T or any(p.dtype != np.uint8 for p in parts):
+        L, S, T, R = form.shape
+        fits = all(
+            p.ndim == 4 and p.dtype == np.uint8 and p.shape == (L, S, p.shape[2], R) for p in parts
+        )
+        if not fits or sum(part.shape[2] for part in parts) != T:
             raise ValueError(f"got rows {[p.shape for p in parts]} for {form.shape} of {form}")
     stored: list[Stored] = []
     data: list[Sequence[np.ndarray]] = []
@@ -76,18 +79,15 @@ def encode(
             stored.append(Stored(form, codec, 1, tuple(Span(s.nbytes, b"") for s in spans)))
             data.append(spans)
             continue
-        layer = form.nbytes // form.L
-        band = band_of(form.L, layer)
-        lengths = [layer * min(band, form.L - i) for i in range(0, form.L, band)]
-        stored.append(Stored(form, "none", band, tuple(Span(n, b"") for n in lengths)))
+        stored.append(_plain(form))
         data.append(parts)
-    named = replace(record, slot=-1, namespace=wire.namespace_digest(record.namespace))
+    named = record.at(-1, wire.namespace_digest(record.namespace))
     error = (squares / layers) ** 0.5 if layers else 0.0
     header = Header(named, tuple(stored), time.time(), error, label)
     if len(stored) == 1 and stored[0].codec == "none" and len(data[0]) == 1:
         (rows,) = data[0]
         if rows.flags.c_contiguous and rows.ctypes.data % 512 == 0:
-            return Encoded(header, rows.reshape(-1), wire.pack(header))
+            return Encoded(header, rows.reshape(-1), wire.unsealed(header))
     payload = memory(header.payload_bytes)
     at = 0
     for (form, kind, *_), some in zip(stored, data, strict=True):
@@ -97,7 +97,16 @@ def encode(
         else:
             np.concatenate(some, out=payload[at : at + n])
         at += n
-    return Encoded(header, payload, wire.pack(header))
+    return Encoded(header, payload, wire.unsealed(header))
+
+
+@lru_cache(maxsize=1024)
+def _plain(form: Form) -> Stored:
+    """A section that is not compressed, without digests."""
+    layer = form.nbytes // form.L
+    band = band_of(form.L, layer)
+    lengths = [layer * min(band, form.L - i) for i in range(0, form.L, band)]
+    return Stored(form, "none", band, tuple(Span(n, b"") for n in lengths))
 
 
 def _compressed(

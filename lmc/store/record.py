@@ -84,6 +84,15 @@ class Record:
             return digest
         return self._id
 
+    def at(self, slot: int, namespace: bytes | None = None) -> Record:
+        """The same variant in another place, or under another name of its namespace."""
+        there = Record(
+            slot, self.namespace if namespace is None else namespace, self.key, self.tokens,
+            self.start, self.context, self.context_after, self.origin, self.nbytes, self.tail,
+        )  # fmt: skip
+        object.__setattr__(there, "_id", self.id)
+        return there
+
 
 def superseded(
     known: Iterable[Record],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -21,6 +21,7 @@ from blake3 import blake3
 from lmc.model.layout import KVLayout
 from lmc.store import compress
 from lmc.store.compress import CODECS
+from lmc.store.once import once
 from lmc.store.record import Origin, Record
 from lmc.store.sections import Form, Kind
 
@@ -99,12 +100,12 @@ class Header:
     error: float
     label: str
 
-    @cached_property
+    @once
     def forms(self) -> tuple[Form, ...]:
         """Of the sections."""
         return tuple(stored.form for stored in self.stored)
 
-    @cached_property
+    @once
     def id(self) -> bytes:
         """Names the part wherever parts are kept, 40 bytes; those of a record begin alike."""
         return part_id(self.record.id, self.forms)
@@ -114,12 +115,12 @@ class Header:
         """What the payload consists of."""
         return tuple(span for stored in self.stored for span in stored.spans)
 
-    @cached_property
+    @once
     def payload_bytes(self) -> int:
         """Of all sections, as stored."""
         return sum(span.length for stored in self.stored for span in stored.spans)
 
-    @cached_property
+    @once
     def size(self) -> int:
         """Bytes of the header itself."""
         fixed = _PROLOGUE.size + _FIXED.size + len(self.label.encode()) + 4 * self.record.T
@@ -142,9 +143,15 @@ def order(form: Form) -> tuple[object, ...]:
 
 def part_id(record_id: bytes, forms: Sequence[Form]) -> bytes:
     """Names what one rank has of a record, 40 bytes: the record's id, and which part it is."""
-    return record_id + xxhash.xxh3_64_digest(b"".join(_packed(form) for form in forms))
+    return record_id + _forms_digest(tuple(forms))
 
 
+@lru_cache(maxsize=1024)
+def _forms_digest(forms: tuple[Form, ...]) -> bytes:
+    return xxhash.xxh3_64_digest(b"".join(_packed(form) for form in forms))
+
+
+@lru_cache(maxsize=1024)
 def namespace_digest(namespace: bytes) -> bytes:
     """What stands for a namespace in files, which must not show a tenant's salt; 32 bytes."""
     return blake3(b"lmc-namespace" + namespace).digest()
@@ -161,7 +168,12 @@ def layout_of(form: Form) -> KVLayout:
 
 
 def pack(header: Header) -> bytes:
-    """The header's bytes.
+    """The header's bytes; raises as `unsealed`."""
+    return sealed(unsealed(header))
+
+
+def unsealed(header: Header) -> bytearray:
+    """The header's bytes but for its digest.
 
     Raises:
         ValueError: what no reader would take, such as token ids of more than 32 bits.
@@ -191,7 +203,7 @@ def pack(header: Header) -> bytes:
     for span in header.sections:
         _SPAN.pack_into(out, at, *span)
         at += _SPAN.size
-    return sealed(out)
+    return out
 
 
 def sealed(header: bytearray, digests: Sequence[bytes] = ()) -> bytes:
@@ -341,6 +353,7 @@ def _described(data: bytes) -> tuple[Form, str, int, int]:
     return form, CODECS[codec], band, form.nbytes
 
 
+@lru_cache(maxsize=1024)
 def _packed(form: Form, codec: str = "none", band: int = 0) -> bytes:
     kind, dtype = _KINDS.index(form.kind), _DTYPES.index(form.dtype)
     return _FORM.pack(
@@ -349,6 +362,7 @@ def _packed(form: Form, codec: str = "none", band: int = 0) -> bytes:
     )  # fmt: skip
 
 
+@lru_cache(maxsize=1024)  # chunks have few forms
 def check_form(form: Form, T: int) -> None:
     """Raise ValueError for a form that no reader would take."""
     start, end, of = form.heads
@@ -374,7 +388,7 @@ def check(record: Record, forms: Sequence[Form]) -> None:
         if len(digest) != 32:
             raise ValueError(f"got a digest of {len(digest)} bytes, want 32")
     ids = np.frombuffer(record.tokens, "<i8")
-    if not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 32:
+    if (ids >> 32).any():
         raise ValueError(f"got token ids {ids.min()} to {ids.max()}, allowed: 0 to 2**32 - 1")
 
 

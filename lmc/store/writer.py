@@ -7,7 +7,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from lmc.model.layout import KVLayout
 from lmc.store.memory import HostMemory
@@ -67,7 +66,7 @@ class Writer:
     def offer(self, record: Record, sections: Sequence[Section]) -> bool:
         """Have a chunk put later; False when it is dropped."""
         with self._changed:
-            staged = replace(record, slot=self._next)
+            staged = record.at(self._next)
             self._next += 1
         if self._staging.put([(staged, sections)])[0] != "stored":
             return False

@@ -196,7 +196,7 @@ def _encoded(item: Item, sections: Sequence[Section], codec: str, folder: bytes)
     part = encode(item.record, sections, codec, facts.label, memory=aligned)
     # The encoder takes a namespace, and this one is a digest already.
     header = replace(part.header, record=item.record, created=facts.created, error=facts.error)
-    part = replace(part, header=header, data=wire.pack(header))
+    part = replace(part, header=header, data=wire.unsealed(header))
     return Encoded(Header(header, 0, folder), part)
 
 

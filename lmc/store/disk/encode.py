@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Encoded:
 
     def pages(self, seq: int) -> tuple[Header, bytes, list[np.ndarray]]:
         """The header with its number, its bytes with digests, and the record in whole pages."""
-        header = replace(self.header, seq=seq)
+        header = Header(self.header.part, seq, self.header.folder)
         part, rows = self.part.packed()
         data = fmt.front_of(header, part)
         front = aligned(header.payload_at)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from functools import cached_property
 
 import xxhash
 
 from lmc.store import wire
+from lmc.store.once import once
 from lmc.store.record import Record
 from lmc.store.sections import Form
 from lmc.store.wire import Bytes, HeaderError, Span
@@ -83,7 +83,7 @@ class Header:
         """Where in the record the payload begins."""
         return padded(FRONT + self.part.size)
 
-    @cached_property
+    @once
     def record_bytes(self) -> int:
         """Of header and payload with their padding."""
         return self.payload_at + padded(self.payload_bytes)
