@@ -17,7 +17,7 @@ from lmc.store.tier import Behind, Tier
 
 logger = logging.getLogger(__name__)
 
-REMEMBERED = 1 << 16  # answers kept of one tier
+REMEMBERED = 1 << 14  # answers kept of one tier: a prompt of 128,000 tokens has some 4,000
 LASTS_S = 2.0  # an answer of a tier that cannot tell whether it still holds
 ROUNDS = (
     64  # of questions about one prompt: texts that were cut elsewhere are followed chunk by chunk
@@ -280,25 +280,33 @@ class _Desk:
     def _ask(
         self, asked: Asked, answers: Answers, contents: list[bytes], behind: list[Behind]
     ) -> None:
-        remembered = self._held(asked.namespace)
-        if remembered:
-            known = {q: remembered[q][0] for q in (*contents, *behind) if q in remembered}
-            answers.learn(known)
-            contents = [content for content in contents if content not in known]
-            behind = [question for question in behind if question not in known]
         if not contents and not behind:
             return
-        keys = content_keys(asked.namespace, contents)
-        found, after = self.tier.lookup_many(asked.namespace, keys, behind, asked.deadline)
-        told: dict[_Question, list[Record]] = dict(zip(behind, after, strict=True))
-        for content, records in zip(contents, found, strict=True):
-            told[content] = [r for r in records if r.tokens == content] if records else records
-        answers.learn(told)
-        now = time.monotonic()
-        for question, records in told.items():
+        remembered = self._held(asked.namespace)
+        # By key, since contents are long.
+        keys: dict[bytes, bytes] = dict(
+            zip(content_keys(asked.namespace, contents), contents, strict=True)
+        )
+        known: dict[_Question, list[Record]] = {
+            keys[q] if isinstance(q, bytes) else q: remembered[q][0]
+            for q in (*keys, *behind)
+            if q in remembered
+        }
+        answers.learn(known)
+        new = [key for key in keys if key not in remembered]
+        behind = [question for question in behind if question not in remembered]
+        if not new and not behind:
+            return
+        found, after = self.tier.lookup_many(asked.namespace, new, behind, asked.deadline)
+        now, told = time.monotonic(), dict[_Question, list[Record]](zip(behind, after, strict=True))
+        for question, records in (*zip(new, found, strict=True), *told.items()):
             # That something is not there holds only where it would be noticed when it comes.
             if records or self._epoch is not None:
                 remembered[question] = records, now
+        for key, records in zip(new, found, strict=True):
+            content = keys[key]
+            told[content] = [r for r in records if r.tokens == content] if records else records
+        answers.learn(told)
 
     def _held(self, namespace: bytes) -> dict[_Question, tuple[list[Record], float]]:
         """What was told of a namespace and still holds."""
