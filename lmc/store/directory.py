@@ -53,9 +53,14 @@ class Answers:
         """What was computed behind `context` and begins with the token `first` (8 bytes)."""
         return self._of(Behind(context, first))
 
-    def questions(self) -> set[_Question]:
-        """What it was asked, and what would have been."""
-        return self._known.keys() | self.unasked
+    def has(self, question: _Question) -> bool:
+        """Whether it was asked."""
+        return question in self._known
+
+    def keep(self, before: Answers) -> None:
+        """What it answered before."""
+        self._known |= before._known
+        self.ids |= before.ids
 
     def learn(self, answers: Mapping[_Question, list[Record]]) -> None:
         """What it answered."""
@@ -80,9 +85,11 @@ class Asked:
         answers: of each tier, in order; what has not come yet is not in them.
     """
 
-    def __init__(self, namespace: bytes, tokens: np.ndarray, pieces: Sequence[Piece]) -> None:
+    def __init__(
+        self, namespace: bytes, tokens: np.ndarray, pieces: Sequence[Piece], reached: int
+    ) -> None:
         self.namespace = namespace
-        self.tokens, self.pieces = tokens, pieces
+        self.tokens, self.pieces, self.reached = tokens, pieces, reached
         self.answers: list[Answers] = []
         self.deadline = 0.0
         self._left = 0
@@ -92,6 +99,11 @@ class Asked:
     def over(self) -> bool:
         """Whether all that were asked have answered."""
         return not self._left
+
+    @property
+    def told(self) -> bool:
+        """Whether any of them told of anything."""
+        return any(answers.ids for answers in self.answers)
 
     @property
     def unasked(self) -> bool:
@@ -143,19 +155,25 @@ class Directory:
         namespace: bytes,
         tokens: np.ndarray,
         pieces: Sequence[Piece],
-        also: Asked | None = None,
+        reached: int = 0,
+        before: Asked | None = None,
     ) -> Asked:
         """Have every tier that answers asked for chunks of tokens [T]; returns at once.
 
         Args:
             pieces: those that are asked for.
-            also: what was asked before, and left questions open: those are asked as well.
+            reached: tokens that are there already, exact all of them.
+            before: what was asked of the same prompt and left questions open: what was answered is
+                kept, and those are asked as well.
         """
-        asked = Asked(namespace, tokens, pieces)
+        asked = Asked(namespace, tokens, pieces, reached)
         answering = []
         for desk in self._desks:
             answers = Answers(desk.name)
-            more = also.answers[len(asked.answers)].questions() if also else set()
+            more: set[_Question] = set()
+            if before is not None and before.namespace == namespace:
+                answers.keep(before.answers[len(asked.answers)])
+                more = before.answers[len(asked.answers)].unasked
             asked.answers.append(answers)
             if desk.available():
                 answering.append((desk, answers, more))
@@ -246,42 +264,51 @@ class _Desk:
             logger.exception("lmc could not close tier %s", self.name)
 
     def answer(self, asked: Asked, answers: Answers, more: set[_Question]) -> None:
-        """Ask for chunks, and what stands where they begin; follow what was cut elsewhere."""
+        """Ask for chunks, and for what stands where those end that are exact one behind the other.
+
+        Where that was cut elsewhere, what is left of the prompt is asked for by what stands before
+        each chunk, too, in one go: wherever it goes on as this prompt is cut it is found then.
+        """
         ids = np.ascontiguousarray(asked.tokens, "<i8").tobytes()
         contexts = Contexts(ids)
-        places = [(start, 8 * start, 8 * end) for start, end, _ in asked.pieces]
-        contents = [ids[a:b] for _, a, b in places]
-        ends = {Behind(contexts[start], ids[a : a + 8]): start for start, a, _ in places}
-        more = more.difference(ends, contents)
-        contents += [question for question in more if isinstance(question, bytes)]
-        behind = [*ends, *(question for question in more if isinstance(question, Behind))]
+        contents = {start: ids[8 * start : 8 * end] for start, end, _ in asked.pieces}
+        starts = iter(contents)
+        at, elsewhere = asked.reached, False
+        context = contexts[at]
+        ask: set[_Question] = {*contents.values(), Behind(context, ids[8 * at : 8 * at + 8]), *more}
+        ask = {question for question in ask if not answers.has(question)}
         for _ in range(ROUNDS):
-            self._ask(asked, answers, contents, behind)
-            contents, new = [], {}
-            for question in behind:
-                records = answers.after(*question)
-                if not records or question not in ends:
-                    continue
-                for record in records:
-                    # Where it ends the text may go on in what was cut elsewhere, too.
-                    at = ends[question]
-                    if ids.startswith(record.tokens, 8 * at):
-                        end = at + record.T
-                        first = ids[8 * end : 8 * end + 8]
-                        following = Behind(record.context_after, first)
-                        if first and following not in ends:
-                            new[following] = end
-            ends |= new
-            behind = list(new)
-            if not behind or time.monotonic() >= asked.deadline:
+            self._ask(asked, answers, ask)
+            ask = set()
+            while 8 * at < len(ids):
+                question = Behind(context, ids[8 * at : 8 * at + 8])
+                here = answers.of(contents[at]) if at in contents else []
+                exact = [r for r in here if (r.start, r.context) == (at, context)]
+                exact = [record for record in exact if record.origin != "blended"]
+                if not exact and not answers.has(question):
+                    ask.add(question)
+                    break
+                exact = exact or [
+                    r for r in answers.after(*question) if ids.startswith(r.tokens, 8 * at)
+                ]
+                if exact:
+                    longest = max(exact, key=lambda record: record.T)
+                    at, context = at + longest.T, longest.context_after
+                elif at in contents or (later := next((s for s in starts if s > at), None)) is None:
+                    break
+                else:  # what lies between may be in memory
+                    at, context = later, contexts[later]
+            if not ask or time.monotonic() >= asked.deadline:
                 break
+            if at not in contents and not elsewhere:
+                elsewhere = True
+                left = (start for start in contents if start > at)
+                ask |= {Behind(contexts[s], ids[8 * s : 8 * s + 8]) for s in left}
         answers.told = True
 
-    def _ask(
-        self, asked: Asked, answers: Answers, contents: list[bytes], behind: list[Behind]
-    ) -> None:
-        if not contents and not behind:
-            return
+    def _ask(self, asked: Asked, answers: Answers, ask: set[_Question]) -> None:
+        contents = [question for question in ask if isinstance(question, bytes)]
+        behind = [question for question in ask if isinstance(question, Behind)]
         remembered = self._held(asked.namespace)
         # By key, since contents are long.
         keys: dict[bytes, bytes] = dict(

@@ -233,6 +233,15 @@ def find(
     return everything
 
 
+def reach(found: Sequence[Found], local: int = 0) -> int:
+    """Tokens from the first on that are exact in one run, or the engine's own `local`."""
+    for one in found:
+        if one.kind != "exact" or one.start > local:
+            break
+        local = max(local, one.end)
+    return local
+
+
 def lacking(pieces: Sequence[Piece], found: Sequence[Found]) -> list[Piece]:
     """Those of a prompt's pieces that what was found does not serve whole and exact."""
     exact = iter(one for one in found if one.kind == "exact")

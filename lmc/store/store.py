@@ -20,7 +20,7 @@ from lmc.store.chunks import Attached, Chunks, Drained
 from lmc.store.directory import Answers, Asked, Directory
 from lmc.store.index import Index
 from lmc.store.keep import keep
-from lmc.store.lookup import Found, Known, find, lacking
+from lmc.store.lookup import Found, Known, find, lacking, reach
 from lmc.store.record import ContextPolicy, Record
 from lmc.store.tier import TIERS, Tier
 
@@ -132,10 +132,11 @@ class Store:
         ids, pieces = np.asarray(tokens, np.int64), self.pieces(tokens, spans)
         found, until = self._found(ids, pieces), time.monotonic() + self.chunks.patience_s
         asked: Asked | None = None
-        wanted = lacking(pieces, found) if self.tiers else []
-        while wanted and time.monotonic() < until:
-            asked = self.directory.ask(self.namespace, ids, wanted, asked)
+        while self.tiers and time.monotonic() < until and (wanted := lacking(pieces, found)):
+            asked = self.directory.ask(self.namespace, ids, wanted, reach(found), asked)
             asked.wait(asked.deadline)
+            if not asked.told:
+                return found
             found = self._found(ids, pieces, asked.answers)
             if not asked.unasked:
                 break

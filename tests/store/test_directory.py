@@ -70,8 +70,10 @@ def hold(tier: Counting, tokens: np.ndarray, n: int = 100) -> list[Record]:
     return records
 
 
-def answered(directory: Directory, tokens: np.ndarray, also: Asked | None = None) -> Asked:
-    asked = directory.ask(NS, tokens, pieces(tokens), also)
+def answered(
+    directory: Directory, tokens: np.ndarray, reached: int = 0, before: Asked | None = None
+) -> Asked:
+    asked = directory.ask(NS, tokens, pieces(tokens), reached, before)
     assert asked.wait(time.monotonic() + 60)
     return asked
 
@@ -92,7 +94,7 @@ def test_a_whole_prompt_is_one_question(tier: Counting) -> None:
     assert found(answered(directory, TOKENS + 1)) == []
     asked = answered(directory, TOKENS)
     assert found(asked) == [(i, i + 100, "exact") for i in range(0, 4000, 100)]
-    assert tier.asked == [(40, 40)] * 2 and not asked.unasked
+    assert tier.asked == [(40, 1)] * 2 and not asked.unasked
     assert tier.threads == {"lmc-ask-counting"}
     (record, *_) = asked.answers[0].of(TOKENS[:100].astype("<i8").tobytes())
     assert asked.told_by(record.id) == 0 and asked.told_by(bytes(32)) is None
@@ -110,18 +112,23 @@ def test_what_was_cut_elsewhere_is_followed(tier: Counting) -> None:
     directory.close(tiers=False)
 
 
-def test_what_stands_behind_what_memory_has_is_asked_for_in_a_second_round(tier: Counting) -> None:
+def test_what_goes_on_where_memory_ends_is_asked_for(tier: Counting) -> None:
+    """And in a further round if what the tiers have brings more of memory into play."""
     records = hold(tier, TOKENS, n=70)
     memory = Index(1 << 30)
-    for _, record in keep(memory, NS, TOKENS[:210], pieces(TOKENS[:210], 70), None, 8):
+    kept = keep(memory, NS, TOKENS[:350], pieces(TOKENS[:350], 70), None, 8)
+    for _, record in kept:
         memory.acknowledge(record.slot, 0)
-    tier.evict(records[:3])
+    memory.drop(kept[3][1].slot)  # tokens 210 to 280
+    tier.evict([*records[:3], records[4]])
     directory = Directory([tier], 60.0)
-    first = answered(directory, TOKENS)
-    assert found(first, memory) == [(0, 70, "exact"), (70, 140, "exact"), (140, 210, "exact")]
+    here = found(Asked(NS, TOKENS, pieces(TOKENS), 0), memory)
+    assert here == [(0, 70, "exact"), (70, 140, "exact"), (140, 210, "exact")]
+    first = answered(directory, TOKENS, 210)
+    assert found(first, memory)[3:] == [(210, 280, "exact"), (280, 350, "exact")]
     assert first.unasked
-    second = answered(directory, TOKENS, first)
-    assert sum(end - start for start, end, _ in found(second, memory)) == 280
+    second = answered(directory, TOKENS, 350, first)
+    assert sum(end - start for start, end, _ in found(second, memory)) == 4000
     directory.close(tiers=False)
 
 
@@ -131,10 +138,11 @@ def test_answers_are_remembered_as_long_as_they_hold(tmp_path: Any, epoch: int |
     hold(tier, TOKENS[:2000])
     directory = Directory([tier], 60.0)
     answered(directory, TOKENS)
-    assert tier.asked == [(40, 40)]
+    # And what goes on where those end that are there.
+    assert tier.asked == [(40, 1), (0, 1)]
     answered(directory, TOKENS)
     # That something is not there may change at any time, where no epoch says so.
-    assert tier.asked[1:] == ([(20, 20)] if epoch is None else [])
+    assert tier.asked[2:] == ([(20, 0), (0, 1)] if epoch is None else [])
     hold(tier, TOKENS[:2500])
     tier.epoch = epoch and epoch + 1
     assert found(answered(directory, TOKENS))[-1] == (2400, 2500, "exact")

@@ -15,7 +15,7 @@ from lmc.chunking.cdc import Cdc
 from lmc.chunking.pieces import Piece, split
 from lmc.store import Index
 from lmc.store.keep import keep
-from lmc.store.lookup import Found, Known, find, lacking
+from lmc.store.lookup import Found, Known, find, lacking, reach
 from lmc.store.record import ContextPolicy
 
 NS = b"namespace"
@@ -232,3 +232,6 @@ def test_what_is_lacking_is_what_no_exact_run_covers(data: st.DataObject) -> Non
     ]
     exact = {i for one in found if one.kind == "exact" for i in range(one.start, one.end)}
     assert lacking(pieces, found) == [p for p in pieces if not exact.issuperset(range(*p[:2]))]
+    covered = reach(found, 3)
+    assert covered >= 3 and exact.issuperset(range(3, covered))
+    assert covered not in exact or any(one.start == 0 for one in found) is False

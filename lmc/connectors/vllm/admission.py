@@ -69,7 +69,7 @@ class Admission:
             known = chain.hashes
             local = (chain.first + len(known)) * self._block_size
             tracked.blended_from = chain.blended_from
-        self._planner.ask(tracked)
+        self._planner.ask(tracked, local)
         if tracked.lookup is not None:
             tracked.lookup.wait(time.monotonic() + GLANCE_S)
         self._plan(tracked, local)
@@ -168,7 +168,10 @@ class Admission:
         """
         assert tracked.plan is not None
         if not tracked.heard:
-            return True
+            assert tracked.lookup is not None
+            tracked.heard = not tracked.lookup.told  # of nothing: then the plan stands
+            if not tracked.heard:
+                return True
         due = tracked.plan.coming or time.monotonic() >= tracked.rested
         return bool(due) and tracked.seen != self._planner.index.added
 
@@ -203,7 +206,7 @@ class Admission:
         start = time.monotonic()
         new, reason = self._planner.plan(tracked, local)
         if tracked.lookup is not None and tracked.lookup.unasked and tracked.heard:
-            self._planner.ask(tracked)  # what comes behind what a tier has was cut elsewhere
+            self._planner.ask(tracked, local)  # what comes behind what a tier has was cut elsewhere
         before, now = plan.after(local), time.monotonic()
         tracked.seen, tracked.rested = self._planner.index.added, now + RESTS * (now - start)
         if _worth(new) <= _worth(before):
@@ -219,7 +222,7 @@ class Admission:
         read = len(tracked.tokens), tracked.namespace
         self._reader.read_tokens(tracked)
         if (len(tracked.tokens), tracked.namespace) != read:
-            self._planner.ask(tracked)
+            self._planner.ask(tracked, local)
         self._plan(tracked, local, tiers)
         self._hashed_anew(tracked, local, nonce=os.urandom(16))
 

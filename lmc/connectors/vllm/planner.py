@@ -21,7 +21,7 @@ from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
 from lmc.store import Index, Record
 from lmc.store.directory import Answers, Directory
-from lmc.store.lookup import Known, find, lacking
+from lmc.store.lookup import Known, find, lacking, reach
 from lmc.store.tier import taken
 
 LOOKUP_S = 1.0  # after so long a request is planned without what a tier has
@@ -66,14 +66,14 @@ class Planner:
         self._fetches: list[Record] = []
         self._counts: Counter[str] = Counter()
 
-    def ask(self, tracked: Tracked) -> None:
-        """Have the tiers asked, in the background, for what memory lacks of a request."""
+    def ask(self, tracked: Tracked, local: int) -> None:
+        """Have the tiers asked, in the background, for what memory lacks beyond `local`."""
         if not self._tiers:
             return
-        here = Known(self.index, tracked.namespace, (), self._config.context, self._begins)
-        wanted = lacking(tracked.pieces, find(tracked.tokens, tracked.pieces, here))
-        asked = (tracked.namespace, tracked.tokens, wanted)
-        tracked.lookup = self.directory.ask(*asked, tracked.lookup) if wanted else None
+        found = find(tracked.tokens, tracked.pieces, self.known(tracked), local)
+        wanted = [p for p in lacking(tracked.pieces, found) if p.end > local]
+        asked = (tracked.namespace, tracked.tokens, wanted, reach(found, local), tracked.lookup)
+        tracked.lookup = self.directory.ask(*asked) if wanted else None
         tracked.heard = not wanted
 
     def plan(self, tracked: Tracked, local: int, tiers: bool = True) -> tuple[Plan, str | None]:

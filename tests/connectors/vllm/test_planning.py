@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -139,9 +141,12 @@ def test_who_shares_a_fetch_waits_as_long_for_it_and_takes_it_from_nobody() -> N
     running = bench.arrive(text(50), {"save": False})
     bench.admit(running)  # so that others wait for what they have fetched
     one, two = (bench.arrive([*document, *text(40)], {"save": False}) for _ in range(2))
+    for request in (one, two):
+        lookup = side.requests[request.request_id].lookup
+        assert lookup is not None and lookup.wait(time.monotonic() + 60)
     for _ in range(3):
         assert bench.admit(one) is None and bench.admit(two) is None
-    assert side.admission.counts == {"deferred_for_fetch": 6}
+    assert side.admission.counts["deferred_for_fetch"] == 6
     (breaker,) = side.planner.directory.breakers
     assert breaker.closed
     fetched = [record.slot for record in side.planner.take_fetches()]
@@ -156,3 +161,55 @@ def test_who_shares_a_fetch_waits_as_long_for_it_and_takes_it_from_nobody() -> N
         side.index.acknowledge(slot, 0)
     assert bench.admit(one) == 0  # vLLM has what the second computed
     assert side.admission.counts["replanned"] == 1
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A tier that says what it has when it is let, and hangs until then."""
+
+    write: str = "through"
+
+    def open(self, layout: Any, **options: Any) -> Any:
+        def lookup_many(
+            namespace: bytes, keys: Sequence[bytes], behind: Sequence[Any], deadline: float
+        ) -> tuple[list[list[Record]], list[list[Record]]]:
+            ON_THREADS.add(threading.current_thread().name)
+            LET.wait()
+            found = [[replace(r, slot=-1) for r in ON_SHELF if r.key == key] for key in keys]
+            return found, [[] for _ in behind]
+
+        return SimpleNamespace(
+            name="asking", counts=Counter(), epoch=None, lookup_many=lookup_many,
+            close=lambda: None,
+        )  # fmt: skip
+
+
+LET, ON_THREADS = threading.Event(), set[str]()
+
+
+def test_a_tier_is_asked_off_the_schedulers_thread_and_waited_for_with_a_limit() -> None:
+    """What it has is planned with when it has answered; what never comes is done without."""
+    LET.set()
+    bench = Bench(4000, tiers=["tests.connectors.vllm.test_planning:Asking"])
+    document, side = text(400), bench.side
+    bench.ask(document, {})
+    ON_SHELF[:] = [entry.record for entry in side.index._entries.values()]
+    side.index.clear()
+    LET.clear()
+    late, never = (bench.arrive([*document, *text(40)], {"save": False}) for _ in range(2))
+    assert bench.admit(late) is None and bench.admit(never) is None
+    assert side.admission.counts["deferred_for_lookup"] == 2
+    assert side.planner.take_fetches() == []
+    # Its patience is over: it is served without, and nobody else is asked to wait.
+    lookup = side.requests[never.request_id].lookup
+    assert lookup is not None
+    lookup.deadline = time.monotonic() - 1
+    assert bench.admit(never) == 0 and side.planner.take_fetches() == []
+    LET.set()
+    lookup = side.requests[late.request_id].lookup
+    assert lookup is not None and lookup.wait(time.monotonic() + 60)
+    bench.admit(late)
+    assert side.admission.counts["planned_again"] == 1
+    assert len(side.planner.take_fetches()) > 5
+    assert {"lmc-ask-asking"} == ON_THREADS
+    side.close()
