@@ -105,7 +105,9 @@ class Chunks:
             breaker = Breaker()
             became = partial(self._became, i)
             self._breakers.append(breaker)
-            self._fetchers.append(Fetcher(behind.tier, breaker, partial(self._brought, i)))
+            # What one that hangs may hold of host memory for as long as it does.
+            most, brought = memory_bytes // 4, partial(self._brought, i)
+            self._fetchers.append(Fetcher(behind.tier, breaker, most, self._place, brought))
             self._writers.append(Writer(behind.tier, layout, queue_bytes, self.counts, became))
             behind.tier.register(*self.memory.span())
             behind.tier.register(*self._writers[i].span())
@@ -167,15 +169,7 @@ class Chunks:
         order = sorted(range(len(self.tiers)), key=lambda i: not self._breakers[i].closed)
         deadline = time.monotonic() + self.patience_s
         for arrival in arrivals:
-            record = arrival.record
-            arrival.deadline = deadline
-            try:
-                arrival.parts = self.memory.reserve(record.slot, record.T)
-            except ValueError:
-                logger.exception("lmc could not fetch a chunk")
-            if arrival.parts is not None:
-                arrival.left = list(order)
-                arrival.into = self._sections(record, arrival.parts)
+            arrival.deadline, arrival.left = deadline, list(order)
         self._ask_next(arrivals)
 
     def arrival(self, slot: int) -> Arrival | None:
@@ -317,6 +311,20 @@ class Chunks:
                 self._lost.add((record.slot, i))
         if not kept:
             self.counts[f"writes_{outcome}:{name}"] += 1
+
+    def _place(self, arrival: Arrival) -> bool:
+        """Room for a chunk that is about to come; without it no tier need be asked."""
+        record = arrival.record
+        try:
+            if arrival.parts is None:
+                arrival.parts = self.memory.reserve(record.slot, record.T)
+        except ValueError:
+            logger.exception("lmc could not fetch a chunk")
+        if arrival.parts is None:
+            arrival.left.clear()
+            return False
+        arrival.into = self._sections(record, arrival.parts)
+        return True
 
     def _ask_next(self, arrivals: Sequence[Arrival]) -> None:
         """Ask the next tier of each; where none is left, or no time, the chunk will not come."""

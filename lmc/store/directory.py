@@ -325,14 +325,15 @@ class _Desk:
         if not new and not behind:
             return
         found, after = self.tier.lookup_many(asked.namespace, new, behind, asked.deadline)
+        found = [_asked_for(asked.namespace, keys[q], r) for q, r in zip(new, found, strict=True)]
+        after = [_asked_for(asked.namespace, q, r) for q, r in zip(behind, after, strict=True)]
         now, told = time.monotonic(), dict[_Question, list[Record]](zip(behind, after, strict=True))
         for question, records in (*zip(new, found, strict=True), *told.items()):
             # That something is not there holds only where it would be noticed when it comes.
             if records or self._epoch is not None:
                 remembered[question] = records, now
         for key, records in zip(new, found, strict=True):
-            content = keys[key]
-            told[content] = [r for r in records if r.tokens == content] if records else records
+            told[keys[key]] = records
         answers.learn(told)
 
     def _held(self, namespace: bytes) -> dict[_Question, tuple[list[Record], float]]:
@@ -347,3 +348,16 @@ class _Desk:
             for question in [q for q, (_, at) in remembered.items() if now - at > LASTS_S]:
                 del remembered[question]
         return remembered
+
+
+def _asked_for(namespace: bytes, question: _Question, told: Sequence[Record]) -> list[Record]:
+    """Of what a tier told, what was asked for; it names no slot of host memory."""
+    out = []
+    for record in told:
+        if isinstance(question, bytes):
+            fits = record.tokens == question
+        else:
+            fits = (record.context, record.tokens[:8]) == question
+        if fits and record.namespace == namespace:
+            out.append(record if record.slot == -1 else record.at(-1))
+    return out

@@ -125,14 +125,23 @@ class Fetcher:
     Args:
         tier: that is asked.
         breaker: of the tier.
+        most: bytes that it is given to write to at a time; one chunk at least.
+        place: makes room for an arrival when it is its turn; False where there is none.
         ended: told, on any thread, of each arrival whether the tier has brought it. Of one that
             the tier has not let go of nothing is told.
     """
 
     def __init__(
-        self, tier: Tier, breaker: Breaker, ended: Callable[[Arrival, bool], None]
+        self,
+        tier: Tier,
+        breaker: Breaker,
+        most: int,
+        place: Callable[[Arrival], bool],
+        ended: Callable[[Arrival, bool], None],
     ) -> None:
         self._tier, self._breaker, self._ended = tier, breaker, ended
+        self._most, self._place = most, place
+        self._given = 0  # bytes that the tier may write to
         lock = threading.Lock()
         self._to_ask = threading.Condition(lock)
         self._to_watch = threading.Condition(lock)
@@ -188,14 +197,23 @@ class Fetcher:
         while True:
             with self._to_ask:
                 self._to_ask.wait_for(
-                    lambda: self._waiting or (self._closing and not self._running),
+                    lambda: self._next() or (self._closing and not self._running),
                     pause if any(not asked.told for asked in self._running) else None,
                 )
                 if self._closing and not self._running:
                     return
-                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), TOGETHER))]
-                batch = [arrival for arrival in batch if not arrival.abandoned]
-                asked = [_Asked(arrival, self._over) for arrival in batch]
+                batch: list[Arrival] = []
+                while self._next() and len(batch) < TOGETHER:
+                    batch.append(self._waiting.popleft())
+                    self._given += batch[-1].record.nbytes
+            asked = []
+            for arrival in batch:
+                if arrival.abandoned or not self._place(arrival):
+                    self._returned(arrival)
+                    self._ended(arrival, False)
+                else:
+                    asked.append(_Asked(arrival, self._over))
+            with self._to_ask:
                 silent = [one for one in self._running if not one.told]
                 self._running.update(asked)
                 self._to_watch.notify()
@@ -206,6 +224,18 @@ class Fetcher:
                 self._begin(asked)
             # Where there is much to look at, no more than half of the time goes into it.
             pause = max(POLL_S, time.monotonic() - started)
+
+    def _next(self) -> bool:
+        """Whether the tier may be given another one."""
+        if not self._waiting:
+            return False
+        return not self._given or self._given + self._waiting[0].record.nbytes <= self._most
+
+    def _returned(self, arrival: Arrival) -> None:
+        with self._to_ask:
+            self._given -= arrival.record.nbytes
+            if self._waiting or self._closing:
+                self._to_ask.notify()
 
     def _begin(self, asked: Sequence[_Asked]) -> None:
         wanted = [
@@ -232,8 +262,7 @@ class Fetcher:
                 self._breaker.late()
             elif not self._breaker.closed and not self._overdue():
                 self._breaker.back()
-            if self._closing:
-                self._to_ask.notify()
+        self._returned(asked.arrival)
         self._ended(asked.arrival, here)
 
     def _overdue(self) -> bool:

@@ -88,6 +88,9 @@ class Index:
         self._tails: dict[tuple[bytes, bytes], int] = {}
         self._freed: list[int] = []
         self._awaited: set[int] = set()  # slots that arrive out of another tier
+        self._fetching: set[int] = set()  # slots that a tier may write to
+        self._lent: dict[int, int] = {}  # those of them that are gone, and their bytes
+        self._lent_bytes = 0
         self._pinned = _Pinned(self)
         self._pinned_bytes = 0
 
@@ -177,6 +180,15 @@ class Index:
         """Those of `slots` that a rank has yet to say it has, out of another tier."""
         return [slot for slot in slots if slot in self._awaited] if self._awaited else []
 
+    def fetching(self, slots: Iterable[int]) -> None:
+        """A tier writes to these until they are `returned`: let go of, they still take room."""
+        self._fetching.update(slot for slot in slots if slot in self._entries)
+
+    def returned(self, slot: int) -> None:
+        """No tier writes to a slot any more, if one did."""
+        self._fetching.discard(slot)
+        self._lent_bytes -= self._lent.pop(slot, 0)
+
     def _take(self, record: Record, arriving: bool) -> Record | None:
         self._expire()
         replaced = superseded(self._same(record), record, self._exact_variants, self._leased)
@@ -215,6 +227,7 @@ class Index:
 
     def acknowledge(self, slot: int, rank: int) -> None:
         """Rank `rank` holds the bytes of `slot` now."""
+        self.returned(slot)
         if slot in self._entries:
             entry = self._entries[slot]
             pinned = entry.pinned
@@ -301,10 +314,11 @@ class Index:
         )
 
     def _make_room(self, item: Item) -> bool:
-        if item.size > self.capacity - self._pinned_bytes:  # else a policy looks at each of those
+        capacity = self.capacity - self._lent_bytes
+        if item.size > capacity - self._pinned_bytes:  # else a policy looks at each of those
             self.counts["no_room"] += 1
             return False
-        while self.size + item.size > self.capacity:
+        while self.size + item.size > capacity:
             victim = self._policy.evict(item, self._clock(), self._pinned)
             if victim is None or victim == item.key:
                 self.counts["no_room" if victim is None else "not_admitted"] += 1
@@ -337,6 +351,9 @@ class Index:
         self._awaited.discard(slot)
         entry = self._entries.pop(slot)
         record = entry.record
+        if slot in self._fetching:
+            self._lent[slot] = record.nbytes
+            self._lent_bytes += record.nbytes
         self.size -= record.nbytes
         self._pinned_bytes -= record.nbytes * entry.pinned
         del self._slots[entry.item.key]

@@ -348,7 +348,7 @@ class Store:
             lease: keep each, so that the next one does not push it out.
         """
         started, coming = {}, []
-        for record in records:
+        for record in {record.id: record for record in records}.values():
             taken: Record | None = record
             if record.slot not in self.index:
                 taken = self.index.adopt(record)
@@ -363,6 +363,7 @@ class Store:
         self._free()
         for record in coming:
             self.chunks.expect(record)
+        self.index.fetching(record.slot for record in coming)
         self.chunks.fetch([record.slot for record in coming])
         return started
 
@@ -371,6 +372,7 @@ class Store:
         while self._ended:
             slot, whole = self._ended.popleft()
             self._coming.pop(slot, None)
+            self.index.returned(slot)
             if whole:
                 self.index.acknowledge(slot, 0)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -216,3 +217,26 @@ def test_a_breaker_lets_one_trial_through_after_each_rest() -> None:
     breaker.late()
     breaker.back()
     assert breaker.closed and breaker.opened == 2
+
+
+def test_what_was_not_asked_for_is_not_believed(tier: Counting) -> None:
+    """Slots of another process, other texts, other tenants: a tier may be anybody's."""
+    hold(tier, TOKENS)
+    other = Counting(f"{tier.name}, elsewhere")
+    strange = hold(other, TOKENS + 1)
+    told = tier.lookup_many
+
+    def telling(namespace: bytes, keys: Any, behind: Any, deadline: float) -> Any:
+        by_key, by_context = told(namespace, keys, behind, deadline)
+        found = [[replace(r, slot=7) for r in records] for records in by_key]
+        wrong = [strange[0], *(replace(r, namespace=b"x") for some in by_key for r in some)]
+        return [[*wrong, *records] for records in found], [[*wrong, *r] for r in by_context]
+
+    tier.lookup_many = telling  # type: ignore[method-assign]
+    directory = Directory([tier], 60.0)
+    asked = answered(directory, TOKENS)
+    assert found(asked) == [(i, i + 100, "exact") for i in range(0, 4000, 100)]
+    known = Known(Index(1 << 30), NS, asked.answers)
+    assert {f.record.slot for f in find(asked.tokens, asked.pieces, known)} == {-1}
+    assert {f.record.namespace for f in find(asked.tokens, asked.pieces, known)} == {NS}
+    directory.close(tiers=False)

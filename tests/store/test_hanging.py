@@ -134,7 +134,7 @@ def test_what_waits_behind_hung_gets_is_told_by_its_deadline() -> None:
 
 
 def test_hung_gets_are_bounded_over_periods() -> None:
-    with world(room=THREADS + 2) as w:
+    with world(room=4 * THREADS) as w:  # of which a quarter is the tier's to write to
         for period in range(3):
             hung = w.hung_gets(1000 * (period + 1))
             assert w.chunks.memory.size == THREADS * NBYTES

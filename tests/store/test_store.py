@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 
+from docs.example_tier import Example, Remembering
 from lmc.model.layout import KVLayout
 from lmc.store.disk.tier import Disk
 from lmc.store.lookup import Found
 from lmc.store.memory import HostMemory
 from lmc.store.store import Store
+from lmc.store.tier import Progress
 
 LAYOUT = KVLayout(L=3, G=2, D=16, dtype="float32")
 TOKENS = np.random.default_rng(0).integers(0, 9999, 400)
@@ -197,6 +200,7 @@ def test_many_chunks_are_brought_together_even_where_memory_has_no_room_for_all(
     with store(tmp_path / "kv", memory_bytes=150 * LAYOUT.bytes_per_token) as s:
         found = s.lookup(TOKENS, spans)
         got = s.retrieve_many([*found, found[0]])
+        assert all(not entry.leases for entry in s.index._entries.values())
         assert len(found) == 8 and len(got) == 9
         for f, chunk in zip([*found, found[0]], got, strict=True):
             assert chunk is not None and torch.equal(chunk, kv(1, 400)[:, :, f.start : f.end])
@@ -287,6 +291,7 @@ import sys, threading, atexit
 import numpy as np, torch
 from lmc.model.layout import KVLayout
 from lmc.store.store import Store
+from lmc.store.tier import Progress
 layout = KVLayout(4, 4, 64, "float32")
 s = Store(layout, b"n", memory_bytes=64 << 20, chunker={"name": "fixed", "n": 64},
           tiers=[{"name": "disk", "path": sys.argv[1], "capacity": "1GiB"}])
@@ -345,6 +350,48 @@ def test_threads_may_share_it(tmp_path: Path) -> None:
             worker.join()
         assert faults == []
         assert s.save(TOKENS + 100, kv(100, 400), SPANS) == 3  # nothing is held
+
+
+class Endless(Remembering):
+    """A tier that brings nothing, and never says that it will not."""
+
+    name = "endless"
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.get_many = lambda wanted: [self for _ in wanted]
+
+    def poll(self) -> Progress:
+        return Progress(0, None)
+
+    def cancel(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class EndlessConfig(Example):
+    def open(self, *arguments: Any, **options: Any) -> Any:
+        return Endless(self.place)
+
+
+def test_a_tier_that_never_ends_holds_a_quarter_of_memory_and_the_rest_goes_on() -> None:
+    spans = [(i, i + 20) for i in range(0, 400, 20)]
+    endless = {"name": "tests.store.test_store:EndlessConfig", "place": "endless"}
+    room = 200 * LAYOUT.bytes_per_token
+    with Store(LAYOUT, b"m", memory_bytes=4 << 20, tiers=[endless]) as s:
+        s.save(TOKENS, kv(1, 400), spans)
+        assert s.drain()
+    s = Store(LAYOUT, b"m", memory_bytes=room, tiers=[endless], patience_s=0.3)
+    assert s.retrieve_many(s.lookup(TOKENS, spans)) == [None] * 20
+    for i in range(1, 30):
+        assert s.save(TOKENS[:100] + i, kv(i, 100), [(0, 100)]) == 1
+        found = s.lookup(TOKENS[:100] + i, [(0, 100)])
+        got = s.retrieve(found[0])
+        assert got is not None and torch.equal(got, kv(i, 100))
+    assert room // 8 < s.index._lent_bytes <= room // 4
+    assert s.index.size + s.index._lent_bytes <= room
+    s.chunks.close(1.0)
+    s.close()
 
 
 def test_found_says_how_far_keys_must_move() -> None:

@@ -36,6 +36,7 @@ class Told:
                 self._report.saved.append((slot, self.rank))
             else:
                 self._report.lost.append(slot)
+                self._report.ended.append(slot)
 
     def lost(self, slots: Iterable[int], late: bool) -> None:
         """Chunks are not there; `late` says that one of them was waited for in vain."""

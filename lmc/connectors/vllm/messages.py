@@ -144,6 +144,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     Attributes:
         saved: (slot, rank) of chunks that are held now.
         lost: slots that this rank does not hold although the index says so.
+        ended: those of them, and of others, that no tier writes to any more.
         recomputed: positions, by request, computed because their chunk failed to load.
         late: whether a chunk was waited for in vain, so that a tier is slow or gone.
         failed: blocks of claims that failed: what is in them, and behind them, is of no use.
@@ -152,6 +153,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
 
     saved: list[tuple[int, int]] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
     recomputed: dict[str, list[int]] = field(default_factory=dict)
     late: bool = False
     failed: set[int] = field(default_factory=set)
@@ -162,6 +164,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         return WorkerReport(
             self.saved + other.saved,
             self.lost + other.lost,
+            self.ended + other.ended,
             self.recomputed | other.recomputed,  # every rank recomputes the same rows
             self.late or other.late,
             self.failed | other.failed,

@@ -157,7 +157,9 @@ class Planner:
         fetches, self._fetches = self._fetches, []
         coming = self.index.arriving(self._sources)
         self._sources = {slot: self._sources[slot] for slot in coming}
-        return [record for record in fetches if record.slot in self.index]
+        fetches = [record for record in fetches if record.slot in self.index]
+        self.index.fetching(record.slot for record in fetches)
+        return fetches
 
     def take_counts(self) -> Counter[str]:
         """Counters since the last call."""

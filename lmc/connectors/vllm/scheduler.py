@@ -224,6 +224,8 @@ class SchedulerSide:
         """Take in what the workers did in a step."""
         for slot, rank in report.saved:
             self.index.acknowledge(slot, rank)
+        for slot in report.ended:
+            self.index.returned(slot)
         for slot in report.lost:
             self.counts["chunks_lost"] += 1
             self.index.drop(slot)
