@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -22,7 +23,7 @@ from lmc.store.index import Index
 from lmc.store.keep import keep
 from lmc.store.lookup import Found, Known, find, lacking, reach
 from lmc.store.record import ContextPolicy, Record
-from lmc.store.tier import TIERS, Tier
+from lmc.store.tier import TIERS, Tier, opened
 
 Tokens = Sequence[int] | np.ndarray
 TOLD = 1 << 16  # records of tiers of which it is remembered which tier told of them
@@ -33,7 +34,8 @@ class Store:
 
     Use it in a `with`, or close it; one that is dropped, or left open when the interpreter ends, is
     closed then, and what waits to be written is written first. Several threads may use it: what
-    one waits for, a tier say, does not keep others. A fork's child must open one of its own.
+    one waits for, a tier say, does not keep others. In a child of a fork it is empty and takes
+    nothing, since its threads are not there: a child opens one of its own.
 
     Args:
         layout: of one token's KV.
@@ -70,9 +72,9 @@ class Store:
         patience_s: float = 30.0,
     ) -> None:
         if memory_bytes < layout.bytes_per_token:
+            least = layout.bytes_per_token
             raise ValueError(
-                f"memory_bytes: got {memory_bytes}, allowed: at least {layout.bytes_per_token}, "
-                "one token"
+                f"memory_bytes: got {memory_bytes}, allowed: at least {least}, one token"
             )
         said = [TIERS.build(tier) for tier in tiers]
         self.layout = layout
@@ -80,29 +82,20 @@ class Store:
         self.chunker = CHUNKERS.build(chunker)
         self.context, self.begins = context, begins
         self.index = Index(memory_bytes, 1, policy, cost, exact_variants=exact_variants)
-        self.tiers: list[Tier] = []
-        try:
-            for s in said:
-                self.tiers.append(s.open(layout, exact_variants=exact_variants, label=label))
-        except BaseException:
-            for tier in self.tiers:
-                tier.close()
-            raise
+        self.tiers: list[Tier] = opened(said, layout, exact_variants=exact_variants, label=label)
         behind = [Attached(tier, s.write) for s, tier in zip(said, self.tiers, strict=True)]
         self._ended: deque[tuple[int, bool]] = deque()
         ended = self._ended  # not self: who is told by a thread could never be let go of
         self.chunks = Chunks(
-            layout,
-            memory_bytes,
-            behind,
-            patience_s=patience_s,
+            layout, memory_bytes, behind, patience_s=patience_s,
             fetched=lambda slot, whole: ended.append((slot, whole)),
-        )
+        )  # fmt: skip
         self.directory = Directory(self.tiers, patience_s)
         self._lock = threading.RLock()
         self._coming: dict[int, int] = {}  # bytes of what was prefetched and is on its way
         self._told: OrderedDict[bytes, str] = OrderedDict()
-        self._close = weakref.finalize(self, _close, self.chunks, self.directory)
+        self._process = os.getpid()
+        self._close = weakref.finalize(self, _close, os.getpid(), self.chunks, self.directory)
 
     def __enter__(self) -> Store:
         return self
@@ -130,6 +123,8 @@ class Store:
             ValueError: as `pieces`.
         """
         ids, pieces = np.asarray(tokens, np.int64), self.pieces(tokens, spans)
+        if self._forked:
+            return []
         found, until = self._found(ids, pieces), time.monotonic() + self.chunks.patience_s
         asked: Asked | None = None
         while self.tiers and time.monotonic() < until and (wanted := lacking(pieces, found)):
@@ -143,10 +138,9 @@ class Store:
         if asked is None:
             return found
         for one in found:
-            told_by = asked.told_by(one.record.id) if one.record.slot < 0 else None
-            if told_by is not None:
+            if one.record.slot < 0 and (told_by := asked.told_by(one.record.id)) is not None:
                 self._told[one.record.id] = self.tiers[told_by].name
-        while len(self._told) > TOLD:
+        for _ in range(len(self._told) - TOLD):
             self._told.popitem(last=False)
         return found
 
@@ -195,7 +189,8 @@ class Store:
         Raises:
             ValueError: as `pieces`.
         """
-        found = self.lookup(tokens, spans)
+        if not (found := self.lookup(tokens, spans)):
+            return
         with self._lock:
             room = self.index.capacity // 2 - sum(self._coming.values())
             some = []
@@ -234,10 +229,11 @@ class Store:
             for piece, record in kept:
                 filled += self.fill(record, kv[:, :, piece.start : piece.end])
         finally:
-            with self._lock:
-                for _, record in kept:
-                    self.index.give_up_unfilled(record.slot)
-                self._free()
+            if filled < len(kept):
+                with self._lock:
+                    for _, record in kept:
+                        self.index.give_up_unfilled(record.slot)
+                    self._free()
         return filled
 
     def drain(self, timeout_s: float = 60.0) -> Drained:
@@ -246,26 +242,19 @@ class Store:
         Returns:
             What they lack then: true where that is nothing.
         """
-        return self.chunks.complete(timeout_s)
+        return Drained({}, 0) if self._forked else self.chunks.complete(timeout_s)
 
     def stats(self) -> dict[str, Any]:
         """What is held and what has happened so far: bytes, chunks and counters by kind."""
         tiers = {
-            tier.name: {
-                "size": tier.size,
-                "capacity": tier.capacity,
-                "durability": tier.durability,
-                "counts": dict(tier.counts),
-            }
-            for tier in self.tiers
-        }
-        return {
-            "chunks": len(self.index),
-            "size": self.index.size,
-            "capacity": self.index.capacity,
-            "counts": {**self.index.counts, **self.chunks.counts},
-            "tiers": tiers,
-        }
+            t.name: {"size": t.size, "capacity": t.capacity, "durability": t.durability,
+                     "counts": dict(t.counts)}
+            for t in self.tiers
+        }  # fmt: skip
+        index = self.index
+        counts = {**index.counts, **self.chunks.counts}
+        held = {"chunks": len(index), "size": index.size, "capacity": index.capacity}
+        return {**held, "counts": counts, "tiers": tiers}
 
     def close(self) -> None:
         """Write what is to be written, and let go of memory and tiers; a second time, nothing."""
@@ -277,6 +266,8 @@ class Store:
         self, tokens: Tokens, pieces: Sequence[Piece], blended_from: int | None = None
     ) -> list[tuple[Piece, Record]]:
         """Room for every chunk that is not stored; each is to be filled, or dropped, at once."""
+        if self._forked:
+            return []
         ids = np.asarray(tokens, np.int64)
         per_token = self.layout.bytes_per_token
         with self._lock:
@@ -305,6 +296,8 @@ class Store:
 
     def bring(self, records: Sequence[Record]) -> dict[bytes, Record]:
         """Bring records into host memory; by id those that are there now, with their slots."""
+        if self._forked:
+            return {}
         with self._lock:
             self._settle()
             started = self._start(records, lease=True)
@@ -327,11 +320,18 @@ class Store:
 
     def ask(self, tokens: np.ndarray, pieces: Sequence[Piece]) -> list[Answers]:
         """What tiers say they have of tokens [T], as far as it comes within the patience."""
+        if self._forked:
+            return []
         asked = self.directory.ask(self.namespace, tokens, pieces)
         asked.wait(asked.deadline)
         return asked.answers
 
     # -- parts ---------------------------------------------------------------------------------
+
+    @property
+    def _forked(self) -> bool:
+        """Whether this is a child of the process that opened it, with locks that nobody opens."""
+        return os.getpid() != self._process
 
     def _found(
         self, ids: np.ndarray, pieces: Sequence[Piece], answers: Sequence[Answers] = ()
@@ -395,6 +395,7 @@ class Store:
             self.chunks.evict(slot)
 
 
-def _close(chunks: Chunks, directory: Directory) -> None:
-    directory.close(tiers=False)
-    chunks.close()
+def _close(process: int, chunks: Chunks, directory: Directory) -> None:
+    if os.getpid() == process:
+        directory.close(tiers=False)
+        chunks.close()

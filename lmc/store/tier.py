@@ -180,3 +180,20 @@ class TierConfig(Protocol):
 
 
 TIERS = Registry("tier", {"disk": "lmc.store.disk.config:DiskConfig"}, has=["open", "write"])
+
+
+def opened(said: Sequence[TierConfig], layout: KVLayout, **options: Any) -> list[Any]:
+    """The tiers that configs say, all of them or none; `options` as `TierConfig.open`.
+
+    Raises:
+        ValueError, OSError: one that cannot be opened; the others are closed.
+    """
+    tiers: list[Any] = []
+    try:
+        for config in said:
+            tiers.append(config.open(layout, **options))
+    except BaseException:
+        for tier in tiers:
+            tier.close()
+        raise
+    return tiers

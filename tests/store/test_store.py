@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -350,6 +351,49 @@ def test_threads_may_share_it(tmp_path: Path) -> None:
             worker.join()
         assert faults == []
         assert s.save(TOKENS + 100, kv(100, 400), SPANS) == 3  # nothing is held
+
+
+@pytest.mark.parametrize("end", ["exit", "close", "os._exit"])
+def test_a_child_of_a_fork_has_an_empty_one_and_ends(tmp_path: Path, end: str) -> None:
+    """Whatever threads of its parent were about, and though it has none of them."""
+    with store(tmp_path / "kv") as s:
+        s.save(TOKENS, kv(1, 400), SPANS)
+        found, stop = s.lookup(TOKENS, SPANS), threading.Event()
+
+        def busy() -> None:
+            while not stop.is_set():
+                s.retrieve_many(s.lookup(TOKENS, SPANS))
+                s.save(TOKENS[:100] + 1, kv(2, 100))
+
+        workers = [threading.Thread(target=busy) for _ in range(3)]
+        for worker in workers:
+            worker.start()
+        children = []
+        for _ in range(12):
+            if (child := os.fork()) == 0:
+                right = s.lookup(TOKENS, SPANS) == [] and s.retrieve_many(found) == [None] * 3
+                right &= s.save(TOKENS + 2, kv(3, 400)) == 0 and bool(s.drain())
+                s.prefetch(TOKENS)
+                s.close() if end == "close" else None
+                if end == "exit":
+                    s._close()  # as the interpreter does
+                os._exit(not right)
+            children.append(child)
+        until = time.monotonic() + 60
+        while children and time.monotonic() < until:
+            done, status = os.waitpid(-1, os.WNOHANG)
+            if done in children:
+                assert status == 0
+                children.remove(done)
+            time.sleep(0.01)
+        for child in children:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        stop.set()
+        for worker in workers:
+            worker.join()
+        assert not children
+        assert s.retrieve(found[0]) is not None
 
 
 class Endless(Remembering):

@@ -16,7 +16,7 @@ from lmc.model.layout import KVLayout
 from lmc.model.rope import Rope, from_config
 from lmc.model.weights import folder_of, weights_digest
 from lmc.store.sections import Heads
-from lmc.store.tier import TierConfig
+from lmc.store.tier import TierConfig, opened
 
 # Load formats that read the weight files of the model's own folder, and nothing else.
 FROM_FOLDER = (
@@ -132,7 +132,8 @@ def open_tiers(
     label = f"{Path(vllm_config.model_config.model).name} {layout.dtype}"
     said = config.build_tiers()
     variants, heads = config.exact_variants, heads_of(layout, rank, vllm_config)
-    return [(s, s.open(layout, heads=heads, exact_variants=variants, label=label)) for s in said]
+    tiers = opened(said, layout, heads=heads, exact_variants=variants, label=label)
+    return list(zip(said, tiers, strict=True))
 
 
 def weights_of(vllm_config: Any) -> bytes | None:
