@@ -76,6 +76,15 @@ class Files:
             self._place = place
         return place
 
+    def there(self) -> bool:
+        """Whether what has the folder's name is the folder."""
+        ours = os.fstat(self.folder().fd)
+        try:
+            found = os.stat(self._folder, follow_symlinks=False)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
+
     def opened(self, number: int, direct: bool) -> File:
         """The file; FileNotFoundError for what is no plain file of the folder's owner.
 

@@ -351,7 +351,7 @@ class Folder:
 
     def _check_place(self) -> None:
         try:
-            here = _key(os.stat(self.root)) == self._key
+            here = _key(os.stat(self.root)) == self._key and self.segments.there()
         except OSError:
             here = False
         if not here:

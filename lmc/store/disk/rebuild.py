@@ -57,7 +57,7 @@ class Rebuild:
         for number in self._segments.numbers():
             end, some = 0, list[Found]()
             try:
-                for one in self._records(number):
+                for one in self.records(number):
                     if self._stopped():
                         raise ClosedError("the index is left as it is")
                     end = one[0] + fmt.sizes(one[1])[1]
@@ -99,15 +99,15 @@ class Rebuild:
                 change.add(header, (number, at), data)
             change.segment_ends(number, end)
 
-    def _records(self, number: int) -> Iterator[Found]:
-        """Records of one segment that are whole as far as their headers tell.
+    def records(self, number: int, start: int = 0) -> Iterator[Found]:
+        """Records of one segment, from `start` on, that are whole as far as their headers tell.
 
         From the last one back payloads are read too, until one is whole: a crash may have torn
         those behind it.
         """
         size = self._segments.size(number)
         found: list[Found] = []
-        at, block, block_at = 0, b"", 0
+        at, block, block_at = start, b"", start
         while at < size:
             if not block_at <= at <= block_at + len(block) - PAGE:
                 small = not found or at - found[-1][0] <= _SMALL_BYTES

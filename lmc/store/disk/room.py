@@ -10,10 +10,11 @@ from typing import Any
 
 from lmc.policies import POLICIES, Item, Policy
 from lmc.store.disk import header as fmt
+from lmc.store.disk import strays
 from lmc.store.disk.catalog import Located, SegmentUse
 from lmc.store.disk.faults import NoRoomError, kind_of
 from lmc.store.disk.folder import Folder
-from lmc.store.disk.header import Header
+from lmc.store.disk.header import Header, HeaderError
 from lmc.store.disk.order import About, about, tick_of
 from lmc.store.disk.read import Damaged, verify
 from lmc.store.disk.write import Place
@@ -72,6 +73,9 @@ class Room:
             raise NoRoomError(f"got {need} bytes, the folder takes {self.limit}")
         self._tell()
         used = self._folder.catalog.segments()
+        for number, use in used.items():
+            if not fmt.PAGE * use.records <= use.live <= use.end:  # or all might be evicted for it
+                raise HeaderError(f"the index is wrong about segment {number}: {use}")
         if sum(use.live for use in used.values()) + need > self.limit:
             self._evict_for(need)
             used = self._folder.catalog.segments()
@@ -90,10 +94,10 @@ class Room:
             yield
         except BaseException:
             with contextlib.suppress(Exception):
-                known = self._folder.catalog.segments()
                 for segment in {segment for segment, _ in places}:
-                    if segment in known:
-                        self._folder.segments.truncate(segment, known[segment].end)
+                    begun = min(at for other, at in places if other == segment)
+                    if begun:
+                        self._folder.segments.truncate(segment, begun)
                     else:
                         self._folder.segments.unlink(segment)
             raise
@@ -211,6 +215,7 @@ class Room:
                 for place, (located, header) in zip(places, moved, strict=True):
                     change.add(header, place, located.header)
                 change.drop_segment(number)
+        self._check(number)
         self._folder.segments.unlink(number)
         self._counts["segments_compacted"] += 1
         self._counts["bytes_compacted"] += sum(header.record_bytes for _, header in moved)
@@ -221,7 +226,8 @@ class Room:
         known = catalog.segments()
         there = set(segments.numbers()) - catalog.unreadable()
         for number in there - known.keys():
-            segments.unlink(number)
+            if not self._adopt(number, 0):
+                segments.unlink(number)
         for number in known.keys() - there - catalog.unreadable():
             self._counts["evicted"] += self._drop(number)  # removed when the index was full
         # Files that others removed give their space back once nobody has them open.
@@ -234,6 +240,7 @@ class Room:
             if size is None or size < end:
                 end = self.segment_bytes  # it is not ours alone, or was cut short: a new one
             else:
+                end = self._adopt(number, end)
                 segments.truncate(number, end)
         places = []
         for size in sizes:
@@ -251,11 +258,23 @@ class Room:
         dead = [number for number, use in used.items() if use.records == 0]
         if not dead:
             return
+        for number in dead:
+            self._check(number)
         with self._folder.catalog.change() as change:
             for number in dead:
                 change.drop_segment(number)
         for number in dead:
             self._folder.segments.unlink(number)
+
+    def _check(self, number: int) -> None:
+        """Before a file is removed; raises as `strays.check`."""
+        folder = self._folder
+        strays.check(folder.segments, folder.catalog, folder.identity, number)
+
+    def _adopt(self, number: int, end: int) -> int:
+        """Index what a file has from `end` on; where that ends. Raises as `strays.adopt`."""
+        folder = self._folder
+        return strays.adopt(folder.segments, folder.catalog, folder.identity, number, end)
 
     def _evict_for(self, need: int) -> None:
         """Evict until `need` bytes more are within the limit, and as many again."""

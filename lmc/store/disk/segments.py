@@ -60,6 +60,10 @@ class Segments:
         os.fsync(place.fd)
         return True
 
+    def there(self) -> bool:
+        """Whether the folder is still the one that was opened, under its name."""
+        return self._files.there()
+
     def size(self, number: int) -> int:
         """Bytes of a file; FileNotFoundError when it is gone."""
         place = self._files.folder()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 import weakref
 from collections import Counter
@@ -247,7 +248,12 @@ class Disk:
         """Whether what failed may succeed now."""
         if kind_of(fault) == "index_full":
             return self.folder.catalog.env.grow()
-        return kind_of(fault) == "disk_full" and self.room.give_up_a_segment()
+        # Not where a file has grown as far as it may, or there is space: it would be in vain.
+        number = getattr(fault, "errno", 0)
+        space = number == errno.ENOSPC and self.folder.segments.free() > 4 * self.room.segment_bytes
+        if kind_of(fault) != "disk_full" or number == errno.EFBIG or space:
+            return False
+        return self.room.give_up_a_segment()
 
     def _groups(self, encoded: Sequence[Encoded]) -> list[dict[int, Encoded]]:
         """What is written and synced together, by index: no more than there can be room for.

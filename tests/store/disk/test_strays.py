@@ -1,0 +1,112 @@
+"""An index is believed in no loss: whatever it says, nothing goes that is a record."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmc.store.disk.tier import Disk
+from tests.store.disk.chunks import Spec, opened, served
+
+CAPACITY = 4 << 20
+SPECS = [Spec(i, 0, 40) for i in range(60)]
+
+
+def filled(path: Path) -> Disk:
+    disk = opened(path, CAPACITY)
+    for i in range(0, len(SPECS), 10):
+        assert {*disk.put([spec.item() for spec in SPECS[i : i + 10]])} == {"stored"}
+    return disk
+
+
+def all_there(disk: Disk, path: Path) -> None:
+    """All that was acknowledged, when it has healed, and when it is opened again."""
+    for again in range(2):
+        assert disk.folder.settle(30.0)
+        assert [served(disk, spec) for spec in SPECS] == [True] * len(SPECS)
+        assert disk.put([Spec(1000 + again, 0, 40).item()]) == ["stored"]
+        disk.close()
+        disk = opened(path, CAPACITY)
+    disk.close()
+
+
+@pytest.mark.parametrize("kept", [10, 30, 50])
+def test_an_older_index_put_back_while_it_is_open(tmp_path: Path, kept: int) -> None:
+    disk = opened(tmp_path / "kv", CAPACITY)
+    disk.put([spec.item() for spec in SPECS[:kept]])
+    disk.close()
+    shutil.copytree(tmp_path / "kv" / "index", tmp_path / "older")
+    disk = opened(tmp_path / "kv", CAPACITY)
+    disk.put([spec.item() for spec in SPECS[kept:]])
+    for file in ("data.mdb", "lock.mdb"):
+        (tmp_path / "kv" / "index" / file).unlink()
+    shutil.copy(tmp_path / "older" / "data.mdb", tmp_path / "kv" / "index" / "data.mdb")
+    for i in range(3):  # one at least fails, and none costs anything
+        assert disk.put([Spec(500 + i, 0, 40).item()])[0] in ("stored", "failed")
+    all_there(disk, tmp_path / "kv")
+
+
+@pytest.mark.parametrize("field", range(3))
+@pytest.mark.parametrize("value", [0, 8192, 1 << 40])
+def test_numbers_of_a_segment_that_are_wrong(tmp_path: Path, field: int, value: int) -> None:
+    """Where it ends, how much of it is alive, how many records."""
+    disk = filled(tmp_path / "kv")
+    catalog = disk.folder.catalog
+    with catalog._env.begin(write=True) as txn:
+        for number, use in catalog.segments().items():
+            fields = [use.end, use.live, use.records]
+            fields[field] = value
+            key = number.to_bytes(4, "big")
+            txn.put(key, struct.pack("<QQQ", *fields), db=catalog._db["segments"])
+    for i in range(3):
+        disk.put([Spec(500 + i, 0, 40).item()])
+        disk.evict([Spec(500 + i, 0, 40).record()])
+    all_there(disk, tmp_path / "kv")
+
+
+def test_segments_that_were_moved_away(tmp_path: Path) -> None:
+    """A backup put in their place: what has their name by now is another folder."""
+    disk = filled(tmp_path / "kv")
+    (tmp_path / "kv" / "segments").rename(tmp_path / "away")
+    shutil.copytree(tmp_path / "away", tmp_path / "kv" / "segments")
+    before = {file.name: file.stat().st_size for file in (tmp_path / "away").iterdir()}
+    assert disk.put([Spec(500, 0, 40).item()]) == ["failed"]
+    assert disk.counts["put_failed:gone"] == 1
+    assert before == {file.name: file.stat().st_size for file in (tmp_path / "away").iterdir()}
+    disk.close()
+    all_there(opened(tmp_path / "kv", CAPACITY), tmp_path / "kv")
+
+
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.ENOSPC])
+def test_nothing_is_given_up_where_that_gains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A limit of the process; a disk that says that it is full, and is not."""
+    disk = filled(tmp_path / "kv")
+
+    def full(*arguments: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", full)
+        for i in range(5):
+            assert disk.put([Spec(500 + i, 0, 40).item()]) == ["full"]
+    assert disk.counts["evicted"] == 0
+    all_there(disk, tmp_path / "kv")
+
+
+def test_what_a_killed_writer_left_is_cut_off_or_kept(tmp_path: Path) -> None:
+    """Beside one that has the folder open: torn it goes, whole it may come back."""
+    disk = filled(tmp_path / "kv")
+    last = max((tmp_path / "kv" / "segments").iterdir())
+    data = last.read_bytes()
+    with open(last, "ab") as file:
+        file.write(data[:8192])  # the header of a record that is there, and some of its bytes
+    assert disk.put([Spec(500, 0, 40).item()])[0] in ("stored", "failed")
+    all_there(disk, tmp_path / "kv")
