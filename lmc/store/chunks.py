@@ -191,14 +191,23 @@ class Chunks:
             What they lack then.
         """
         until = time.monotonic() + timeout_s
-        for i in self._through():
-            writer = self._writers[i]
-            writer.drain(max(0.0, until - time.monotonic()))
-            for record in self._lacking(i):
-                # Of what finds no room in an empty queue nothing more can be had.
-                if self._refused(record, [i]) and writer.drain(until - time.monotonic()):
-                    self._offer(record, [i])
-            writer.drain(max(0.0, until - time.monotonic()))
+        left: dict[int, list[Record] | None] = dict.fromkeys(self._through())
+        while left and time.monotonic() < until:
+            for i, lacking in list(left.items()):  # in turns: one that hangs takes nobody's time
+                if not self._writers[i].drain(0.01):
+                    continue
+                lacking = self._lacking(i) if lacking is None else lacking
+                given = 0
+                while lacking:
+                    if self._refused(lacking[-1], [i]):
+                        if given:
+                            break  # the queue is full
+                        self._became(i, lacking[-1], "dropped")  # even where it is empty
+                    lacking.pop()
+                    given += 1
+                left[i] = lacking
+                if not given:
+                    del left[i]
         with self._lock:
             lost, self._lost = len(self._lost), set()
         through = {self.tiers[i].tier.name: len(self._lacking(i)) for i in self._through()}
@@ -245,13 +254,13 @@ class Chunks:
         tier = self.tiers[i].tier
         with self._lock:
             records = list(self._records.values())
-        held = [False] * len(records)
+        lacking = records
         try:
             # Of what it is known to have had it may have let go since.
             held = tier.contains(records)
+            lacking = [r for r, here in zip(records, held, strict=True) if not here]
         except BaseException:  # then what it has is put in vain
             logger.exception("lmc could not ask tier %s for what it has", tier.name)
-        lacking = [record for record, here in zip(records, held, strict=True) if not here]
         for start in range(0, len(lacking), TOGETHER):
             if time.monotonic() > until:
                 self.counts[f"writes_dropped:{tier.name}"] += len(lacking) - start
@@ -263,7 +272,8 @@ class Chunks:
             ]
             outcomes: list[Outcome] = ["failed"] * len(items)
             try:
-                outcomes = tier.put(items)
+                told = tier.put(items)
+                outcomes = told if len(told) == len(items) else outcomes
             except BaseException:
                 logger.exception("lmc could not write to tier %s", tier.name)
             for (record, _), outcome in zip(items, outcomes, strict=True):

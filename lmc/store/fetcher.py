@@ -243,7 +243,9 @@ class Fetcher:
             for one in asked
         ]
         try:
-            handles = self._tier.get_many(wanted)
+            handles = list(self._tier.get_many(wanted))
+            if len(handles) != len(wanted) or None in handles:
+                raise ValueError(f"got {handles} for {len(wanted)} chunks")
         except BaseException:  # a tier may be anybody's
             logger.exception("lmc could not fetch chunks from tier %s", self._tier.name)
             for one in asked:

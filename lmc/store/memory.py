@@ -87,7 +87,8 @@ class HostMemory:
     def publish(self, slot: int) -> None:
         """From now on the slot may be read."""
         with self._lock:
-            self._held[slot].published = True
+            if slot in self._held:  # it may be closed meanwhile
+                self._held[slot].published = True
 
     def parts(self, slot: int) -> list[torch.Tensor] | None:
         """The chunk's parts, or None when it is not held or not published."""
@@ -204,7 +205,11 @@ class HostMemory:
         """The lock is held."""
         held = self._held.pop(slot, None)
         if held is not None and not held.readers:
-            self._extents.give(held.runs)
+            self._give(held.runs)
+
+    def _give(self, runs: list[Run]) -> None:
+        if self._tokens:  # else it is closed
+            self._extents.give(runs)
 
     @contextmanager
     def _reading(self, slot: int) -> Iterator[_Held | None]:
@@ -221,7 +226,7 @@ class HostMemory:
                 with self._lock:
                     held.readers -= 1
                     if not held.readers and self._held.get(slot) is not held:
-                        self._extents.give(held.runs)
+                        self._give(held.runs)
 
     def _put(self, record: Record, sections: Sequence[Section]) -> Outcome:
         with self._lock:

@@ -23,7 +23,7 @@ from lmc.store.index import Index
 from lmc.store.keep import keep
 from lmc.store.lookup import Found, Known, find, lacking, reach
 from lmc.store.record import ContextPolicy, Record
-from lmc.store.tier import TIERS, Tier, opened
+from lmc.store.tier import TIERS, Tier, opened, size_of
 
 Tokens = Sequence[int] | np.ndarray
 TOLD = 1 << 16  # records of tiers of which it is remembered which tier told of them
@@ -197,8 +197,11 @@ class Store:
             for one in found:
                 if one.record.slot < 0 and (room := room - one.record.nbytes) >= 0:
                     some.append(one.record)
-            started = self._start(some)
-            self._coming |= {record.slot: record.nbytes for record in started.values()}
+            started: dict[bytes, Record] = {}
+            self._start(some, started)
+            for record in started.values():
+                self._coming[record.slot] = record.nbytes
+                self.index.release(record.slot)
 
     def save(
         self,
@@ -247,7 +250,7 @@ class Store:
     def stats(self) -> dict[str, Any]:
         """What is held and what has happened so far: bytes, chunks and counters by kind."""
         tiers = {
-            t.name: {"size": t.size, "capacity": t.capacity, "durability": t.durability,
+            t.name: {"size": size_of(t), "capacity": t.capacity, "durability": t.durability,
                      "counts": dict(t.counts)}
             for t in self.tiers
         }  # fmt: skip
@@ -298,33 +301,28 @@ class Store:
         """Bring records into host memory; by id those that are there now, with their slots."""
         if self._forked:
             return {}
-        with self._lock:
-            self._settle()
-            started = self._start(records, lease=True)
-        deadline = time.monotonic() + self.chunks.patience_s
-        for record in started.values():
-            arrival = self.chunks.arrival(record.slot)
-            if arrival is not None:
-                arrival.wait(None, deadline)
         held = {}
-        with self._lock:
-            self._settle()
-            for id, record in started.items():
-                if self.chunks.parts(record.slot) is None:
-                    self.index.drop(record.slot)
-                else:
-                    held[id] = record
-                self.index.release(record.slot)
-            self._free()
+        started: dict[bytes, Record] = {}
+        try:
+            with self._lock:
+                self._settle()
+                self._start(records, started)
+            deadline = time.monotonic() + self.chunks.patience_s
+            for record in started.values():
+                arrival = self.chunks.arrival(record.slot)
+                if arrival is not None:
+                    arrival.wait(None, deadline)
+        finally:  # also when somebody is tired of waiting
+            with self._lock:
+                self._settle()
+                for id, record in started.items():
+                    if self.chunks.parts(record.slot) is None:
+                        self.index.drop(record.slot)
+                    else:
+                        held[id] = record
+                    self.index.release(record.slot)
+                self._free()
         return held
-
-    def ask(self, tokens: np.ndarray, pieces: Sequence[Piece]) -> list[Answers]:
-        """What tiers say they have of tokens [T], as far as it comes within the patience."""
-        if self._forked:
-            return []
-        asked = self.directory.ask(self.namespace, tokens, pieces)
-        asked.wait(asked.deadline)
-        return asked.answers
 
     # -- parts ---------------------------------------------------------------------------------
 
@@ -341,15 +339,17 @@ class Store:
             known = Known(self.index, self.namespace, answers, self.context, self.begins)
             return find(ids, pieces, known)
 
-    def _start(self, records: Sequence[Record], lease: bool = False) -> dict[bytes, Record]:
-        """By id the records that are in memory or on their way now, with their slots.
+    def _start(self, records: Sequence[Record], started: dict[bytes, Record]) -> None:
+        """Have records brought that memory lacks; each is leased, or the next pushed it out.
 
         Args:
-            lease: keep each, so that the next one does not push it out.
+            started: gets, by id, those that are in memory or on their way, with their slots.
         """
-        started, coming = {}, []
-        for record in {record.id: record for record in records}.values():
+        coming = []
+        for record in records:
             taken: Record | None = record
+            if record.id in started:
+                continue
             if record.slot not in self.index:
                 taken = self.index.adopt(record)
                 if taken is not None:
@@ -358,14 +358,12 @@ class Store:
                     taken = self.index.twin(record)
             if taken is not None:
                 started[record.id] = taken
-                if lease:
-                    self.index.lease(taken.slot)
+                self.index.lease(taken.slot)
         self._free()
         for record in coming:
             self.chunks.expect(record)
         self.index.fetching(record.slot for record in coming)
         self.chunks.fetch([record.slot for record in coming])
-        return started
 
     def _settle(self) -> None:
         """Learn of fetches that ended since: what came is as any chunk, what did not is gone."""

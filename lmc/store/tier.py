@@ -197,3 +197,11 @@ def opened(said: Sequence[TierConfig], layout: KVLayout, **options: Any) -> list
             tier.close()
         raise
     return tiers
+
+
+def size_of(tier: Tier) -> int | None:
+    """Bytes held; None where the tier does not say."""
+    try:
+        return tier.size
+    except Exception:  # a tier may be anybody's
+        return None

@@ -342,6 +342,35 @@ def test_whatever_a_handle_raises_is_a_miss(error: type[BaseException]) -> None:
         assert record(2).id in tier.held
 
 
+@pytest.mark.parametrize("answer", ["short", "none", "word", "nothing"])
+def test_nonsense_in_place_of_handles_is_a_miss(answer: str) -> None:
+    class Nonsense(Plain):
+        def get_many(self, wanted: Any) -> Any:
+            return {"short": [], "none": [None] * len(wanted), "word": "word", "nothing": None}[
+                answer
+            ]
+
+    first, second = Nonsense(), Plain()
+    chunks = Chunks(
+        LAYOUT, 64 * NBYTES, [Attached(first, "back"), Attached(second, "through")], patience_s=5.0
+    )
+    for i in range(10):
+        second.held[record(i).id] = rows(float(i))
+        assert fetched(chunks, record(i)) and given(chunks, i) == i
+    chunks.close()
+
+
+def test_one_that_hangs_takes_no_time_of_what_another_is_to_have(tmp_path: Path) -> None:
+    with world(tmp_path / "kv", queue=2) as w:
+        w.tier.hang("put")
+        for i in range(12):
+            filled(w.chunks, record(i), 1.0)
+        drained = w.chunks.complete(3.0)
+        assert drained.lacking["disk"] == 0 and drained.lacking["hanging"] == 12
+        w.tier.let_go()
+        assert w.chunks.complete(60.0) and len(w.tier.held) == 12
+
+
 def test_a_tier_that_cannot_tell_is_polled() -> None:
     """And what it was given to write into is not another's before it says so."""
 

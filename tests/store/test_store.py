@@ -438,6 +438,56 @@ def test_a_tier_that_never_ends_holds_a_quarter_of_memory_and_the_rest_goes_on()
     s.close()
 
 
+def test_who_is_tired_of_waiting_leaves_nothing_held() -> None:
+    spans = [(i, i + 20) for i in range(0, 400, 20)]
+    endless = {"name": "tests.store.test_store:EndlessConfig", "place": "tired"}
+    with Store(LAYOUT, b"m", memory_bytes=4 << 20, tiers=[endless]) as s:
+        s.save(TOKENS, kv(1, 400), spans)
+        assert s.drain()
+    s = Store(LAYOUT, b"m", memory_bytes=4 << 20, tiers=[endless], patience_s=60)
+    found = s.lookup(TOKENS, spans)
+    for one in found:
+        arrival = s.chunks.arrival
+
+        def tired(slot: int) -> Any:
+            raise KeyboardInterrupt
+
+        s.chunks.arrival = tired  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            s.retrieve(one)
+        s.chunks.arrival = arrival  # type: ignore[method-assign]
+    assert not s.index._pinned_bytes and len(s.index) == 0
+    s.chunks.close(1.0)
+    s.close()
+
+
+def test_it_may_be_closed_while_others_use_it(tmp_path: Path) -> None:
+    faults: list[str] = []
+    for _ in range(5):
+        s, stop = store(tmp_path / "kv"), threading.Event()
+
+        def work(s: Store = s, stop: threading.Event = stop) -> None:
+            i = 0
+            try:
+                while not stop.is_set():
+                    i += 1
+                    s.save(TOKENS + i, kv(i % 5, 400), SPANS)
+                    s.retrieve_many(s.lookup(TOKENS + i, SPANS))
+            except Exception as e:
+                faults.append(repr(e))
+
+        workers = [threading.Thread(target=work) for _ in range(3)]
+        for worker in workers:
+            worker.start()
+        time.sleep(0.05)
+        s.close()
+        time.sleep(0.02)
+        stop.set()
+        for worker in workers:
+            worker.join()
+    assert faults == []
+
+
 def test_found_says_how_far_keys_must_move() -> None:
     with store() as s:
         s.save(TOKENS, kv(1, 400), SPANS)

@@ -30,11 +30,10 @@ def seal(folder: Path, identity: bytes) -> None:
     with _within(folder) as place:
         fd = _open(place, "data.mdb")
         try:
-            size, digest = os.fstat(fd).st_size, _digest(fd)
+            text = _text(identity, os.fstat(fd).st_size, _digest(fd))
         finally:
             os.close(fd)
-        seal = {"tables": TABLES, "identity": identity.hex(), "bytes": size, "xxh3_128": digest}
-        write_file(place, "seal", json.dumps(seal).encode())
+        write_file(place, "seal", text)
 
 
 def sealed(folder: Path, copy: int | None = None) -> bytes | None:
@@ -47,22 +46,24 @@ def sealed(folder: Path, copy: int | None = None) -> bytes | None:
         with _within(folder) as place:
             fd = _open(place, "seal")
             try:
-                seal = json.loads(os.read(fd, _SEAL_BYTES))
+                text = os.read(fd, _SEAL_BYTES)
             finally:
                 os.close(fd)
             fd = _open(place, "data.mdb")
             try:
-                same = (
-                    _complete(fd)
-                    and seal["tables"] == TABLES
-                    and seal["bytes"] == os.fstat(fd).st_size
-                    and seal["xxh3_128"] == _digest(fd, copy)
-                )
+                identity = bytes.fromhex(json.loads(text)["identity"])
+                size = os.fstat(fd).st_size
+                same = _complete(fd) and text == _text(identity, size, _digest(fd, copy))
             finally:
                 os.close(fd)
-        return bytes.fromhex(seal["identity"]) if same else None
+        return identity if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _text(identity: bytes, size: int, digest: str) -> bytes:
+    seal = {"tables": TABLES, "identity": identity.hex(), "bytes": size, "xxh3_128": digest}
+    return json.dumps(seal).encode()
 
 
 def break_seal(folder: Path) -> None:
