@@ -179,9 +179,9 @@ class Planner:
     # -- parts -------------------------------------------------------------------------------
 
     def _told(self, tracked: Tracked) -> Sequence[Answers]:
-        """What tiers said that are not left alone."""
+        """What tiers said that are not left alone, if it is of what the request is by now."""
         lookup, breakers = tracked.lookup, self.directory.breakers
-        if lookup is None or not lookup.over:
+        if lookup is None or not lookup.over or lookup.namespace != tracked.namespace:
             return []
         pairs = zip(lookup.answers, breakers, strict=True)
         return [answers for answers, breaker in pairs if breaker.closed]
