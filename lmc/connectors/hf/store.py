@@ -152,7 +152,9 @@ class HFStore:
         """A plan whose chunks are all in host memory."""
         index = self.store.index
         nothing: list[Answers] = []
-        for tiers in (self.store.ask(ids, pieces), nothing):
+        asked = self.store.directory.ask(self.namespace, ids, pieces)
+        asked.wait(asked.deadline)
+        for tiers in (asked.answers, nothing):
             while True:
                 plan = make_plan(
                     ids, pieces, index, self.namespace, strategy,
