@@ -66,7 +66,8 @@ class Folder:
         self._lock = threading.Lock()
         self._inside = threading.Condition(self._lock)
         self._users, self._closing, self._released = 0, False, False
-        self._healer: threading.Thread | None = None
+        self._healer: threading.Thread | None = None  # while it makes the index
+        self._left_to_healer = False  # to let go of all, after that
         self._failure: Exception | None = None  # of the last attempt to make the index again
         self._next_look = 0.0
         self._place = place.open_folder(self.root, read_only)
@@ -232,10 +233,17 @@ class Folder:
             if self._released:
                 return
             self._released = True
-        if self._healer is not None:
-            self._healer.join(CLOSE_PATIENCE_S)  # it looks whether it must end
-            if self._healer.is_alive():
+            healer = self._healer
+        if healer is not None:
+            healer.join(CLOSE_PATIENCE_S)  # it looks whether it must end
+        with self._inside:
+            if self._healer is not None:  # a disk hangs: it does it, when it can
+                self._left_to_healer = True
                 return
+        self._release()
+
+    def _release(self) -> None:
+        """Nobody is inside, and no index is being made."""
         try:
             alone = not self.read_only and self._locks.take(WRITER, 1.0)
             if alone and self._locks.take(OPEN, 2.0) and self._locks.take(USERS):
@@ -281,10 +289,10 @@ class Folder:
         held: the caller is the folder's writer, and has made an empty one; the thread is it then.
         """
         with self._inside:
-            if self._closing or (self._healer is not None and self._healer.is_alive()):
+            if self._closing or self._healer is not None:
                 return
             healer = threading.Thread(
-                target=self._make_index, args=(held,), name="lmc-index", daemon=True
+                target=self._heal_now, args=(held,), name="lmc-index", daemon=True
             )
             with contextlib.suppress(RuntimeError):  # no thread to be had: the next one tries
                 healer.start()
@@ -292,6 +300,16 @@ class Folder:
                 return
         if held and not self.read_only:
             self._give()
+
+    def _heal_now(self, held: bool) -> None:
+        try:
+            self._make_index(held)
+        finally:
+            with self._inside:
+                self._healer = None
+                left = self._left_to_healer
+            if left:
+                self._release()
 
     def _make_index(self, held: bool) -> None:
         self._failure = None
