@@ -74,8 +74,8 @@ class Folder:
         try:
             self._key = _key(os.fstat(self._place))
             known = place.identity_in(self.root, self._place)
-            place.subfolder(self.root, self._place, "segments", make=not read_only)
-            place.subfolder(self.root, self._place, INDEX, make=False)
+            place.subfolder(self.root, self._place, "segments", not read_only, read_only)
+            place.subfolder(self.root, self._place, INDEX, False, read_only)
             self._locks = Locks(self._place, read_only)
         except BaseException:
             os.close(self._place)
@@ -251,6 +251,7 @@ class Folder:
         except FAULTS:  # then it is made again
             self.counts["not_sealed"] += 1
         self._index.let_go()
+        self._failure = None  # which has hold of what it came from
         self.segments.close()
         self._locks.close()
         os.close(self._place)
