@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,9 +82,13 @@ class Folder:
             os.close(self._place)
             raise
         self.segments = Segments(self.root / "segments", read_only)
-        self._index = Index(
-            self.root, self._place, self.segments, self.counts, read_only, lambda: self._closing
-        )
+        this = weakref.ref(self)  # what is dropped goes at once
+
+        def stopped() -> bool:
+            folder = this()
+            return folder is None or folder._closing
+
+        self._index = Index(self.root, self._place, self.segments, self.counts, read_only, stopped)
         try:
             if read_only:
                 self._index.identity = known or b""
@@ -254,7 +259,13 @@ class Folder:
         self._failure = None  # which has hold of what it came from
         self.segments.close()
         self._locks.close()
-        os.close(self._place)
+        fd, self._place = self._place, -1
+        os.close(fd)
+
+    def __del__(self) -> None:
+        # Of a parent's, in its child; all else that is open goes with what holds it.
+        if "_index" in self.__dict__ and self.forked and self._place >= 0:
+            os.close(self._place)
 
     # -- parts -------------------------------------------------------------------------------
 
