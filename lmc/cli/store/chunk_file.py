@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from lmc.registry import one_line
@@ -35,6 +36,8 @@ MOST_TENSORS = 1 << 17
 SPARSE = 8
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _BARE_BYTES = 256  # what a tensor takes of a header beside names and text, at most
+# Of quotes and brackets, and of commas beside those between tokens: 64 sections take 1,200.
+_MOST_MARKS = 4096
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Number = Annotated[int, Field(ge=0, le=wire.MOST_HEADS)]
@@ -63,6 +66,7 @@ class Facts(BaseModel):
     tokens: Annotated[
         list[Annotated[int, Field(ge=0, lt=1 << 32)]],
         Field(min_length=1, max_length=wire.MOST_TOKENS),
+        FailFast(),
     ]
     start: int = Field(ge=0, le=wire.MOST_START)
     origin: Origin
@@ -203,9 +207,30 @@ def items_of(path: Path) -> list[Item]:
     return items
 
 
+def open_plain(path: Path) -> BinaryIO:
+    """A plain file, to be read: of a pipe the other end would have to be waited for.
+
+    Raises:
+        ValueError: it is none.
+        OSError: it cannot be opened.
+    """
+    return open(path, "rb", opener=_plain)
+
+
+def _plain(path: str, flags: int) -> int:
+    fd = os.open(path, flags | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError(f"got {path}, which is no plain file")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def _bounded(path: Path) -> int:
     """Where a file's tensors begin; ValueError where to look at its header might cost too much."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         at = 8 + int.from_bytes(file.read(8), "little")
         if at > MOST_HEADER:
             raise ValueError(f"got a header of {at:,} bytes, allowed: at most {MOST_HEADER:,}")
@@ -227,6 +252,10 @@ def _bounded(path: Path) -> int:
 
 
 def _item(name: str, tensors: Sequence[tuple[str, list[int]]], text: str, at: int) -> Item:
+    # The parser takes many times the bytes of what it finds, and more to say what is wrong with it.
+    commas = text.count(",") - wire.MOST_TOKENS
+    if max(commas, *(text.count(mark) for mark in '"[{')) > _MOST_MARKS:
+        raise ValueError("got metadata with more in them than any record has")
     facts = Facts.model_validate_json(text)
     if len(facts.sections) != len(tensors):
         raise ValueError(f"got {len(tensors)} tensors, the metadata tell {len(facts.sections)}")

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
+from lmc.cli.store import chunk_file
 from lmc.cli.store.chunk_file import MOST_HEADER, MOST_TENSORS, Item, header_of, items_of
 from lmc.cli.store.inspect import Entry, entries, settled
 from lmc.store import wire
@@ -160,7 +161,7 @@ def import_chunks(path: Path, source: Path, capacity: int) -> Imported:
         OSError: one of them cannot be read or written.
     """
     items = items_of(source)
-    with open(source, "rb") as file:
+    with chunk_file.open_plain(source) as file:
         sizes = {}
         for item in items:
             # What could not be read again is refused here.

@@ -93,12 +93,12 @@ class Env:
         self._checked = 0.0
         self._complete = False
         self._writing: Summed | None = None
-        self._file = -1
+        self._file, self._most, self._cut = -1, 0, False
         self.tables: dict[str, Any] = {}
         try:
             self._file = os.open(folder / "data.mdb", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             self.key = key_of(folder)
-            self._page = self._env.stat()["psize"]
+            self._page = self._opened().stat()["psize"]
             with self._env.begin(write=True) as txn:  # what one that reads opens is closed with it
                 for name in tables:
                     self.tables[name] = self._env.open_db(
@@ -151,7 +151,10 @@ class Env:
 
     def whole(self) -> bool:
         """Whether the file reaches as far as its own last page: touching it would be fatal."""
-        return self._size() >= (self.info()["last_pgno"] + 1) * self._page
+        try:
+            return self._size() >= (self.info()["last_pgno"] + 1) * self._page
+        except lmdb.CorruptedError:
+            return False
 
     def sound(self, until: float) -> bool:
         """Whether all that is in it is what was written; also False where that takes too long.
@@ -199,12 +202,27 @@ class Env:
     # -- parts -------------------------------------------------------------------------------
 
     def _opened(self) -> Any:
-        if self._env is None:
+        """LMDB's own, just before its map is touched; what was cut off of that would be fatal.
+
+        Its file never shrinks. Where the pages are gone that say how long it is, LMDB must not even
+        be asked that.
+
+        Raises:
+            ClosedError: nobody can use it any more.
+            lmdb.CorruptedError: the file was shorter than before, once.
+        """
+        env, most = self._env, self._most  # before its size: it may be growing
+        if env is None:
             raise ClosedError("the index is closed")
-        return self._env
+        size = self._size()
+        if size < most or self._cut:
+            self._cut = self.broken = True
+            raise lmdb.CorruptedError("the index was cut short")
+        self._most = size
+        return env
 
     def _size(self) -> int:
-        return os.fstat(self._file).st_size
+        return os.lseek(self._file, 0, os.SEEK_END)  # the quickest way to be told
 
     def _enter(self) -> None:
         with self._lock:  # the condition's, and quicker
@@ -278,6 +296,7 @@ class Env:
             end = (self.info()["last_pgno"] + 1) * self._page
             if self._size() < end:
                 os.ftruncate(self._file, end)
+            self._opened()
 
 
 class _Transaction:

@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,23 +67,28 @@ class Folder:
         self._lock = threading.Lock()
         self._inside = threading.Condition(self._lock)
         self._users, self._closing, self._released = 0, False, False
-        self._healer: threading.Thread | None = None
+        self._healer: threading.Thread | None = None  # while it makes the index
+        self._left_to_healer = False  # to let go of all, after that
         self._failure: Exception | None = None  # of the last attempt to make the index again
         self._next_look = 0.0
         self._place = place.open_folder(self.root, read_only)
         try:
             self._key = _key(os.fstat(self._place))
             known = place.identity_in(self.root, self._place)
-            place.subfolder(self.root, self._place, "segments", make=not read_only)
-            place.subfolder(self.root, self._place, INDEX, make=False)
+            place.subfolder(self.root, self._place, "segments", not read_only, read_only)
+            place.subfolder(self.root, self._place, INDEX, False, read_only)
             self._locks = Locks(self._place, read_only)
         except BaseException:
             os.close(self._place)
             raise
         self.segments = Segments(self.root / "segments", read_only)
-        self._index = Index(
-            self.root, self._place, self.segments, self.counts, read_only, lambda: self._closing
-        )
+        this = weakref.ref(self)  # what is dropped goes at once
+
+        def stopped() -> bool:
+            folder = this()
+            return folder is None or folder._closing
+
+        self._index = Index(self.root, self._place, self.segments, self.counts, read_only, stopped)
         try:
             if read_only:
                 self._index.identity = known or b""
@@ -232,10 +238,17 @@ class Folder:
             if self._released:
                 return
             self._released = True
-        if self._healer is not None:
-            self._healer.join(CLOSE_PATIENCE_S)  # it looks whether it must end
-            if self._healer.is_alive():
+            healer = self._healer
+        if healer is not None:
+            healer.join(CLOSE_PATIENCE_S)  # it looks whether it must end
+        with self._inside:
+            if self._healer is not None:  # a disk hangs: it does it, when it can
+                self._left_to_healer = True
                 return
+        self._release()
+
+    def _release(self) -> None:
+        """Nobody is inside, and no index is being made."""
         try:
             alone = not self.read_only and self._locks.take(WRITER, 1.0)
             if alone and self._locks.take(OPEN, 2.0) and self._locks.take(USERS):
@@ -243,9 +256,16 @@ class Folder:
         except FAULTS:  # then it is made again
             self.counts["not_sealed"] += 1
         self._index.let_go()
+        self._failure = None  # which has hold of what it came from
         self.segments.close()
         self._locks.close()
-        os.close(self._place)
+        fd, self._place = self._place, -1
+        os.close(fd)
+
+    def __del__(self) -> None:
+        # Of a parent's, in its child; all else that is open goes with what holds it.
+        if "_index" in self.__dict__ and self.forked and self._place >= 0:
+            os.close(self._place)
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -281,10 +301,10 @@ class Folder:
         held: the caller is the folder's writer, and has made an empty one; the thread is it then.
         """
         with self._inside:
-            if self._closing or (self._healer is not None and self._healer.is_alive()):
+            if self._closing or self._healer is not None:
                 return
             healer = threading.Thread(
-                target=self._make_index, args=(held,), name="lmc-index", daemon=True
+                target=self._heal_now, args=(held,), name="lmc-index", daemon=True
             )
             with contextlib.suppress(RuntimeError):  # no thread to be had: the next one tries
                 healer.start()
@@ -292,6 +312,16 @@ class Folder:
                 return
         if held and not self.read_only:
             self._give()
+
+    def _heal_now(self, held: bool) -> None:
+        try:
+            self._make_index(held)
+        finally:
+            with self._inside:
+                self._healer = None
+                left = self._left_to_healer
+            if left:
+                self._release()
 
     def _make_index(self, held: bool) -> None:
         self._failure = None

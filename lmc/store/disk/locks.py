@@ -111,9 +111,12 @@ class Locks:
     def _open(self, name: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(name, flags, 0o600, dir_fd=self._place)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, f"{name} is no plain file")
+        except BaseException:
             os.close(fd)
-            raise OSError(errno.EINVAL, f"{name} is no plain file")
+            raise
         return fd
 
     def _close(self) -> None:

@@ -37,19 +37,13 @@ def open_folder(root: Path, read_only: bool) -> int:
         fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         raise ValueError(f"got {root}, which holds no store") from None
-    found = os.fstat(fd)
-    wrong = None
-    if found.st_uid not in (os.geteuid(), 0):
-        wrong = f"belongs to user {found.st_uid}, and this is user {os.geteuid()}"
-    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        wrong = f"may be written by others (its mode is {stat.S_IMODE(found.st_mode):03o})"
-    if wrong and not read_only:
+    try:
+        found = os.fstat(fd)
+        if not read_only:
+            _only_ours(root, found, "name one that is yours alone, or one in it that is not there")
+    except BaseException:
         os.close(fd)
-        raise PermissionError(
-            errno.EPERM,
-            f"{root} {wrong}: whoever prepares a folder decides where its links lead; name one "
-            "that is yours alone, or one in it that is not there yet",
-        )
+        raise
     return fd
 
 
@@ -62,11 +56,12 @@ def make_folder(path: Path) -> None:
     fsync_folder(path.parent)
 
 
-def subfolder(root: Path, place: int, name: str, make: bool) -> None:
+def subfolder(root: Path, place: int, name: str, make: bool, read_only: bool) -> None:
     """See that there is a folder of this name, and no link to one.
 
     Raises:
         ValueError: it is something else.
+        PermissionError: it is another user's, or others may write to it.
     """
     try:
         found = os.stat(name, dir_fd=place, follow_symlinks=False)
@@ -79,6 +74,8 @@ def subfolder(root: Path, place: int, name: str, make: bool) -> None:
     _no_link(root, name, found)
     if not stat.S_ISDIR(found.st_mode):
         raise ValueError(f"got {root}, where {name} is no folder")
+    if not read_only:
+        _only_ours(root / name, found, "make it yours alone, with all that is in it")
 
 
 def identity_in(root: Path, place: int) -> bytes | None:
@@ -162,6 +159,17 @@ def write_file(place: int, name: str, data: bytes) -> None:
 def format_digest(version: int, identity: str) -> str:
     """By which a file of any version is known to be one."""
     return xxhash.xxh3_64(f"lmc-store {version}{identity}".encode()).hexdigest()
+
+
+def _only_ours(folder: Path, found: os.stat_result, instead: str) -> None:
+    if found.st_uid not in (os.geteuid(), 0):
+        wrong = f"belongs to user {found.st_uid}, and this is user {os.geteuid()}"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        wrong = f"may be written by others (its mode is {stat.S_IMODE(found.st_mode):03o})"
+    else:
+        return
+    why = "whoever prepares a folder decides where its links lead"
+    raise PermissionError(errno.EPERM, f"{folder} {wrong}: {why}; {instead}")
 
 
 def _no_link(root: Path, name: str, found: os.stat_result) -> None:

@@ -132,9 +132,12 @@ def _open(place: int, name: str) -> int:
     """A plain file of a folder, to be read."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(name, flags, dir_fd=place)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(f"{name} is no plain file")
+    except BaseException:
         os.close(fd)
-        raise OSError(f"{name} is no plain file")
+        raise
     return fd
 
 

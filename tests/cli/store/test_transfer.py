@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmc.cli.store import chunk_file
 from lmc.cli.store.inspect import existing
 from lmc.cli.store.transfer import export_chunks, import_chunks
 from lmc.store.wire import namespace_digest
@@ -296,7 +298,20 @@ def tensors(n: int) -> bytes:
     return ("{" + ",".join(one % i for i in range(n)) + "}").encode()
 
 
+def metadata(text: str) -> bytes:
+    """A header of one tensor, of which the file says this."""
+    one = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    return json.dumps({"__metadata__": {**chunk_file.FORMAT, "ab": text}, "ab.0": one}).encode()
+
+
+MANY = 12_000_000
+KEYS = ",".join(f'"{i:x}":1' for i in range(1 << 19))
 HOSTILE = {
+    "numbers in metadata": (lambda: metadata('{"tokens":[' + "1," * MANY + "1]}"), 0, "any record"),
+    "lists in metadata": (lambda: metadata('{"tokens":[' + "[]," * MANY + "1]}"), 0, "any record"),
+    "objects in metadata": (lambda: metadata('{"a":' * (MANY // 4)), 0, "any record"),
+    "keys in metadata": (lambda: metadata("{" + KEYS + "}"), 0, "any record"),
+    "wrong tokens": (lambda: metadata('{"tokens":[' + "-1," * 1_000_000 + "1]}"), 0, "tokens.0:"),
     "a hole": (
         lambda: b'{"a":{"dtype":"F32","shape":[4096,2,8,1024,160],"data_offsets":[0,42949672960]}}',
         40 << 30,
@@ -325,4 +340,16 @@ def test_what_would_cost_too_much_is_refused_in_one_line(name: str, tmp_path: Pa
     assert err.count("\n") == 1
     assert len(err) < 500
     assert grown < 300 << 10
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
+    """Of a pipe nobody may ever open the other end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        code, _, err = invoke("import", tmp_path / "store", tmp_path / name)
+        assert code == 2
+        assert "no plain file" in err
+        assert err.count("\n") == 1
     assert not (tmp_path / "store").exists()

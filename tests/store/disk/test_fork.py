@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from lmc.store.disk import locks
 from lmc.store.disk.env import ClosedError
 from lmc.store.disk.tier import Disk
 from tests.store.disk.chunks import Spec, forked, held, leaked, opened, served
+from tests.store.disk.test_life import descriptors
 
 SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -292,3 +294,26 @@ def test_forks_while_folders_are_opened_leak_no_lock(tmp_path: Path) -> None:
     finally:
         end.set()
         thread.join()
+
+
+def test_children_of_children_have_no_more_open_than_the_first(tmp_path: Path) -> None:
+    disk = opened(tmp_path / "kv")
+    assert disk.put([Spec(0, 0, 20).item()]) == ["stored"] and served(disk, Spec(0, 0, 20))
+    gc.disable()  # nothing is left to it
+    counts = [len(descriptors(tmp_path))]
+
+    def use(pipe: int) -> None:
+        generation = len(counts)
+        assert served(disk, Spec(0, 0, 20))
+        assert disk.put([Spec(generation, 0, 20).item()]) == ["stored"]
+        counts.append(len(descriptors(tmp_path)))
+        if generation < 4:
+            assert os.waitpid(forked(use)[0], 0)[1] == 0
+        else:
+            assert counts == [counts[0]] * len(counts), counts
+
+    try:
+        assert os.waitpid(forked(use)[0], 0)[1] == 0
+    finally:
+        gc.enable()
+    disk.close()

@@ -96,6 +96,48 @@ def test_an_index_that_is_cut_short_under_a_reader_heals(tmp_path: Path) -> None
     disk.close()
 
 
+@pytest.mark.parametrize("size", [0, 4096, 8192, 40960])
+@pytest.mark.parametrize("then", ["get", "put", "grow", "sync", "epoch", "close"])
+def test_an_index_that_is_cut_short_kills_nobody(tmp_path: Path, size: int, then: str) -> None:
+    """Whatever comes first: what would tell how long the index is may be gone with the rest."""
+    root = tmp_path / "kv"
+    specs = [Spec(i, 0, 20) for i in range(50)]
+
+    def work(pipe: int) -> None:
+        disk = opened(root)
+        disk.put([spec.item() for spec in specs])
+        env = disk.folder.catalog.env
+        file = os.open(data_of(root), os.O_RDWR)
+        assert os.fstat(file).st_size > size
+        disk.folder._next_look = time.monotonic() + (60 if then == "get" else 0)
+        os.truncate(file, size)
+        if then == "get":
+            served(disk, specs[0])
+        elif then == "put":
+            disk.put([Spec(100, 0, 20).item()])
+        elif then == "grow":
+            assert not env.grow()
+        elif then in ("sync", "epoch"):
+            with pytest.raises(lmdb.CorruptedError):
+                env.sync() if then == "sync" else disk.folder.catalog.epoch
+        if then != "close":
+            assert env.broken
+            # Also where it is as long as before again, with nothing in it.
+            os.truncate(file, 1 << 20)
+            disk.folder._next_look = 0.0
+            served(disk, specs[0])
+            disk.folder.settle(10)
+            assert all(served(disk, spec) for spec in specs) and not env.sound(time.monotonic() + 1)
+        del env
+        disk.close()
+
+    pid, _ = forked(work)
+    assert os.waitpid(pid, 0)[1] == 0
+    disk = opened(root)
+    assert all(served(disk, spec) for spec in specs)
+    disk.close()
+
+
 @pytest.mark.parametrize("forge", ["zeros", "noise", "meta pages alone"])
 def test_a_forged_seal_ends_nothing(tmp_path: Path, forge: str) -> None:
     """A seal that is right about a file that is not; LMDB itself may end the process once."""
