@@ -253,16 +253,25 @@ class World:
                 self.side.index.drop(slot)
         if gone:
             for tier in self.side.planner._tiers:
-                tier.find = hiding(tier.find, lost)
+                tier.lookup_many = hiding(tier.lookup_many, lost)
+            self._forget_answers()
         return self.session.fresh(parts, blend, save=False, salt=self.salt)
 
     def _unhide(self) -> None:
         for tier in self.side.planner._tiers:
-            vars(tier).pop("find", None)
+            vars(tier).pop("lookup_many", None)
+        self._forget_answers()
+
+    def _forget_answers(self) -> None:
+        for desk in self.side.planner.directory._desks:
+            desk._remembered.clear()
 
 
-def hiding(find: Any, tokens: bytes) -> Any:
+def hiding(lookup_many: Any, tokens: bytes) -> Any:
     def found(*arguments: Any) -> Any:
-        return [record for record in find(*arguments) if record.tokens != tokens]
+        return tuple(
+            [[record for record in records if record.tokens != tokens] for records in some]
+            for some in lookup_many(*arguments)
+        )
 
     return found
