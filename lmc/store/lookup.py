@@ -236,9 +236,11 @@ def find(
 def reach(found: Sequence[Found], local: int = 0) -> int:
     """Tokens from the first on that are exact in one run, or the engine's own `local`."""
     for one in found:
+        if one.end <= local:
+            continue
         if one.kind != "exact" or one.start > local:
             break
-        local = max(local, one.end)
+        local = one.end
     return local
 
 

@@ -226,7 +226,7 @@ def test_a_writer_that_gains_nothing_gives_up_no_more(
             assert disk.put([Spec(content, 0, 20).item()]) == ["full"]
         assert len(disk.folder.segments.numbers()) == before - 1
         assert disk.counts["put_failed:disk_full"] == 10
-        free[0] = 10 << 20  # they have let go: if that is not enough, there is one more
+        free[0] = 200 << 10  # they have let go of some: if that is not enough, there is one more
         for content in range(300, 310):
             assert disk.put([Spec(content, 0, 20).item()]) == ["full"]
         assert len(disk.folder.segments.numbers()) == before - 2
