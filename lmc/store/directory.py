@@ -19,10 +19,7 @@ logger = logging.getLogger(__name__)
 
 REMEMBERED = 1 << 14  # answers kept of one tier: a prompt of 128,000 tokens has some 4,000
 LASTS_S = 2.0  # an answer of a tier that cannot tell whether it still holds
-ROUNDS = (
-    64  # of questions about one prompt: texts that were cut elsewhere are followed chunk by chunk
-)
-
+ROUNDS = 64  # of questions about one prompt: what was cut elsewhere is followed chunk by chunk
 
 # What a tier is asked: its chunks of a content, by token ids, or what is behind.
 _Question = bytes | Behind

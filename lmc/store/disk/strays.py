@@ -38,6 +38,8 @@ def adopt(segments: Segments, catalog: Catalog, identity: bytes, number: int, en
         OSError: the file cannot be read.
     """
     strays = list(_strays(segments, catalog, identity, number, end))
+    if not strays:  # as a rule: what a killed writer left is torn
+        return end
     with catalog.change() as change:
         for at, data, header in strays:
             change.add(header, (number, at), data)
