@@ -12,7 +12,7 @@ import numpy as np
 
 from lmc.chunking.pieces import Contexts, Piece, content_keys
 from lmc.store.breaker import Breaker
-from lmc.store.record import Record
+from lmc.store.record import Record, exact_at
 from lmc.store.tier import Behind, Tier
 
 logger = logging.getLogger(__name__)
@@ -271,17 +271,16 @@ class _Desk:
         contents = {start: ids[8 * start : 8 * end] for start, end, _ in asked.pieces}
         starts = iter(contents)
         at, elsewhere = asked.reached, False
-        context = contexts[at]
-        ask: set[_Question] = {*contents.values(), Behind(context, ids[8 * at : 8 * at + 8]), *more}
+        behind = Behind(contexts[at], ids[8 * at : 8 * at + 8])
+        ask: set[_Question] = {*contents.values(), behind, *more}
         ask = {question for question in ask if not answers.has(question)}
         for _ in range(ROUNDS):
             self._ask(asked, answers, ask)
             ask = set()
             while 8 * at < len(ids):
-                question = Behind(context, ids[8 * at : 8 * at + 8])
+                question = Behind(contexts[at], ids[8 * at : 8 * at + 8])
                 here = answers.of(contents[at]) if at in contents else []
-                exact = [r for r in here if (r.start, r.context) == (at, context)]
-                exact = [record for record in exact if record.origin != "blended"]
+                exact = [record for record in here if exact_at(record, at, contexts)]
                 if not exact and not answers.has(question):
                     ask.add(question)
                     break
@@ -290,11 +289,12 @@ class _Desk:
                 ]
                 if exact:
                     longest = max(exact, key=lambda record: record.T)
-                    at, context = at + longest.T, longest.context_after
+                    at += longest.T
+                    contexts.learn(at, longest.context_after)
                 elif at in contents or (later := next((s for s in starts if s > at), None)) is None:
                     break
                 else:  # what lies between may be in memory
-                    at, context = later, contexts[later]
+                    at = later
             if not ask or time.monotonic() >= asked.deadline:
                 break
             if at not in contents and not elsewhere:

@@ -131,14 +131,6 @@ class Index:
         entries = self._behind.get(namespace + context + first, ())
         return [e.record for e in reversed(entries) if e.visible]
 
-    def tail(self, namespace: bytes, context: bytes) -> Record | None:
-        """The visible tail that continues `context`, if one is stored."""
-        self._expire()
-        slot = self._tails.get((namespace, context))
-        if slot is None or not self._entries[slot].visible:
-            return None
-        return self._entries[slot].record
-
     def put(
         self,
         *,

@@ -10,7 +10,7 @@ import numpy as np
 from lmc.chunking.pieces import Contexts, Piece, context_digests
 from lmc.store.directory import Answers
 from lmc.store.index import Index
-from lmc.store.record import ContextPolicy, Record
+from lmc.store.record import ContextPolicy, Record, exact_at
 
 NOTHING = context_digests(np.empty(0, np.int64), [0])[0]
 # Of several variants to move, the one with the least foreign context.
@@ -256,14 +256,6 @@ def lacking(pieces: Sequence[Piece], found: Sequence[Found]) -> list[Piece]:
         if not start <= piece.start < piece.end <= reached:
             out.append(piece)
     return out
-
-
-def exact_at(record: Record, start: int, contexts: Contexts) -> bool:
-    """Whether a record is, at `start`, what full prefill would give."""
-    # What stands before it has a length: that comes first, since digests cost a pass.
-    return (
-        record.start == start and record.origin != "blended" and record.context == contexts[start]
-    )
 
 
 def _best_variant(known: list[Record], before: Found | None, start: int) -> Record:

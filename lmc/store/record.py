@@ -8,6 +8,8 @@ from typing import Literal
 
 from blake3 import blake3
 
+from lmc.chunking.pieces import Contexts
+
 Origin = Literal["exact", "isolated", "anchored", "blended"]
 # What a moved chunk may have been computed behind: any text, text that stands in front of it here
 # too, or none.
@@ -92,6 +94,14 @@ class Record:
         )  # fmt: skip
         object.__setattr__(there, "_id", self.id)
         return there
+
+
+def exact_at(record: Record, start: int, contexts: Contexts) -> bool:
+    """Whether a record is, at `start`, what full prefill would give."""
+    # What stands before it has a length: that comes first, since digests cost a pass.
+    return (
+        record.start == start and record.origin != "blended" and record.context == contexts[start]
+    )
 
 
 def superseded(

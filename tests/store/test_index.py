@@ -155,14 +155,15 @@ def test_same_context_is_stored_once() -> None:
 def test_tail_is_found_by_context_and_replaced_when_it_grows() -> None:
     index = Index(capacity=1000)
     short = put_visible(index, b"a", b"ctx", tail=True)
-    assert index.tail(NS, b"ctx") == short
+    assert index.after(NS, b"ctx", b"a" * 8) == [short]
     assert index.variants(NS, b"a" * 8) == []  # exact only, so never by content
     longer = put_visible(index, b"ab", b"ctx", tail=True)
-    assert index.tail(NS, b"ctx") == longer
+    assert index.after(NS, b"ctx", b"ab" * 4) == [longer]
+    assert index.after(NS, b"ctx", b"a" * 8) == []
     assert short.slot not in index
     assert put(index, b"a", b"ctx", tail=True) is None
     assert put(index, b"x", b"other", tail=True, origin="blended") is None
-    assert index.tail(b"other tenant", b"ctx") is None
+    assert index.after(b"other tenant", b"ctx", b"ab" * 4) == []
 
 
 @pytest.mark.parametrize(
