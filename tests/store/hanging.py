@@ -165,6 +165,23 @@ def fetched(chunks: Chunks, r: Record) -> bool:
     return arrival.wait(None, time.monotonic() + 60)
 
 
+def given(chunks: Chunks, slot: int) -> float:
+    """The one value of a chunk."""
+    parts = chunks.parts(slot)
+    assert parts is not None
+    (value,) = {float(x) for part in parts for x in part.unique()}
+    return value
+
+
+def fetched_in_time(chunks: Chunks, r: Record) -> bool:
+    """As a claim does, which waits no longer than the patience."""
+    chunks.expect(r)
+    arrival = chunks.arrival(r.slot)
+    assert arrival is not None
+    chunks.fetch([r.slot])
+    return arrival.wait(None, time.monotonic() + 2 * chunks.patience_s)
+
+
 def end_while(call: str, folder: Path) -> None:
     """Leave `call` hanging in a process that then closes its chunks and ends."""
     tier = Hanging()
