@@ -20,7 +20,7 @@ from lmc.store.wire import Header, Span, Stored, digest_of, layout_of
 BAND_BYTES = 1 << 20  # at least, of layers that are not compressed
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Encoded:
     """A header without digests, the payload, uint8 `[payload_bytes]`, and the header's bytes."""
 
@@ -61,7 +61,10 @@ def encode(
         sections = sorted(sections, key=lambda section: wire.order(section.form))
     for form, parts in sections:
         wire.check_form(form, record.T)
-        L, S, T, R = form.shape
+        shape = form.shape
+        if len(parts) == 1 and parts[0].shape == shape and parts[0].dtype == np.uint8:
+            continue
+        L, S, T, R = shape
         fits = all(
             p.ndim == 4 and p.dtype == np.uint8 and p.shape == (L, S, p.shape[2], R) for p in parts
         )

@@ -82,7 +82,7 @@ class Stored(NamedTuple):
     spans: tuple[Span, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Header:
     """What precedes a payload.
 
@@ -180,30 +180,21 @@ def unsealed(header: Header) -> bytearray:
     """
     record, label = header.record, header.label.encode()
     check(record, header.forms)
-    ids = np.frombuffer(record.tokens, "<i8")
-    out = bytearray(header.size)
-    if header.size > MOST_HEADER or header.payload_bytes > MOST_PAYLOAD or len(label) > 255:
-        raise ValueError(f"got a header of {header.size} bytes for {header.payload_bytes}")
-    _PROLOGUE.pack_into(
-        out, 0, MAGIC, FORMAT, len(header.stored), header.size, header.payload_bytes, bytes(16)
-    )
-    _FIXED.pack_into(
-        out, _PROLOGUE.size,
+    size, payload = header.size, header.payload_bytes
+    if size > MOST_HEADER or payload > MOST_PAYLOAD or len(label) > 255:
+        raise ValueError(f"got a header of {size} bytes for {payload}")
+    fixed = _FIXED.pack(
         header.created, header.error, record.T, record.start, _ORIGINS.index(record.origin),
         record.tail, len(label), record.namespace, record.key, record.context, record.context_after,
     )  # fmt: skip
-    at = _PROLOGUE.size + _FIXED.size
-    for form, codec, band, _ in header.stored:
-        out[at : at + _FORM.size] = _packed(form, codec, band)
-        at += _FORM.size
-    out[at : at + len(label)] = label
-    at += len(label)
-    out[at : at + 4 * record.T] = ids.astype("<u4").tobytes()
-    at += 4 * record.T
-    for span in header.sections:
-        _SPAN.pack_into(out, at, *span)
-        at += _SPAN.size
-    return out
+    return bytearray().join((
+        _PROLOGUE.pack(MAGIC, FORMAT, len(header.stored), size, payload, bytes(16)),
+        fixed,
+        *[_packed(form, codec, band) for form, codec, band, _ in header.stored],
+        label,
+        np.frombuffer(record.tokens, "<i8").astype("<u4").tobytes(),
+        *[_SPAN.pack(*span) for span in header.sections],
+    ))  # fmt: skip
 
 
 def sealed(header: bytearray, digests: Sequence[bytes] = ()) -> bytes:
@@ -388,7 +379,7 @@ def check(record: Record, forms: Sequence[Form]) -> None:
         if len(digest) != 32:
             raise ValueError(f"got a digest of {len(digest)} bytes, want 32")
     ids = np.frombuffer(record.tokens, "<i8")
-    if (ids >> 32).any():
+    if np.bitwise_or.reduce(ids) >> 32:
         raise ValueError(f"got token ids {ids.min()} to {ids.max()}, allowed: 0 to 2**32 - 1")
 
 

@@ -165,7 +165,7 @@ def import_chunks(path: Path, source: Path, capacity: int) -> Imported:
         sizes = {}
         for item in items:
             # What could not be read again is refused here.
-            header, _, _ = _encoded(item, _sections(file, item), "none", bytes(16)).pages(0)
+            header, _, _ = _encoded(item, _sections(file, item), "none", bytes(16)).numbered(0)
             sizes[header.id] = header.record_bytes
         _check_room(path, sizes, capacity)
         found = Imported()

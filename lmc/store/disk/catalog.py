@@ -183,7 +183,11 @@ class Catalog:
 
     @contextmanager
     def change(self) -> Iterator[Change]:
-        """One transaction: all of it or nothing."""
+        """One transaction: all of it or nothing.
+
+        What is read meanwhile is read through it: a fork, and a map that has to grow, let nobody
+        in and wait for those who are.
+        """
         with self._env.begin(write=True) as txn:
             change = Change(txn, self._db)
             yield change

@@ -10,35 +10,51 @@ import numpy as np
 
 from lmc.store import payload
 from lmc.store.disk import header as fmt
-from lmc.store.disk.header import PAGE, Header, padded
+from lmc.store.disk.header import PAGE, Header
 from lmc.store.disk.segments import aligned
 from lmc.store.record import Record
 from lmc.store.sections import Section
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Encoded:
     """What is to be written: a header without number and digests, and a payload."""
 
     header: Header
     part: payload.Encoded
 
-    def pages(self, seq: int) -> tuple[Header, bytes, list[np.ndarray]]:
-        """The header with its number, its bytes with digests, and the record in whole pages."""
+    def numbered(self, seq: int) -> tuple[Header, bytes, np.ndarray]:
+        """The header with its number, its bytes with digests, and the payload."""
         header = Header(self.header.part, seq, self.header.folder)
-        part, rows = self.part.packed()
-        data = fmt.front_of(header, part)
-        front = aligned(header.payload_at)
-        front[: len(data)] = np.frombuffer(data, np.uint8)
-        front[len(data) :] = 0
-        whole = rows.nbytes // PAGE * PAGE
-        pages = [front, rows[:whole]]
-        if whole < rows.nbytes:
-            rest = aligned(padded(rows.nbytes - whole))
-            rest[: rows.nbytes - whole] = rows[whole:]
-            rest[rows.nbytes - whole :] = 0
-            pages.append(rest)
-        return header, data, pages
+        part, payload = self.part.packed()
+        return header, fmt.front_of(header, part), payload
+
+
+def pages(records: Sequence[tuple[Header, bytes, np.ndarray]]) -> list[np.ndarray]:
+    """Records, one behind the other, in whole pages: payloads stay where they are.
+
+    Args:
+        records: headers, their bytes, payloads.
+    """
+    wholes = [rows.nbytes // PAGE * PAGE for _, _, rows in records]
+    # Headers, and the ends of payloads.
+    ours = aligned(sum(header.record_bytes for header, _, _ in records) - sum(wholes))
+    ours[...] = 0
+    view = ours.data
+    out: list[np.ndarray] = []
+    start = at = 0
+    for (header, data, rows), whole in zip(records, wholes, strict=True):
+        view[at : at + len(data)] = data
+        at += header.payload_at
+        if whole:
+            out += (ours[start:at], rows[:whole])
+            start = at
+        if rest := rows.nbytes - whole:
+            view[at : at + rest] = rows[whole:].data
+            at += PAGE
+    if start < at:
+        out.append(ours[start:at])
+    return out
 
 
 @dataclass(frozen=True)

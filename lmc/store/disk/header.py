@@ -34,7 +34,7 @@ FRONT = _FRONT.size
 _WIRE_DIGEST = FRONT + wire.DIGEST_AT
 
 
-@dataclass(frozen=True)
+@dataclass
 class Header:
     """What precedes a payload in a folder.
 

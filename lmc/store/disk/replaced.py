@@ -33,6 +33,8 @@ def ids_replaced(
         parts = [] if tail is None else [part for part, _ in index.parts(tail)]
     else:
         parts = [listed[8:] for _, listed in index.listed([record.key])]
+    if not parts:  # of most of what is put nothing is known
+        return None if superseded((), record, exact_variants) is None else []
     headers = index.headers(part for part in parts if part not in bad)
     known: dict[bytes, Record] = {}
     forms: dict[bytes, list[Form]] = {}

@@ -82,9 +82,13 @@ class Segments:
         return found.f_bfree * found.f_frsize
 
     def append(self, number: int, at: int, buffers: Sequence[np.ndarray]) -> None:
-        """Write whole pages at the end `at` of a file, or raise with some of them written."""
-        views = [b.data for b in buffers if b.nbytes]
-        direct = _aligned(buffers)
+        """Write whole pages at the end `at` of a file, or raise with some of them written.
+
+        Args:
+            buffers: `aligned` ones, or the file is written through the page cache from now on.
+        """
+        views = [b.data for b in buffers]
+        direct = True
         while views:
             file = self._written(number, direct)
             try:

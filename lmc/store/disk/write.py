@@ -8,7 +8,9 @@ from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
 
-from lmc.store.disk.encode import Encoded
+import numpy as np
+
+from lmc.store.disk.encode import Encoded, pages
 from lmc.store.disk.header import Header
 from lmc.store.disk.segments import Segments
 
@@ -16,8 +18,10 @@ from lmc.store.disk.segments import Segments
 WRITE_BYTES = 32 << 20
 FIRST_BYTES = 2 << 20  # what is written first, so that the disk is soon at work
 Place = tuple[int, int]  # segment, offset
+Told = Callable[[Header, Place, bytes], None]
 Call = Callable[[], None]
-Jobs = SimpleQueue[tuple[Call, SimpleQueue[BaseException | None]] | None]
+Ends = SimpleQueue[BaseException | None]
+Jobs = SimpleQueue[tuple[Call, Ends] | None]
 
 
 class _Hand:
@@ -39,30 +43,20 @@ class _Hand:
         """Not so behind a fork."""
         return self._thread.is_alive()
 
-    def begin(self, call: Call) -> SimpleQueue[BaseException | None]:
-        """Have it make a call, which it has begun when this returns; where its end is told."""
-        begun, over = threading.Event(), SimpleQueue[BaseException | None]()
-
-        def begin() -> None:
-            begun.set()
-            call()
-
-        self._jobs.put((begin, over))
-        # Without the wait the other thread may not get the interpreter for milliseconds: a
-        # checksum lets go of it for less time than it takes to wake up.
-        begun.wait()
-        return over
+    def begin(self, call: Call, ends: Ends) -> None:
+        """Have it make a call, behind those before; `ends` is told when it is over, and how."""
+        self._jobs.put((call, ends))
 
 
 def _work(jobs: Jobs) -> None:
     while (job := jobs.get()) is not None:
-        call, over = job
+        call, ends = job
         try:
             call()
-            over.put(None)
+            ends.put(None)
         except BaseException as e:
-            over.put(e)
-        del job, call, over
+            ends.put(e)
+        del job, call, ends
 
 
 _mine = threading.local()
@@ -80,44 +74,51 @@ def write_records(
     encoded: Sequence[Encoded],
     places: Sequence[Place],
     seq: int,
-    told: Callable[[Header, Place, bytes], None],
+    told: Told,
 ) -> None:
     """Write records, numbered from `seq` on, and sync them.
 
-    Of several runs, the digests of one are computed, and its headers told, while another is
-    written: what is told is on the disk when this returns, not before.
+    While some are written, the digests of those that follow are computed, and their own headers
+    are told: what is told is on the disk when this returns, not before.
 
     Raises:
         OSError: with some of them written.
     """
-    runs = _runs(places, [e.header.record_bytes for e in encoded])
-    writing: SimpleQueue[BaseException | None] | None = None
+    ends: Ends = SimpleQueue()
+    begun = 0
     try:
-        for run in runs:
-            records = [encoded[i].pages(seq + i) for i in run]
-            pages = [page for _, _, some in records for page in some]
-            if len(runs) == 1:
-                segments.append(*places[run.start], pages)
+        for run in _runs(places, [e.header.record_bytes for e in encoded]):
+            records = [encoded[i].numbered(seq + i) for i in run]
+            # What is written last is synced in the same go, and with it all before it.
+            synced = {segment for segment, _ in places} if run.stop == len(places) else set()
+            write = partial(_write, segments, places[run.start], pages(records), synced)
+            if len(places) == 1:
+                write()
             else:
-                writing, before = None, writing
-                _over(before)
-                writing = _hand().begin(partial(segments.append, *places[run.start], pages))
+                _hand().begin(write, ends)
+                begun += 1
             for i, (header, data, _) in zip(run, records, strict=True):
                 told(header, places[i], data)
     finally:
-        _over(writing)  # whatever happened, nothing is written any more behind this
-    for segment in sorted({segment for segment, _ in places}):
+        # Whatever happened, nothing is written any more behind this.
+        _raise_first([ends.get() for _ in range(begun)])
+
+
+def _write(segments: Segments, to: Place, buffers: Sequence[np.ndarray], synced: set[int]) -> None:
+    segments.append(*to, buffers)
+    for segment in sorted(synced):
         segments.sync(segment)
 
 
-def _over(writing: SimpleQueue[BaseException | None] | None) -> None:
-    """Wait for a call to end; raise what it raised."""
-    fault = None if writing is None else writing.get()
+def _raise_first(faults: Sequence[BaseException | None]) -> None:
+    """Raise what went wrong first, if something did."""
+    fault = next((fault for fault in faults if fault is not None), None)
     try:
         if fault is not None:
             raise fault
     finally:
-        del fault  # or it would keep this frame, and this frame the fault and files that it saw
+        # Or they would keep this frame, and this frame the faults and files that they saw.
+        del fault, faults
 
 
 def _runs(places: Sequence[Place], sizes: Sequence[int]) -> list[range]:

@@ -332,6 +332,7 @@ HOSTILE = {
 def test_what_would_cost_too_much_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     header, hole, message = HOSTILE[name]
     file = sparse(tmp_path / "x", header(), hole)
+    invoke("import", tmp_path / "store", sparse(tmp_path / "y", b"[]", 0))  # what it imports
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     code, _, err = invoke("import", tmp_path / "store", file)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB

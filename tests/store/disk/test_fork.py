@@ -46,7 +46,7 @@ def putting(disk: Disk, first: int, n: int) -> list[int]:
     for content in range(first, first + n, 2):
         some = [Spec(content + i, 0, 30) for i in range(2)]
         put = disk.put([spec.item() for spec in some])
-        done += [spec.content for spec, ok in zip(some, put, strict=True) if ok]
+        done += [spec.content for spec, ok in zip(some, put, strict=True) if ok == "stored"]
         if done:
             assert served(disk, Spec(done[0], 0, 30)) is not False
     return done

@@ -127,7 +127,7 @@ def test_of_two_tails_the_later_put_stays_wherever_they_lie(tmp_path: Path) -> N
         disk = opened(tmp_path / str(turned))
         parts = []
         for seq, spec in enumerate(Spec(1, 0, T, tail=True) for T in (10, 20)):
-            header, data, _ = disk._encode(*spec.item()).pages(seq)
+            header, data, _ = disk._encode(*spec.item()).numbered(seq)
             parts.append((header, (1, seq << 20), data))
         with disk.folder.writing(), disk.folder.catalog.change() as change:
             for part in reversed(parts) if turned else parts:
