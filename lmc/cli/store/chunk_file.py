@@ -21,6 +21,7 @@ from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 
 from lmc.registry import one_line
@@ -256,7 +257,12 @@ def _item(name: str, tensors: Sequence[tuple[str, list[int]]], text: str, at: in
     commas = text.count(",") - wire.MOST_TOKENS
     if max(commas, *(text.count(mark) for mark in '"[{')) > _MOST_MARKS:
         raise ValueError("got metadata with more in them than any record has")
-    facts = Facts.model_validate_json(text)
+    # Read first: each field that is missing would have all of the text made again to show it.
+    try:
+        told = from_json(text)
+    except ValueError as e:
+        raise ValueError(f"Invalid JSON: {e}") from e
+    facts = Facts.model_validate(told)
     if len(facts.sections) != len(tensors):
         raise ValueError(f"got {len(tensors)} tensors, the metadata tell {len(facts.sections)}")
     forms = []
