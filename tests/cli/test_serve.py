@@ -24,6 +24,12 @@ def test_what_vllm_is_given(tmp_path: Path) -> None:
     assert shlex.split(plain_command(arguments))[-len(arguments) :] == arguments
 
 
+@pytest.mark.parametrize("option", [["--api-key", "secret"], ["--api_key=secret"]])
+def test_a_key_is_not_printed(option: list[str]) -> None:
+    printed = plain_command(arguments_of("/m", None, [*option, "--port", "1"]))
+    assert "secret" not in printed and printed.endswith("... --port 1")
+
+
 @pytest.mark.parametrize(
     "option", ["--kv-transfer-config", "--kv_transfer_config={}", "--worker-cls=x", "--model"]
 )

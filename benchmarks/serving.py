@@ -1,0 +1,249 @@
+"""lmc serve beside plain vLLM under load: time to first token, time a token, throughput.
+
+    python benchmarks/serving.py --out benchmarks/results/serving.jsonl
+
+Two servers with the same flags, vLLM's prefix cache on in both, are sent the same prompts in
+alternating blocks: one arm is asked all of a block, then the next, in turned order every other
+block. Nothing is shared between blocks and arms: each has a cache salt of its own.
+
+What is asked, fixed before a run: `rag`, documents of a corpus in ever other orders, all of them
+sent alone once before (not counted); `chat` and `agents`, sessions whose turns come one after the
+other, of which the first turns are told apart (`first`), since there is nothing to find; `nothing`,
+prompts that have no text in common. Load is `N` clients that each wait for their answer, or
+`poisson`: arrivals at 0.7 of the rate at which plain vLLM answered one client. The first block of
+a workload warms the servers up and is left out; nothing else is. A request that fails ends the run.
+
+Arms: `plain`; `lmc`, clients that know of nothing; `spans`, clients that say where documents are.
+Prints medians and 95th percentiles by workload, load and arm, and the ratio plain / arm with a
+bootstrap interval over prompts, paired; appends a row a request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from openai import AsyncOpenAI
+from transformers import AutoTokenizer
+
+from lmc.experiment.vllm.servers import Server, lmc_serve, running, vllm_serve
+from lmc.model import exports
+from lmc.results.rows import cpu_name, git_commit
+from lmc.results.statistics import bootstrap
+from lmc.workloads.library import sources
+from lmc.workloads.rag_reorder import RagReorder
+from lmc.workloads.sample import Sample, corpus_of
+from lmc.workloads.sessions import Agents, Chat
+
+OUT = Path(__file__).parent / "results" / "serving.jsonl"
+ARMS = ("plain", "lmc", "spans")
+WORKLOADS = ("rag", "chat", "agents", "nothing")
+LOADS = ("1", "4", "8", "poisson")
+BLOCKS = 4  # beside the one that warms up
+SESSIONS = 4  # of a block, where there are sessions
+REQUESTS = 12  # of a block, where there are none
+ANSWER = 16  # tokens
+BUSY = 0.7  # of the rate at which plain vLLM answers one client
+FLAGS = (
+    "--dtype", "float32", "--max-model-len", "4096", "--max-num-batched-tokens", "2048",
+    "--max-num-seqs", "16",
+)  # fmt: skip
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: its place in the block, and the one that must be answered before it."""
+
+    sample: Sample
+    number: int
+    behind: int | None
+    first: bool
+
+
+def block_of(workload: str, seed: int, tokenizer: Any) -> tuple[list[Ask], list[list[int]]]:
+    """What a block asks, and what is sent before it."""
+    if workload == "rag":
+        rag = RagReorder(seed=seed, documents=8, documents_per_prompt=6, prompts=REQUESTS)
+        samples = rag.samples(tokenizer)
+        before = [list(p.token_ids) for p in corpus_of(rag, samples, tokenizer)]
+        return [Ask(s, i, None, False) for i, s in enumerate(samples)], before
+    if workload == "nothing":
+        return [Ask(s, i, None, False) for i, s in enumerate(strangers(seed, tokenizer))], []
+    make = Chat if workload == "chat" else Agents
+    samples = make(seed=seed, sessions=SESSIONS, turns=4).samples(tokenizer)
+    return [
+        Ask(s, i, i - SESSIONS if i >= SESSIONS else None, i < SESSIONS)
+        for i, s in enumerate(samples)
+    ], []
+
+
+def strangers(seed: int, tokenizer: Any) -> list[Sample]:
+    """Prompts of 1,600 tokens out of modules that no other block has."""
+    names = sorted(sources())
+    random.Random(0).shuffle(names)
+    texts = iter(names[seed::16] * 8)
+    samples: list[Sample] = []
+    salt = 0
+    while len(samples) < REQUESTS:
+        name, salt = next(texts), salt + 1
+        ids = tokenizer.encode(f"{seed} {salt} {name}\n" + sources()[name][salt * 40 :][:12_000])
+        if len(ids) >= 1600:
+            samples.append(Sample(ids[:40], [ids[40:1568]], ids[1568:1600], []))
+    return samples
+
+
+async def ask(client: AsyncOpenAI, model: str, ids: Sequence[int], extra: dict[str, Any]) -> Any:
+    """Seconds to the first token, and of the whole answer; tokens of it."""
+    begun = time.perf_counter()
+    stream = await client.completions.create(
+        model=model, prompt=list(ids), max_tokens=ANSWER, temperature=0, stream=True,
+        extra_body=extra | {"ignore_eos": True},
+    )  # fmt: skip
+    first, pieces = 0.0, 0
+    async for piece in stream:
+        if piece.choices:
+            pieces += 1
+            first = first or time.perf_counter() - begun
+    return first, time.perf_counter() - begun, pieces
+
+
+async def run_block(
+    client: AsyncOpenAI, model: str, arm: str, salt: str, asks: Sequence[Ask],
+    before: Sequence[list[int]], load: str, rate: float, rng: random.Random,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of all requests of a block."""
+    extra: dict[str, Any] = {"cache_salt": salt}
+    for ids in before:
+        await ask(client, model, ids, extra)
+    if arm != "plain":
+        await asyncio.sleep(1.0)  # what is computed once more, alone, is so by then
+    done = [asyncio.Event() for _ in asks]
+    places = asyncio.Semaphore(len(asks) if load == "poisson" else int(load))
+    rows: list[dict[str, Any]] = []
+
+    async def one(item: Ask) -> None:
+        if item.behind is not None:
+            await done[item.behind].wait()
+        async with places:
+            prompt = item.sample.prompt
+            lmc = {"chunks": [list(s) for s in item.sample.reusable]} if arm == "spans" else {}
+            more = {"kv_transfer_params": {"lmc": lmc}} if arm != "plain" else {}
+            ttft, wall, tokens = await ask(client, model, prompt.token_ids, extra | more)
+        done[item.number].set()
+        rows.append({
+            "number": item.number, "first": item.first, "ttft_s": ttft, "wall_s": wall,
+            "tpot_s": (wall - ttft) / max(1, tokens - 1), "prompt_tokens": len(prompt.token_ids),
+        })  # fmt: skip
+
+    begun = time.perf_counter()
+    tasks = []
+    for item in asks:
+        tasks.append(asyncio.create_task(one(item)))
+        await asyncio.sleep(rng.expovariate(rate) if load == "poisson" else 0)
+    await asyncio.gather(*tasks)
+    took = time.perf_counter() - begun
+    return [row | {"block_s": took, "block_requests": len(asks)} for row in rows]
+
+
+async def measure(
+    servers: dict[str, Server], models: dict[str, str], tokenizer: Any, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of everything that was asked for."""
+    clients = {
+        name: AsyncOpenAI(base_url=f"{s.url}/v1", api_key="none", max_retries=0, timeout=600)
+        for name, s in servers.items()
+    }
+    rows: list[dict[str, Any]] = []
+    for workload in options.workloads:
+        rate = 0.1
+        for load in options.loads:
+            kept: list[dict[str, Any]] = []
+            first = 0 if load == options.loads[0] else 1  # one warms up for all loads
+            for block in range(first, BLOCKS + 1):
+                asks, before = block_of(workload, LOADS.index(load) * 8 + block, tokenizer)
+                arms = ARMS if block % 2 else ARMS[::-1]
+                for arm in arms:
+                    server = "plain" if arm == "plain" else "lmc"
+                    salt = f"{workload} {load} {block} {arm}"
+                    found = await run_block(
+                        clients[server], models[server], arm, salt, asks, before, load, rate,
+                        random.Random(salt.rpartition(" ")[0]),
+                    )  # fmt: skip
+                    where = {"workload": workload, "load": load, "block": block, "arm": arm}
+                    kept += [where | row for row in found if block]
+            if load == "1":
+                plain = [r["wall_s"] for r in kept if r["arm"] == "plain"]
+                rate = BUSY / float(np.mean(plain))
+            table(kept)
+            rows += kept
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print one workload at one load."""
+    by_arm: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        by_arm[row["arm"]][row["block"], row["number"]] = row
+    for arm, found in by_arm.items():
+        again = {k: r for k, r in found.items() if not r["first"]}
+        ttft = np.array([r["ttft_s"] for r in again.values()])
+        cells = [f"{rows[0]['workload']:8} {rows[0]['load']:8} {arm:6} {len(again):4}"]
+        cells.append(f"{np.median(ttft):7.3f} {np.percentile(ttft, 95):7.3f}")
+        cells.append(f"{np.median([r['tpot_s'] for r in found.values()]) * 1e3:7.1f}")
+        blocks = {r["block"]: r["block_s"] / r["block_requests"] for r in found.values()}
+        cells.append(f"{np.mean(list(blocks.values())):7.3f}")
+        for column, some in (("ttft_s", again), ("wall_s", found)):
+            ratios = [[by_arm["plain"][k][column] / r[column]] for k, r in some.items()]
+            ratio = bootstrap(ratios, lambda sample: np.median(np.concatenate(sample)))
+            assert ratio is not None
+            cells.append(f"{ratio.value:6.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
+        print("  ".join(cells), flush=True)
+
+
+def main() -> None:
+    """Measure, print, append."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, choices=WORKLOADS)
+    parser.add_argument("--loads", nargs="+", default=LOADS, choices=LOADS)
+    parser.add_argument("--set", default="{}", help="more settings of lmc, JSON")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    model = exports.resolve(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
+        config = Path(work) / "lmc.json"
+        config.write_text(json.dumps({"memory_bytes": 4 << 30} | json.loads(options.set)))
+        commands = {"plain": vllm_serve(model), "lmc": lmc_serve(model, config)}
+        servers = {
+            name: stack.enter_context(
+                running([*command, *FLAGS], Path(work) / f"{name}.log", ENVIRONMENT)
+            )
+            for name, command in commands.items()
+        }
+        models = {
+            name: json.loads(s.get("/v1/models"))["data"][0]["id"] for name, s in servers.items()
+        }
+        print("workload load     arm       n  TTFT p50     p95  ms/token  s/answer  "
+              "sooner [95%]        whole answer [95%]")  # fmt: skip
+        rows = asyncio.run(measure(servers, models, tokenizer, options))
+    where = {"time": time.time(), "cpu": cpu_name(), "commit": git_commit()}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("a") as out:
+        out.writelines(json.dumps({"benchmark": "serving"} | where | row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
