@@ -20,13 +20,14 @@ def vllm_bench(
 
     output_tokens: how many are asked for; by default as many as the answer has.
 
-    Raises ValueError for a prompt that does not survive: as text it is other tokens with another
-    text.
+    Raises ValueError for a prompt that cannot be sent as text: one that is cut inside a character,
+    or that the tokenizer reads as another text.
     """
     for i, sample in enumerate(samples):
         prompt = tokenizer.decode(sample.prompt.token_ids)
-        if tokenizer.decode(tokenizer.encode(prompt, add_special_tokens=False)) != prompt:
-            raise ValueError(f"prompt {i + 1}: this tokenizer does not give its text back")
+        again = tokenizer.decode(tokenizer.encode(prompt, add_special_tokens=False))
+        if "\N{REPLACEMENT CHARACTER}" in prompt or again != prompt:
+            raise ValueError(f"prompt {i + 1}: its tokens are not those of a text")
         yield json.dumps(
             {"prompt": prompt, "output_tokens": output_tokens or max(1, len(sample.answer))}
         )

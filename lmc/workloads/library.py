@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import sysconfig
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -17,11 +16,14 @@ def sources() -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8") for file in files}
 
 
-def descriptions() -> Iterator[str]:
+@cache
+def descriptions() -> tuple[str, ...]:
     """Signature and docstring of each public function, as an agent is told of a tool."""
+    found = []
     for module, source in sources().items():
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 text = ast.get_docstring(node)
                 if text:
-                    yield f"{module}.{node.name}({ast.unparse(node.args)})\n{text}"
+                    found.append(f"{module}.{node.name}({ast.unparse(node.args)})\n{text}")
+    return tuple(found)

@@ -131,8 +131,7 @@ class Agents:
     def _files(self, tokenizer: Any) -> list[list[int]]:
         heads = []
         for module, source in sources().items():
-            # A token has at least one character, so this much of a source is enough.
-            text = source[: 20 * self.file_tokens]
+            text = source[: 8 * self.file_tokens]  # code has some 4 characters a token
             ids = encode(f"\n\nread {module}.py\n{text}", tokenizer)
             if len(ids) >= self.file_tokens:
                 heads.append(ids[: self.file_tokens])
