@@ -15,6 +15,7 @@ from lmc.cli.fit import fit
 from lmc.cli.kernels import kernels
 from lmc.cli.reuse import reuse
 from lmc.cli.run import run
+from lmc.cli.serve import serve
 from lmc.cli.sim import sim
 from lmc.cli.store.app import store_app
 from lmc.cli.trace import trace_app
@@ -33,6 +34,7 @@ app.add_typer(workload_app, name="workload")
 app.add_typer(store_app, name="store")
 for command in (run, calibrate, sim, reuse, fit, kernels):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 def _version(value: bool) -> None:

@@ -175,9 +175,10 @@ class Scratch:
             num_tokens=T,
             slot_mapping=dict.fromkeys(names, checked.page_slots),
         ):
+            # Of the dtypes that the engine itself sends: compiled code reads the bytes as those.
             return model(
-                input_ids=torch.from_numpy(self.tokens).to(device),
-                positions=torch.from_numpy(at).to(device),
+                input_ids=torch.from_numpy(self.tokens).to(device, torch.int32),
+                positions=torch.from_numpy(at).to(device, torch.int64),
             )
 
 

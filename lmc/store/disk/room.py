@@ -72,20 +72,23 @@ class Room:
         if need > self.limit:
             raise NoRoomError(f"got {need} bytes, the folder takes {self.limit}")
         self._tell()
-        used = self._folder.catalog.segments()
-        for number, use in used.items():
+        for number, use in self._folder.catalog.segments().items():
             if not fmt.PAGE * use.records <= use.live <= use.end:  # or all might be evicted for it
                 raise HeaderError(f"the index is wrong about segment {number}: {use}")
+        last: Place | None = self._tidy()  # before it is counted: what is found takes room
+        used = self._folder.catalog.segments()
         if sum(use.live for use in used.values()) + need > self.limit:
             self._evict_for(need)
+            last = None
             used = self._folder.catalog.segments()
         while sum(use.end for use in used.values()) + need + self.segment_bytes > self.capacity:
             if not self.compact_one(used):
                 break
+            last = None
             used = self._folder.catalog.segments()
         if sum(use.end for use in used.values()) + need > self.capacity:
             raise NoRoomError(f"got {need} bytes, and what is alive leaves less")
-        return self._append(sizes, used)
+        return self._append(sizes, last or self._tidy())
 
     @contextlib.contextmanager
     def undone_on_failure(self, places: Sequence[Place]) -> Iterator[None]:
@@ -204,8 +207,8 @@ class Room:
 
     def _move(self, number: int, moved: Sequence[tuple[Located, Header]]) -> None:
         """Copy records out of a file, and remove it."""
-        others = {n: use for n, use in self._folder.catalog.segments().items() if n != number}
-        places = self._append([header.record_bytes for _, header in moved], others)
+        sizes = [header.record_bytes for _, header in moved]
+        places = self._append(sizes, self._tidy(leaving=number))
         with self.undone_on_failure(places):
             for (segment, at), (located, header) in zip(places, moved, strict=True):
                 self._folder.segments.copy(number, located.at, segment, at, header.record_bytes)
@@ -220,8 +223,26 @@ class Room:
         self._counts["segments_compacted"] += 1
         self._counts["bytes_compacted"] += sum(header.record_bytes for _, header in moved)
 
-    def _append(self, sizes: Sequence[int], used: dict[int, SegmentUse]) -> list[Place]:
-        """Places behind the last segment, or in new ones; cuts off what a dead writer left."""
+    def _append(self, sizes: Sequence[int], last: Place) -> list[Place]:
+        """Places from the end of the last segment on, and in new ones."""
+        number, end = last
+        latest = self._folder.catalog.last_segment()
+        places = []
+        for size in sizes:
+            if end + size > self.segment_bytes and end > 0:
+                number, end = latest + 1, 0
+                while not self._folder.segments.create(number):
+                    number += 1  # what has this name is no file, so not ours
+                latest = number
+            places.append((number, end))
+            end += size
+        return places
+
+    def _tidy(self, leaving: int = 0) -> Place:
+        """Index what dead writers left, cut off what is torn; the last segment, and its end.
+
+        leaving: a segment that nothing is put into, since it is about to go.
+        """
         segments, catalog = self._folder.segments, self._folder.catalog
         known = catalog.segments()
         there = set(segments.numbers()) - catalog.unreadable()
@@ -232,26 +253,18 @@ class Room:
             self._counts["evicted"] += self._drop(number)  # removed when the index was full
         # Files that others removed give their space back once nobody has them open.
         segments.forget(segments.opened() - there)
-        last = catalog.last_segment()
         # Only the last is ever appended to: no other can have been left with more than is known.
         number = max(there & known.keys(), default=0)
-        end = used[number].end if number in used else self.segment_bytes
-        if number in used and (size := segments.appendable(number)) != end:
+        if number in (0, leaving):
+            return number, self.segment_bytes  # a new one
+        end = known[number].end
+        if (size := segments.appendable(number)) != end:
             if size is None or size < end:
                 end = self.segment_bytes  # it is not ours alone, or was cut short: a new one
             else:
                 end = self._adopt(number, end)
                 segments.truncate(number, end)
-        places = []
-        for size in sizes:
-            if end + size > self.segment_bytes and (end > 0 or number not in used):
-                number, end = last + 1, 0
-                while not segments.create(number):
-                    number += 1  # what has this name is no file, so not ours
-                last = number
-            places.append((number, end))
-            end += size
-        return places
+        return number, end
 
     def _drop_dead_segments(self) -> None:
         used = self._folder.catalog.segments()

@@ -295,9 +295,9 @@ class Disk:
         new = [encoded[i] for i, outcome in outcomes.items() if outcome == "stored"]
         if not new:
             return outcomes
-        seq = folder.catalog.next_seq()
         sizes = [e.header.record_bytes for e in new]
         places = self.room.place(sizes)
+        seq = folder.catalog.next_seq()  # behind what is found on the way to a place
         # The index is written meanwhile, and valid when it is left, behind the sync.
         with self.room.undone_on_failure(places), folder.catalog.change() as change:
             dead = [*change.remove_records(records).values()]

@@ -133,14 +133,20 @@ def read(folder: Path, setting: Setting, pipe: int) -> None:
 
 
 def killed(pid: int, out: int, after_s: float, acknowledged: bool) -> list[list]:
-    """Kill a child some time after its start, or after its first word; all that it said whole."""
-    if acknowledged:
-        select.select([out], [], [], 10)
+    """Kill a child some time after its start, or after what it was acknowledged first.
+
+    Returns:
+        All that it said whole.
+    """
+    heard, until = b"", time.monotonic() + 60
+    while acknowledged and heard.count(b"\n") < 2 and time.monotonic() < until:
+        if select.select([out], [], [], 1)[0]:
+            heard += os.read(out, 1 << 16)
     time.sleep(after_s)
     os.kill(pid, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     with open(out, "rb") as pipe:
-        lines = pipe.read().split(b"\n")
+        lines = (heard + pipe.read()).split(b"\n")
     return [json.loads(line) for line in lines[:-1]]
 
 

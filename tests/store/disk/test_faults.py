@@ -156,8 +156,9 @@ def test_readers_go_on_while_a_writer_evicts_and_compacts(tmp_path: Path) -> Non
     readers = [forked(lambda pipe: reading(folder, 3.0, pipe)) for _ in range(2)]
     disk = opened(folder, 2 << 20)
     rng, begun = random.Random(0), time.monotonic()
-    busy = False  # a slow machine takes longer to get there
-    while time.monotonic() < begun + (60.0 if not busy else 3.0):
+    busy, puts = False, 0  # a slow machine takes longer to get there
+    while puts < 2000 if not busy else time.monotonic() < begun + 3.0:
+        puts += 1
         disk.put([Spec(rng.randrange(400), 0, 30).item()])
         disk.get(Spec(rng.randrange(400), 0, 30).record())
         busy = disk.counts["evicted"] > 10 and disk.counts["segments_compacted"] > 3

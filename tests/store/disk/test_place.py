@@ -52,9 +52,9 @@ def test_an_index_that_is_made_while_the_disk_hangs_is_let_go_of(
     assert time.monotonic() - begun < 10 and descriptors(tmp_path)
     go.set()
     until = time.monotonic() + 20
-    while descriptors(tmp_path) and time.monotonic() < until:
+    while descriptors(tmp_path) or threading.active_count() > before:  # others' may have ended
+        assert time.monotonic() < until
         time.sleep(0.01)
-    assert descriptors(tmp_path) == [] and threading.active_count() == before
     tier = opened(tmp_path / "kv")
     assert served(tier, ONE) and tier.put([TWO.item()]) == ["stored"]
     tier.close()

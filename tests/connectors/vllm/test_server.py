@@ -1,0 +1,171 @@
+"""`lmc serve` with clients over HTTP: chats, spans as texts, and what is wrong with a request.
+
+Compiled as vLLM does by default, with its prefix cache on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.connectors.vllm.server import Server, chat_model, lmc_serve, running
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+TEXTS = [
+    " ".join(f"Paragraph {i} says that {word} {j} is kept in room {i * 7 + j}." for j in range(20))
+    for i, word in enumerate(("paper", "copper", "barley"))
+]
+FLAGS = ("--max-model-len", "2048", "--dtype", "float32", "--max-num-seqs", "8")
+
+
+@pytest.fixture(scope="module")
+def model(
+    tiny_llama_dir: Path, smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return chat_model(tiny_llama_dir, smollm2_dir, tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the settings, the store and the logs."""
+    path = tmp_path_factory.mktemp("served")
+    disk = {"name": "disk", "path": str(path / "kv"), "capacity": "1GiB"}
+    settings = {"memory_bytes": 256 << 20, "min_recovery": None, "tiers": [disk]}
+    (path / "lmc.yaml").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, folder: Path) -> Iterator[Server]:
+    command = [*lmc_serve(model, folder / "lmc.yaml"), *FLAGS]
+    with running(command, folder / "log", key="secret") as it:
+        yield it
+
+
+def said(messages: list[dict[str, str]]) -> list[Any]:
+    return messages
+
+
+def ask(
+    server: Server, messages: list[dict[str, str]], lmc: dict[str, Any] | None = None, n: int = 8
+) -> tuple[str, dict[str, Any]]:
+    """The answer, and what became of the prompt."""
+    extra = {"kv_transfer_params": {"lmc": lmc}} if lmc is not None else {}
+    answer = server.client.chat.completions.create(
+        model=server.client.models.list().data[0].id, messages=said(messages), max_tokens=n,
+        temperature=0, extra_body=extra | {"ignore_eos": True},
+    )  # fmt: skip
+    report = answer.model_dump()["kv_transfer_params"]["lmc"]
+    assert sum(report["kinds"].values()) == report["prompt_tokens"] == answer.usage.prompt_tokens
+    return answer.choices[0].message.content or "", report
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_compiled_rows_are_the_models_own(server: Server) -> None:
+    """The loop over the layers is compared with the compiled model at start."""
+    assert "chunks moved by epic" in server.log.read_text()
+
+
+@pytest.mark.parametrize("texts", [None, TEXTS])
+def test_a_chat_goes_on(server: Server, texts: list[str] | None) -> None:
+    """The next turn finds the one before: in vLLM's cache, and when vLLM has dropped it."""
+    first = user(f"{texts is None}\n" + "\n\n".join(TEXTS) + "\n\nWhat is in room 9?")
+    answer, _ = ask(server, [first], None if texts is None else {"texts": texts}, n=40)
+    turn = [first, {"role": "assistant", "content": answer}, user("And in room 10?")]
+    for dropped in (False, True):
+        if dropped:
+            assert server.post("/reset_prefix_cache") == 200
+        found, report = ask(server, turn, {})
+        kinds = report["kinds"]
+        assert (
+            kinds["local"] + kinds["exact"] + kinds["local_blended"] > report["prompt_tokens"] - 60
+        ), kinds
+        assert (kinds["exact"] > 400) == dropped
+        plain, _ = ask(server, turn, {"enabled": False})
+        assert found == plain
+
+
+def test_documents_are_found_in_another_order(server: Server) -> None:
+    ask(server, [user("Now.\n" + "\n\n".join(TEXTS) + "\n\nWhat is it?")], {"texts": TEXTS})
+    turned = [TEXTS[2], TEXTS[0], TEXTS[1]]
+    prompt = [user("Then.\n" + "\n\n".join(turned) + "\n\nWho is it?")]
+    for _ in range(20):  # chunks of a prompt are computed once more, alone, in steps of their own
+        _, report = ask(server, prompt, {"texts": turned, "blend": "full_reuse", "save": False})
+        if report["kinds"]["moved"] > 800:
+            break
+    assert report["kinds"]["moved"] > 800 and report["strategy"] == "full_reuse"
+    assert report["reason"] is None
+
+
+def test_an_answer_that_is_streamed(server: Server) -> None:
+    messages = said([user("Streamed.\n" + TEXTS[1])])
+    extra = {"kv_transfer_params": {"lmc": {"texts": TEXTS[1:2]}}, "ignore_eos": True}
+    name = server.client.models.list().data[0].id
+    stream = server.client.chat.completions.create(
+        model=name, messages=messages, max_tokens=8, temperature=0, stream=True, extra_body=extra
+    )
+    pieces = [x.choices[0].delta.content or "" for x in stream if x.choices]
+    assert "".join(pieces) == ask(server, [user("Streamed.\n" + TEXTS[1])], {})[0]
+
+
+@pytest.mark.parametrize(
+    ("lmc", "message"),
+    [
+        ({"chunkz": []}, "unknown lmc parameter 'chunkz'; valid: "),
+        ({"texts": "a"}, "texts must be a list of texts"),
+        ({"texts": ["not there"]}, r"texts[0]: got 'not there', which is not in the prompt"),
+        ({"texts": [TEXTS[1], TEXTS[0]]}, "which is not in the prompt behind the texts before it"),
+        ({"texts": TEXTS[:1], "chunks": [[0, 1]]}, "got chunks too"),
+        ({"chunks": [[0, 9999]]}, "got span (0, 9999)"),
+        ({"blend": "os:system"}, "lmc parameter blend: got 'os:system'"),
+        ({"blend": {"name": "epic", "link_tokens": "x"}}, "link_tokens"),
+        ({"save": 3}, "save must be true or false, got 3"),
+        ([], "lmc parameters must be an object, got list"),
+    ],
+)
+def test_what_is_wrong_is_said(server: Server, lmc: Any, message: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(server, [user("\n".join(TEXTS))], lmc)
+    body: Any = caught.value.body
+    assert message in body["message"] and body["param"] == "kv_transfer_params.lmc"
+    name = server.client.models.list().data[0].id
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client.completions.create(
+            model=name, prompt="\n".join(TEXTS), max_tokens=1,
+            extra_body={"kv_transfer_params": {"lmc": lmc}},
+        )  # fmt: skip
+    assert message in str(caught.value)
+
+
+def test_who_has_no_key_is_told_nothing(server: Server) -> None:
+    stranger = Server(server.url, server.log, "wrong").client
+    for lmc in ({"texts": TEXTS}, {"chunkz": []}):
+        with pytest.raises(openai.AuthenticationError):
+            stranger.chat.completions.create(
+                model="x", messages=said([user(TEXTS[0])]),
+                extra_body={"kv_transfer_params": {"lmc": lmc}},
+            )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_plain_command_does_the_same_after_a_restart(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
+    """What `lmc serve` printed is vLLM's own command; it finds on the disk what was stored."""
+    turn = [user("Restarted.\n" + "\n\n".join(TEXTS) + "\n\nWhat is in room 3?")]
+    answer, _ = ask(server, turn, {"texts": TEXTS}, n=40)
+    turn += [{"role": "assistant", "content": answer}, user("And in room 4?")]
+    with running(server.plain_command, tmp_path / "log") as again:
+        _, report = ask(again, turn)
+        assert report["kinds"]["exact"] > report["prompt_tokens"] - 60
+        with pytest.raises(openai.BadRequestError):
+            ask(again, turn, {"chunkz": []})
