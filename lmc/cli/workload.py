@@ -1,16 +1,17 @@
-"""`lmc workload`: see the prompts, whether a model can solve them, convert a data set."""
+"""`lmc workload`: see the prompts, if a model can solve them, export them, convert a data set."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from lmc.cli.errors import errors_in_one_line
 
 workload_app = typer.Typer(
-    help="Prompts to measure on: look at them, see if a model can solve them, convert a data set.",
+    help="Prompts to measure on: look at them, see if a model can solve them, export them, "
+    "convert a data set.",
     no_args_is_help=True,
 )
 Name = Annotated[
@@ -64,6 +65,34 @@ def solvable(
             f"{name}: {sum(found.right)} of {len(found.right)} prompts answered, "
             f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]: "
             f"{'solvable' if found.solvable else f'not solvable, below {SOLVABLE:.0%}'} for {model}"
+        )
+
+
+@workload_app.command()
+def export(
+    name: Name,
+    out: Annotated[Path, typer.Option(help="The file, .jsonl; one that is there is replaced.")],
+    format: Annotated[
+        Literal["vllm-bench"], typer.Option(help="The data set `custom` of `vllm bench serve`.")
+    ] = "vllm-bench",
+    model: Model = "smollm2",
+    output_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Asked for; by default as many as the answer has.")
+    ] = None,
+) -> None:
+    """Write a workload for another program to send: the same prompts, in the same order."""
+    with errors_in_one_line("hf"):
+        from lmc.workloads.export import vllm_bench
+
+        if out.suffix != ".jsonl":  # vLLM reads no other
+            raise ValueError(f"--out: got {out.name}, want a name that ends in .jsonl")
+        tokenizer, samples = _samples(name, model)
+        lines = list(vllm_bench(samples, tokenizer, output_tokens))
+        out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        lengths = [len(sample.prompt.token_ids) for sample in samples]
+        typer.echo(
+            f"{out}: {len(samples)} prompts of {min(lengths):,} to {max(lengths):,} tokens, as "
+            f"{format}"
         )
 
 

@@ -12,6 +12,9 @@ WORKLOADS = Registry(
     "workload",
     {
         "rag_reorder": "lmc.workloads.rag_reorder:RagReorder",
+        "tool_docs": "lmc.workloads.tool_docs:ToolDocs",
+        "chat": "lmc.workloads.sessions:Chat",
+        "agents": "lmc.workloads.sessions:Agents",
         "pydoc": "lmc.workloads.pydoc:Pydoc",
         "passages": "lmc.workloads.passages:Passages",
         "recall": "lmc.workloads.tasks:Recall",

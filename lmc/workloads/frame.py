@@ -19,12 +19,14 @@ class Frame:
 
     before_system, after_system; before_answer stands between the question and the quotation,
     which begins the answer: so the first new token is a word of a document already, and its
-    distribution shows how well the documents are read.
+    distribution shows how well the documents are read. after_answer: what a conversation that
+    goes on has behind an answer.
     """
 
     before_system: str
     after_system: str
     before_answer: str
+    after_answer: str
 
 
 # ChatML, the format of SmolLM2 and Qwen; any other model is asked in plain text.
@@ -32,8 +34,9 @@ CHATML = Frame(
     "<|im_start|>system\n",
     "<|im_end|>\n<|im_start|>user\n",
     "<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_end|>\n<|im_start|>user\n",
 )
-PLAIN = Frame("", "\n\n", "\nAnswer: ")
+PLAIN = Frame("", "\n\n", "\nAnswer: ", "\n\n")
 
 
 def frame_of(tokenizer: Any) -> Frame:
@@ -41,12 +44,12 @@ def frame_of(tokenizer: Any) -> Frame:
     return CHATML if "<|im_start|>" in tokenizer.get_vocab() else PLAIN
 
 
-def system_prompt(frame: Frame, tokens: int, tokenizer: Any) -> list[int]:
+def system_prompt(frame: Frame, tokens: int, tokenizer: Any, text: str = SYSTEM) -> list[int]:
     """Exactly `tokens` ids: the text is repeated and cut so that its frame fits.
 
     Raises ValueError for fewer or more than that allows.
     """
-    parts = (frame.before_system, SYSTEM * 4, frame.after_system)
+    parts = (frame.before_system, text * 4, frame.after_system)
     head, body, tail = (encode(part, tokenizer) for part in parts)
     least = len(head) + len(tail) + 1
     most = least - 1 + len(body)

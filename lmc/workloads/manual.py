@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 from typing import Any
 
-from lmc.workloads.frame import encode
+from lmc.workloads.frame import Frame, encode
 
 ASK = "\n\nContinue this sentence."
 MIN_QUOTE = 4  # tokens; a shorter quotation names no place in a document
@@ -41,6 +42,31 @@ def documents(tokens: int, tokenizer: Any) -> list[Document]:
                 for at in range(0, len(body) - room + 1, room)
             ]
     return found
+
+
+def ask_about(
+    text: list[int], tokens: int, field: str, frame: Frame, tokenizer: Any, rng: random.Random
+) -> tuple[list[int], list[int]]:
+    """A question that quotes a place in a text, and its answer: what follows there.
+
+    The question is exactly `tokens` ids, whose quotation takes what the frame leaves; the answer
+    is as many ids as the quotation. Raises ValueError where there is no room for that, naming
+    `question_tokens`, or `field`, which says how long texts are.
+    """
+    before = encode(ASK + frame.before_answer, tokenizer)
+    room = tokens - len(before)
+    if room < MIN_QUOTE:
+        least = tokens - room + MIN_QUOTE
+        raise ValueError(f"question_tokens: got {tokens}, need at least {least}")
+    # Behind the title, and with text left to answer from.
+    first, last = room, len(text) - 2 * room
+    if first >= last:
+        raise ValueError(
+            f"{field}: got {len(text)}, need more than {3 * room} for a quotation of {room} tokens"
+        )
+    start = rng.randrange(first, last)
+    end = start + room
+    return before + text[start:end], text[end : end + room]
 
 
 def prose(topic: str) -> tuple[str, str]:

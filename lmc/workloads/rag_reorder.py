@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmc.chunking.prompt import Prompt, join
-from lmc.workloads.frame import Frame, encode, frame_of, system_prompt
-from lmc.workloads.manual import ASK, MIN_QUOTE, Document, documents
+from lmc.workloads.frame import frame_of, system_prompt
+from lmc.workloads.manual import Document, ask_about, documents
 from lmc.workloads.sample import Sample, positive
 
 
@@ -59,7 +59,9 @@ class RagReorder:
             previous = self._next_order(previous, seen, rng)
             seen.add(previous)
             quoted = pool[rng.choice(previous)]
-            question, answer = self._question(quoted, frame, tokenizer, rng)
+            question, answer = ask_about(
+                quoted.ids, self.question_tokens, "document_tokens", frame, tokenizer, rng
+            )
             samples.append(Sample(system, [pool[i].ids for i in previous], question, answer))
         return samples
 
@@ -92,24 +94,3 @@ class RagReorder:
             f"prompts: got {self.prompts}, more than there are different orders of "
             f"{self.documents_per_prompt} of {self.documents} documents"
         )
-
-    def _question(
-        self, document: Document, frame: Frame, tokenizer: Any, rng: random.Random
-    ) -> tuple[list[int], list[int]]:
-        """Exactly `question_tokens` ids, whose quotation takes what the frame leaves, and what
-        follows the quotation in the document, as many tokens again."""
-        before = encode(ASK + frame.before_answer, tokenizer)
-        room = self.question_tokens - len(before)
-        if room < MIN_QUOTE:
-            least = self.question_tokens - room + MIN_QUOTE
-            raise ValueError(f"question_tokens: got {self.question_tokens}, need at least {least}")
-        # Behind the title, and with text left to answer from.
-        first, last = room, len(document.ids) - 2 * room
-        if first >= last:
-            raise ValueError(
-                f"document_tokens: got {self.document_tokens}, need more than "
-                f"{3 * room} for a quotation of {room} tokens"
-            )
-        start = rng.randrange(first, last)
-        end = start + room
-        return before + document.ids[start:end], document.ids[end : end + room]
