@@ -19,13 +19,12 @@ from lmc.store.fetcher import Arrival, Fetcher
 from lmc.store.memory import HostMemory, rows_of
 from lmc.store.record import Record
 from lmc.store.sections import Heads, Section, full_attention
-from lmc.store.tier import Outcome, Tier
+from lmc.store.tier import LOST, Drained, Outcome, Tier, taken
 from lmc.store.writer import TOGETHER, Writer
 
 logger = logging.getLogger(__name__)
 
 Write = Literal["through", "back"]
-LOST = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,6 @@ class Attached:
 
     tier: Tier
     write: Write
-
-
-@dataclass(frozen=True)
-class Drained:
-    """What tiers have of what they were to have; true where that is all of it.
-
-    Attributes:
-        lacking: by tier, chunks in host memory that it has not acknowledged.
-        lost: of what host memory let go of, chunks that a tier was to have and did not take, since
-            this was last asked; no more than `LOST` are counted.
-    """
-
-    lacking: dict[str, int]
-    lost: int
-
-    def __bool__(self) -> bool:
-        return not self.lost and not any(self.lacking.values())
 
 
 class Chunks:
@@ -107,7 +89,9 @@ class Chunks:
             self._breakers.append(breaker)
             # What one that hangs may hold of host memory for as long as it does.
             most, brought = memory_bytes // 4, partial(self._brought, i)
-            self._fetchers.append(Fetcher(behind.tier, breaker, most, self._place, brought))
+            self._fetchers.append(
+                Fetcher(behind.tier, breaker, most, self.counts, self._place, brought)
+            )
             self._writers.append(Writer(behind.tier, layout, queue_bytes, self.counts, became))
             behind.tier.register(*self.memory.span())
             behind.tier.register(*self._writers[i].span())
@@ -176,6 +160,20 @@ class Chunks:
         """The chunk under `slot` while it is on its way."""
         with self._lock:
             return self._arrivals.get(slot)
+
+    def take_counts(self) -> Counter[str]:
+        """What happened since the last call; what a place itself counted has its name before it."""
+        counts = Counter(taken(self.counts))
+        places = [("host", self.memory.counts), *((b.tier.name, b.tier.counts) for b in self.tiers)]
+        for name, counted in places:
+            counts.update({f"{name}:{kind}": n for kind, n in taken(counted).items()})
+        return counts
+
+    def waiting(self) -> dict[str, int]:
+        """How much is on its way: chunks out of tiers, and bytes to each of them."""
+        pairs = zip(self.tiers, self._writers, strict=True)
+        queues = {f"write_queue_bytes:{b.tier.name}": w.waiting_bytes for b, w in pairs}
+        return {"pending_fetches": len(self._arrivals), **queues}
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -319,6 +317,8 @@ class Chunks:
                 self._lost.discard((record.slot, i))
             elif not here and len(self._lost) < LOST:
                 self._lost.add((record.slot, i))
+        if outcome == "stored":
+            self.counts[f"bytes_stored:{name}"] += record.nbytes
         if not kept:
             self.counts[f"writes_{outcome}:{name}"] += 1
 

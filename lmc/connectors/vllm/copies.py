@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -164,6 +165,12 @@ class Copies:
         self._staging: Staging | None = None
         # One thread, so that saves and frees happen in the order the scheduler wanted.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lmc-save")
+        self._asked = self._done = 0
+
+    @property
+    def pending(self) -> int:
+        """How many copies, evictions and fetches wait for the thread, or are what it does."""
+        return self._asked - self._done
 
     @property
     def pages(self) -> PagedKV | None:
@@ -208,8 +215,11 @@ class Copies:
             except BaseException:
                 logger.exception("lmc could not do what it was to do with a chunk")
                 self._chunks.counts[failures] += 1
+            finally:
+                self._done += 1
 
         self._thread.submit(made)
+        self._asked += 1
 
     def _evict(self, slot: int, used: Any) -> None:
         try:
@@ -237,7 +247,11 @@ class Copies:
         assert self._staging is not None
         rows = np.arange(save.start, save.end, dtype=np.int64)
         slots = page_slots_of(rows, save.blocks, self._block_size, torch.device("cpu"))
+        started = time.perf_counter()
         self._staging.copy(slots, parts, ready)
+        counts = self._chunks.counts
+        counts["save_us:host"] += round(1e6 * (time.perf_counter() - started))
+        counts["bytes_saved:host"] += save.record.nbytes
         self._chunks.publish(save.record)
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 
 from lmc.blend.evidence import Outline
 from lmc.blend.strategy import Strategy
+from lmc.connectors.vllm.metrics import in_short
 from lmc.store import Record
 
 
@@ -121,6 +123,7 @@ class StepMetadata(KVConnectorMetadata):
             step's.
         weights: by rank, how many changes of its weights are known.
         look: whether weights must be looked at closely, since vLLM's own cache was reset.
+        decodes: requests of the step that are in the midst of their answers.
     """
 
     number: int = 0
@@ -135,6 +138,7 @@ class StepMetadata(KVConnectorMetadata):
     forgiven: list[int] = field(default_factory=list)
     weights: dict[int, int] = field(default_factory=dict)
     look: bool = False
+    decodes: int = 0
 
 
 @dataclass
@@ -203,26 +207,61 @@ class WorkerHello(KVConnectorHandshakeMetadata):
         return cls(refusal, kv_refusal, watched, computes)
 
 
+class Observed(dict[str, Counter[float]]):
+    """Values that were observed, by name, and how often each.
+
+    They are kept to three digits: so there are never more than some thousands of a name, however
+    many requests come in one step.
+    """
+
+    def add(self, name: str, value: float) -> None:
+        """One more of a name."""
+        self.setdefault(name, Counter())[float(f"{value:.3g}")] += 1
+
+
 @dataclass
 class LMCStats(KVConnectorStats):
-    """Counters since the last report; vLLM's logger prints them."""
+    """What happened since the last report, and how things stand: for vLLM's log and `/metrics`.
 
-    data: dict[str, int] = field(default_factory=dict)
+    `data` is plain, since it goes through msgpack. `counts`: by name, how often or how much.
+    `observed`: by name and value, how often. `levels`: by name and rank, how much there is now.
+    """
 
-    def add(self, counts: Counter[str]) -> None:
-        """Add `counts` to what has gathered."""
-        for name, n in counts.items():
-            self.data[name] = self.data.get(name, 0) + n
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        counts: Mapping[str, float],
+        observed: Observed | None = None,
+        levels: Mapping[str, float] | None = None,
+        rank: int = 0,
+    ) -> LMCStats:
+        """The report of one rank, or of the scheduler's side."""
+        data = {
+            "counts": dict(counts),
+            "observed": {name: dict(seen) for name, seen in (observed or {}).items()},
+            "levels": {name: {str(rank): n} for name, n in (levels or {}).items()},
+        }
+        return cls({part: of for part, of in data.items() if of})
 
     def reset(self) -> None:
         self.data.clear()
 
     def aggregate(self, other: KVConnectorStats) -> LMCStats:
-        self.add(Counter(other.data))
+        for part, of in other.data.items():
+            mine = self.data.setdefault(part, {})
+            for name, value in of.items():
+                if part == "counts":
+                    mine[name] = mine.get(name, 0) + value
+                elif part == "levels":
+                    mine[name] = {**mine.get(name, {}), **value}
+                else:
+                    mine[name] = dict(Counter(mine.get(name, {})) + Counter(value))
         return self
 
     def reduce(self) -> dict[str, Any]:
-        return dict(sorted(self.data.items()))
+        return in_short(self.data)
 
     def is_empty(self) -> bool:
         return not self.data

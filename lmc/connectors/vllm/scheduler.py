@@ -21,6 +21,7 @@ from lmc.connectors.vllm.messages import (
     Claim,
     Encode,
     LMCStats,
+    Observed,
     StepMetadata,
     WorkerHello,
     WorkerReport,
@@ -29,7 +30,7 @@ from lmc.connectors.vllm.namespaces import Namespace
 from lmc.connectors.vllm.planner import Planner, claim_of
 from lmc.connectors.vllm.reading import Reader, survive
 from lmc.connectors.vllm.taint import ChainMap, rechain, untaint
-from lmc.connectors.vllm.tracked import Tracked, recompute, report_of
+from lmc.connectors.vllm.tracked import Tracked, recompute, report_of, served
 from lmc.model.identity import first_token
 from lmc.model.shape import shape_of
 
@@ -206,6 +207,7 @@ class SchedulerSide:
             forgiven=sorted(self.forgiven),
             weights=dict(self.namespace.known),
             look=reset,
+            decodes=sum(n > 0 for n in scheduler_output.scheduled_cached_reqs.num_output_tokens),
         )
         # A slot that is freed from now on is freed behind these loads: their leases may end.
         for claim in self.claims:
@@ -281,14 +283,16 @@ class SchedulerSide:
         """Let go of the tiers."""
         self.planner.close()
 
-    def take_stats(self) -> LMCStats | None:
-        """Counters since the last call."""
+    def take_stats(self) -> LMCStats:
+        """What happened since the last call, and how things stand."""
         self.counts.update(self.planner.take_counts())
         self.counts += self.isolation.counts + self.admission.counts
         self.isolation.counts.clear()
         self.admission.counts.clear()
         counts, self.counts = self.counts, Counter()
-        return LMCStats(data=dict(counts)) if counts else None
+        observed, self.admission.observed = self.admission.observed, Observed()
+        levels = self.planner.levels() | {"isolated_waiting": self.isolation.pending}
+        return LMCStats.of(counts, observed, levels)
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -351,6 +355,8 @@ class SchedulerSide:
         tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
         for kind, n in tracked.report["kinds"].items():
             self.counts[f"tokens:{kind}"] += n
+        self.admission.observed.add("compute_fraction", tracked.report["compute_fraction"])
+        self.counts.update(served(tracked, self.layout.bytes_per_token))
 
 
 def given_out(scheduler_output: Any, encodes: list[Encode]) -> set[int]:
