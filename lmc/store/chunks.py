@@ -7,9 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
@@ -19,23 +17,10 @@ from lmc.store.fetcher import Arrival, Fetcher
 from lmc.store.memory import HostMemory, rows_of
 from lmc.store.record import Record
 from lmc.store.sections import Heads, Section, full_attention
-from lmc.store.tier import LOST, Drained, Outcome, Tier, taken
+from lmc.store.tier import LOST, Attached, Drained, Outcome, taken
 from lmc.store.writer import TOGETHER, Writer
 
 logger = logging.getLogger(__name__)
-
-Write = Literal["through", "back"]
-
-
-@dataclass(frozen=True)
-class Attached:
-    """A tier behind host memory.
-
-    write: `through` when a chunk is stored, `back` when host memory lets it go.
-    """
-
-    tier: Tier
-    write: Write
 
 
 class Chunks:
@@ -55,6 +40,10 @@ class Chunks:
         populate: whether host memory is taken from the machine now, not when it is first used:
             a fetch into memory never touched takes about twice as long.
         heads: which of the model's heads the rank has; by default all of them.
+
+    Attributes:
+        kept: told, on any thread, of each chunk that a tier has taken or brought: its name, and
+            the record. Set before anything is stored, if at all.
     """
 
     def __init__(
@@ -74,6 +63,7 @@ class Chunks:
         self.patience_s = patience_s
         self._layout, self._heads = layout, heads
         self._fetched = fetched
+        self.kept: Callable[[str, Record], None] = lambda tier, record: None
         self._records: dict[int, Record] = {}
         self._held: dict[int, set[int]] = {}  # by slot: tiers that are known to have it too
         self._arrivals: dict[int, Arrival] = {}
@@ -174,6 +164,11 @@ class Chunks:
         pairs = zip(self.tiers, self._writers, strict=True)
         queues = {f"write_queue_bytes:{b.tier.name}": w.waiting_bytes for b, w in pairs}
         return {"pending_fetches": len(self._arrivals), **queues}
+
+    def take_removed(self) -> list[tuple[str, bytes]]:
+        """Tiers' names, and ids of records that these let go of since the last call."""
+        logs = [(b.tier.name, getattr(b.tier, "removed", None)) for b in self.tiers]
+        return [(name, log.popleft()) for name, log in logs if log for _ in range(len(log))]
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -318,6 +313,7 @@ class Chunks:
             elif not here and len(self._lost) < LOST:
                 self._lost.add((record.slot, i))
         if outcome == "stored":
+            self.kept(name, record)
             self.counts[f"bytes_stored:{name}"] += record.nbytes
         if not kept:
             self.counts[f"writes_{outcome}:{name}"] += 1
@@ -370,6 +366,7 @@ class Chunks:
         if here:
             name = self.tiers[i].tier.name
             self.counts[f"bytes_fetched:{name}"] += arrival.record.nbytes
+            self.kept(name, arrival.record)
             if arrival.parts is not None and not arrival.abandoned:
                 # Now, as long as it is an arrival's: then its memory cannot become another's.
                 for missed in self._given(arrival.record, arrival.parts, arrival.missed):

@@ -107,6 +107,9 @@ class Tier(Protocol):
         capacity: bytes; None where that is not known.
         durability: what `stored` means.
         counts: what happened, by kind, since the tier was opened.
+
+    A tier that knows what it let go of may have a deque `removed`, of bounded length, to which it
+    appends the ids of those records; who publishes KV events takes them out.
     """
 
     name: str
@@ -164,6 +167,17 @@ class Tier(Protocol):
     def close(self) -> None:
         """Let go of files and memory, a second time too; what is stored stays."""
         ...
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A tier behind host memory.
+
+    write: `through` when a chunk is stored, `back` when host memory lets it go.
+    """
+
+    tier: Tier
+    write: Literal["through", "back"]
 
 
 class TierConfig(Protocol):

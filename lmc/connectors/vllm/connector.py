@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.distributed.kv_events import KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -20,6 +21,7 @@ from vllm.logger import init_logger
 from vllm.v1.outputs import KVConnectorOutput
 
 from lmc.connectors.vllm.config import load_config
+from lmc.connectors.vllm.events import published
 from lmc.connectors.vllm.identity import check_vllm_version, engine_refusal
 from lmc.connectors.vllm.messages import LMCStats, StepMetadata, WorkerHello, WorkerReport
 from lmc.connectors.vllm.metrics import LMCPromMetrics
@@ -46,12 +48,15 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._stalls = Stalls()
+        self._publishes = published(vllm_config)
         if self._refusal:
             logger.warning("lmc neither stores nor reuses KV here: %s", self._refusal)
         elif role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(vllm_config, kv_cache_config, config)
         else:
             self._worker = WorkerSide(vllm_config, kv_cache_config, config)
+            if self._publishes:
+                self._worker.chunks.kept = self._worker.told.kept
 
     # -- scheduler ---------------------------------------------------------------------------
 
@@ -102,6 +107,9 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         if not self._scheduler:
             return False, {"lmc": {"reason": f"engine:{self._refusal}"}}
         return False, self._scheduler.finish(request, list(block_ids[0]))
+
+    def take_events(self) -> list[KVCacheEvent]:
+        return self._scheduler.events.take() if self._scheduler and self._scheduler.events else []
 
     def reset_cache(self) -> bool:
         if self._scheduler:
@@ -155,7 +163,11 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         return self._worker.take_failed_blocks() if self._worker else set()
 
     def build_connector_worker_meta(self) -> WorkerReport | None:
-        return self._worker.told.take() if self._worker else None
+        if self._worker is None:
+            return None
+        if self._publishes:
+            self._worker.told.removed(self._worker.chunks.take_removed())
+        return self._worker.told.take()
 
     def shutdown(self) -> None:
         if self._worker:

@@ -14,9 +14,10 @@ from vllm.logger import init_logger
 
 from lmc.connectors.vllm.config import check_staging
 from lmc.connectors.vllm.layouts import page_slots_of
-from lmc.connectors.vllm.messages import ChunkSave, WeightsTold, WorkerReport
+from lmc.connectors.vllm.messages import ChunkSave, Kept, WeightsTold, WorkerReport
 from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
+from lmc.store import Record
 from lmc.store.chunks import Chunks
 
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
@@ -55,6 +56,16 @@ class Told:
         with self._lock:
             self._report.failed.update(blocks)
             self._report.recomputed.pop(request_id, None)
+
+    def kept(self, tier: str, record: Record) -> None:
+        """A tier has taken or brought a chunk."""
+        with self._lock:
+            self._report.kept.append(Kept(tier, self.rank, record))
+
+    def removed(self, ids: list[tuple[str, bytes]]) -> None:
+        """Tiers have let go of records of these ids."""
+        with self._lock:
+            self._report.removed += ids
 
     def weights(self, told: WeightsTold) -> None:
         """The weights are not those that the step was made for."""

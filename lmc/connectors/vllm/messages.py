@@ -141,6 +141,14 @@ class StepMetadata(KVConnectorMetadata):
     decodes: int = 0
 
 
+class Kept(NamedTuple):
+    """A tier has taken or brought a chunk, on one rank."""
+
+    tier: str
+    rank: int
+    record: Record
+
+
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
     """Workers to scheduler: what each rank stored, lost and recomputed for want of bytes.
@@ -153,6 +161,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
         late: whether a chunk was waited for in vain, so that a tier is slow or gone.
         failed: blocks of claims that failed: what is in them, and behind them, is of no use.
         weights: by rank, of those whose weights are not the ones that the step was made for.
+        kept, removed: what tiers have taken or brought, and ids of what they have let go of; only
+            where that is published.
     """
 
     saved: list[tuple[int, int]] = field(default_factory=list)
@@ -162,6 +172,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
     late: bool = False
     failed: set[int] = field(default_factory=set)
     weights: dict[int, WeightsTold] = field(default_factory=dict)
+    kept: list[Kept] = field(default_factory=list)
+    removed: list[tuple[str, bytes]] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
@@ -173,6 +185,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.late or other.late,
             self.failed | other.failed,
             self.weights | other.weights,
+            self.kept + other.kept,
+            self.removed + other.removed,
         )
 
 

@@ -13,6 +13,7 @@ from lmc.blend.evidence import positions
 from lmc.connectors.vllm import identity, startup
 from lmc.connectors.vllm.admission import Admission
 from lmc.connectors.vllm.config import LMCConfig, check_memory
+from lmc.connectors.vllm.events import Events, published
 from lmc.connectors.vllm.gate import QualityGate
 from lmc.connectors.vllm.isolating import Isolation
 from lmc.connectors.vllm.keeping import Keeping
@@ -79,6 +80,8 @@ class SchedulerSide:
             config, config.rows_per_step or rows, self.planner, self.reader, self.namespace,
             self.local, self.begun,
         )  # fmt: skip
+        publishes = published(vllm_config)
+        self.events = Events(self.index, self.ranks, self.block_size) if publishes else None
         self.just_finished: dict[str, Tracked] = {}  # in the step that the workers report on
         self.claims: list[Claim] = []
         self.forgiven: set[int] = set()
@@ -125,6 +128,8 @@ class SchedulerSide:
         if plan is not None and tracked.blended_from is None:
             # Also when nothing is claimed: vLLM may hold all of an equal recipe's blocks.
             tracked.blended_from = plan.first_moved
+            if self.events and tracked.blended_from is not None:
+                self.events.blended(tracked)
         if claimed:
             self.claims.append(self._claim(tracked, blocks, claimed))
         else:
@@ -234,6 +239,9 @@ class SchedulerSide:
         for slot in [*(slot for slot, _ in report.saved), *report.lost]:
             self.isolation.settle(slot, self.local.manager.block_pool)
             self.keeping.settle(slot)
+        if self.events:
+            self.events.kept(report.kept)
+            self.events.removed(report.removed)
         if report.late:
             self.planner.late(report.lost)
         if report.failed:
@@ -322,6 +330,8 @@ class SchedulerSide:
             self.local.evict_from(tracked, block)
             recipes = plan.recipes(self.block_size, nonce=os.urandom(16))
             rechain(request, self.block_size, block, [], recipes)
+            if self.events:
+                self.events.blended(tracked)
         # A request of one token has its report sent already, since the chunk was lost in the
         # very step that answered it; the counters tell of those.
         recompute(tracked, np.array(rows, np.int64), self.layout.bytes_per_token, self.cost)

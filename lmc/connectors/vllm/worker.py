@@ -41,7 +41,8 @@ from lmc.connectors.vllm.messages import (
 from lmc.connectors.vllm.metrics import ALIKE
 from lmc.connectors.vllm.weights import WeightsWatch
 from lmc.kernels.paged import PagedKV
-from lmc.store.chunks import Attached, Chunks
+from lmc.store.chunks import Chunks
+from lmc.store.tier import Attached
 
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
