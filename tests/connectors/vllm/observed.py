@@ -50,18 +50,18 @@ def observed(session: s.Session, endpoint: str) -> dict[str, Any]:
     together = session.finish()
     wall = time.monotonic() - begun
     answers += together.values()
-    for seed in range(8):  # more than memory holds, then more than the disk does
+    for seed in range(10):  # more than memory holds, then more than the disk does
         answers.append(session.ask([s.text(300 + seed, 200)], tokens=1))
-    answers.append(session.fresh(s.prompt(1, 2, 0), "full_reuse", save=False, tokens=4))
+        if seed == 4:
+            answers.append(session.fresh(s.prompt(1, 2, 0), "full_reuse", save=False, tokens=4))
     # What is told by threads comes with a later step.
     time.sleep(1.0)
     answers.append(session.ask([s.text(400, 20)], save=False, tokens=3))
+    events = [msgspec.to_builtins(e) | {"is": type(e).__name__} for e in subscriber.received()]
     return {
         "answers": answers,
         "decoding": together[decoding],
         "wall": wall,
         "scraped": generate_latest(REGISTRY).decode(),
-        "events": [
-            msgspec.to_builtins(e) | {"is": type(e).__name__} for e in subscriber.received()
-        ],
+        "events": events,
     }
