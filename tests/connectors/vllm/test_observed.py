@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,12 @@ TOKEN = 1536  # bytes
 def result(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from vllm.config import KVEventsConfig
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     folder = tmp_path_factory.mktemp("observed")
+    endpoint = f"ipc://{folder}/events"  # who publishes binds it, as it does tcp://*:5557
     events = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint)
     return run_scenario(
         "tests.connectors.vllm.observed:observed", tiny_llama_dir, folder, separate_worker=True,
-        lmc=disk(folder / "kv", capacity="2MiB") | {"memory_bytes": 1000 * TOKEN},
+        lmc=disk(folder / "kv", capacity="4MiB") | {"memory_bytes": 1000 * TOKEN},
         given=(endpoint,), kv_events_config=events, disable_log_stats=False,
     )  # fmt: skip
 
