@@ -28,16 +28,21 @@ ROOT = Path(__file__).parents[3]
 def counted_names() -> set[str]:
     """Every name that reaches the table; `x` stands for what is only known when it is counted."""
     found = set()
-    for folder in ("lmc/connectors/vllm", "lmc/store"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            tree = ast.parse(path.read_text())
-            names = {name for node in ast.walk(tree) for name in names_of(node)}
-            if path.parent.name == "disk" or path.name == "payload.py":
-                names = {f"disk:{name}" for name in names}
-            memory = dict.fromkeys(("memory.py", "loading.py"), "host:")
-            prefix = (memory | {"index.py": "store:"}).get(path.name, "")
-            found |= {name if ":" in name else prefix + name for name in names}
+    prefixes = {"index.py": "store:", "memory.py": "host:", "loading.py": "host:"}
+    for path in trees():
+        tree = ast.parse(path.read_text())
+        names = {name for node in ast.walk(tree) for name in names_of(node)}
+        if path.parent.name == "disk" or path.name == "payload.py":
+            names = {f"disk:{name}" for name in names}
+        prefix = prefixes.get(path.name, "")
+        found |= {name if ":" in name else prefix + name for name in names}
     return found
+
+
+def trees() -> list[Path]:
+    """The sources that count."""
+    folders = [ROOT / "lmc" / "connectors" / "vllm", ROOT / "lmc" / "store"]
+    return [path for folder in folders for path in sorted(folder.rglob("*.py"))]
 
 
 def names_of(node: ast.AST) -> list[str]:
@@ -46,13 +51,18 @@ def names_of(node: ast.AST) -> list[str]:
         return []
     if ast.unparse(node.target.value).rsplit(".", 1)[-1] not in ("counts", "_counts"):
         return []
-    match node.target.slice:
+    return texts(node.target.slice)
+
+
+def texts(node: ast.AST) -> list[str]:
+    """What an expression may be, as far as its source says."""
+    match node:
         case ast.Constant(value=str(name)):
             return [name]
         case ast.JoinedStr(values=parts):
             return ["".join(p.value if isinstance(p, ast.Constant) else "x" for p in parts)]
-        case ast.IfExp(body=ast.Constant(value=a), orelse=ast.Constant(value=b)):
-            return [a, b]
+        case ast.IfExp(body=body, orelse=orelse):
+            return [*texts(body), *texts(orelse)]
     return ["x"]
 
 
@@ -73,10 +83,26 @@ def test_every_name_that_is_counted_has_a_metric_of_its_own_meaning() -> None:
 
 
 def test_what_is_observed_and_every_level_has_a_metric() -> None:
-    """As those of a whole engine are, which tests/connectors/vllm/test_observed.py starts."""
-    for name, kind in (("plan_seconds", "histogram"), ("tier_answers:disk", "gauge")):
-        assert series_of(name, kind) is not None  # type: ignore[arg-type]
-        assert series_of(name, "gauge" if kind == "histogram" else "histogram") is None
+    seen: dict[str, set[str]] = {"histogram": set(), "gauge": set()}
+    for path in trees():
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Attribute(value=value, attr="add"), args=[name, _]):
+                    if ast.unparse(value).endswith("observed"):
+                        seen["histogram"] |= {*texts(name)}
+                case ast.FunctionDef(name="levels" | "waiting" | "take_stats"):
+                    dicts = [n for n in ast.walk(node) if isinstance(n, ast.Dict | ast.DictComp)]
+                    for n in dicts:
+                        keys = n.keys if isinstance(n, ast.Dict) else [n.key]
+                        seen["gauge"] |= {text for key in keys if key for text in texts(key)}
+    seen["gauge"] -= {"x"}  # a counter's own name
+    assert seen["histogram"] == {
+        "plan_seconds", "compute_fraction", "blend_seconds", "load_seconds", "stall_seconds:x",
+    }  # fmt: skip
+    assert {"pending_copies", "isolated_waiting", "write_queue_bytes:x"} <= seen["gauge"]
+    for kind, names in seen.items():
+        for name in names:
+            assert series_of(name, kind) is not None, name  # type: ignore[arg-type]
 
 
 def test_names_are_as_prometheus_and_vllm_want_them() -> None:
