@@ -127,7 +127,7 @@ class Bench:
         numbers = {request.request_id: scheduled} if request else {}
         output = SimpleNamespace(
             num_scheduled_tokens=numbers, preempted_req_ids=set(), scheduled_new_reqs=[],
-            scheduled_cached_reqs=SimpleNamespace(new_block_ids=[]),
+            scheduled_cached_reqs=SimpleNamespace(new_block_ids=[], num_output_tokens=[]),
         )  # fmt: skip
         metadata = self.timed("keep", lambda: self.side.step(output))
         saves = [*metadata.leaving, *metadata.saves]

@@ -26,12 +26,13 @@ from lmc.chunking import CHUNKERS
 from lmc.chunking.pieces import Piece, split
 from lmc.model.layout import KVLayout
 from lmc.results.rows import git_commit
-from lmc.store.chunks import Attached, Chunks
+from lmc.store.chunks import Chunks
 from lmc.store.directory import Directory
 from lmc.store.disk.tier import Disk
 from lmc.store.index import Index
 from lmc.store.keep import keep
 from lmc.store.sections import Section, full_attention
+from lmc.store.tier import Attached
 
 LAYOUT = KVLayout(L=2, G=1, D=64, dtype="float32")  # bytes are not what is timed
 NAMESPACE = b"benchmark"

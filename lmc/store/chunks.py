@@ -7,9 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
@@ -19,41 +17,10 @@ from lmc.store.fetcher import Arrival, Fetcher
 from lmc.store.memory import HostMemory, rows_of
 from lmc.store.record import Record
 from lmc.store.sections import Heads, Section, full_attention
-from lmc.store.tier import Outcome, Tier
+from lmc.store.tier import LOST, Attached, Drained, Outcome, taken
 from lmc.store.writer import TOGETHER, Writer
 
 logger = logging.getLogger(__name__)
-
-Write = Literal["through", "back"]
-LOST = 1 << 16
-
-
-@dataclass(frozen=True)
-class Attached:
-    """A tier behind host memory.
-
-    write: `through` when a chunk is stored, `back` when host memory lets it go.
-    """
-
-    tier: Tier
-    write: Write
-
-
-@dataclass(frozen=True)
-class Drained:
-    """What tiers have of what they were to have; true where that is all of it.
-
-    Attributes:
-        lacking: by tier, chunks in host memory that it has not acknowledged.
-        lost: of what host memory let go of, chunks that a tier was to have and did not take, since
-            this was last asked; no more than `LOST` are counted.
-    """
-
-    lacking: dict[str, int]
-    lost: int
-
-    def __bool__(self) -> bool:
-        return not self.lost and not any(self.lacking.values())
 
 
 class Chunks:
@@ -73,6 +40,10 @@ class Chunks:
         populate: whether host memory is taken from the machine now, not when it is first used:
             a fetch into memory never touched takes about twice as long.
         heads: which of the model's heads the rank has; by default all of them.
+
+    Attributes:
+        kept: told, on any thread, of each chunk that a tier has taken or brought: its name, and
+            the record. Set before anything is stored, if at all.
     """
 
     def __init__(
@@ -92,6 +63,7 @@ class Chunks:
         self.patience_s = patience_s
         self._layout, self._heads = layout, heads
         self._fetched = fetched
+        self.kept: Callable[[str, Record], None] = lambda tier, record: None
         self._records: dict[int, Record] = {}
         self._held: dict[int, set[int]] = {}  # by slot: tiers that are known to have it too
         self._arrivals: dict[int, Arrival] = {}
@@ -107,7 +79,9 @@ class Chunks:
             self._breakers.append(breaker)
             # What one that hangs may hold of host memory for as long as it does.
             most, brought = memory_bytes // 4, partial(self._brought, i)
-            self._fetchers.append(Fetcher(behind.tier, breaker, most, self._place, brought))
+            self._fetchers.append(
+                Fetcher(behind.tier, breaker, most, self.counts, self._place, brought)
+            )
             self._writers.append(Writer(behind.tier, layout, queue_bytes, self.counts, became))
             behind.tier.register(*self.memory.span())
             behind.tier.register(*self._writers[i].span())
@@ -176,6 +150,25 @@ class Chunks:
         """The chunk under `slot` while it is on its way."""
         with self._lock:
             return self._arrivals.get(slot)
+
+    def take_counts(self) -> Counter[str]:
+        """What happened since the last call; what a place itself counted has its name before it."""
+        counts = Counter(taken(self.counts))
+        places = [("host", self.memory.counts), *((b.tier.name, b.tier.counts) for b in self.tiers)]
+        for name, counted in places:
+            counts.update({f"{name}:{kind}": n for kind, n in taken(counted).items()})
+        return counts
+
+    def waiting(self) -> dict[str, int]:
+        """How much is on its way: chunks out of tiers, and bytes to each of them."""
+        pairs = zip(self.tiers, self._writers, strict=True)
+        queues = {f"write_queue_bytes:{b.tier.name}": w.waiting_bytes for b, w in pairs}
+        return {"pending_fetches": len(self._arrivals), **queues}
+
+    def take_removed(self) -> list[tuple[str, bytes]]:
+        """Tiers' names, and ids of records that these let go of since the last call."""
+        logs = [(b.tier.name, getattr(b.tier, "removed", None)) for b in self.tiers]
+        return [(name, log.popleft()) for name, log in logs if log for _ in range(len(log))]
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -319,6 +312,9 @@ class Chunks:
                 self._lost.discard((record.slot, i))
             elif not here and len(self._lost) < LOST:
                 self._lost.add((record.slot, i))
+        if outcome == "stored":
+            self.kept(name, record)
+            self.counts[f"bytes_stored:{name}"] += record.nbytes
         if not kept:
             self.counts[f"writes_{outcome}:{name}"] += 1
 
@@ -370,6 +366,7 @@ class Chunks:
         if here:
             name = self.tiers[i].tier.name
             self.counts[f"bytes_fetched:{name}"] += arrival.record.nbytes
+            self.kept(name, arrival.record)
             if arrival.parts is not None and not arrival.abandoned:
                 # Now, as long as it is an arrival's: then its memory cannot become another's.
                 for missed in self._given(arrival.record, arrival.parts, arrival.missed):

@@ -179,6 +179,11 @@ class Directory:
             desk.submit(partial(desk.answer, asked, answers, more), asked)
         return asked
 
+    @property
+    def pending(self) -> int:
+        """How many questions the tiers have yet to answer, all together."""
+        return sum(desk.pending for desk in self._desks)
+
     def close(self, tiers: bool, timeout_s: float = 5.0) -> None:
         """Let go of the threads; one that hangs is left.
 
@@ -207,6 +212,11 @@ class _Desk:
         self._close_tier = False
         self._thread = threading.Thread(target=self._run, name=f"lmc-ask-{self.name}", daemon=True)
         self._thread.start()
+
+    @property
+    def pending(self) -> int:
+        """How many wait for an answer, or are being answered."""
+        return len(self._waiting) + (self._running is not None)
 
     def available(self) -> bool:
         """Whether to ask the tier: not as long as a call has not come back in time."""

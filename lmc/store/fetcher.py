@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -126,6 +126,7 @@ class Fetcher:
         tier: that is asked.
         breaker: of the tier.
         most: bytes that it is given to write to at a time; one chunk at least.
+        counts: where the time is counted in which the tier had something to bring.
         place: makes room for an arrival when it is its turn; False where there is none.
         ended: told, on any thread, of each arrival whether the tier has brought it. Of one that
             the tier has not let go of nothing is told.
@@ -136,17 +137,19 @@ class Fetcher:
         tier: Tier,
         breaker: Breaker,
         most: int,
+        counts: Counter[str],
         place: Callable[[Arrival], bool],
         ended: Callable[[Arrival, bool], None],
     ) -> None:
         self._tier, self._breaker, self._ended = tier, breaker, ended
-        self._most, self._place = most, place
+        self._most, self._place, self._counts = most, place, counts
         self._given = 0  # bytes that the tier may write to
         lock = threading.Lock()
         self._to_ask = threading.Condition(lock)
         self._to_watch = threading.Condition(lock)
         self._waiting: deque[Arrival] = deque()
         self._running: set[_Asked] = set()
+        self._since = 0.0  # of `time.perf_counter()`, when the first of those was asked for
         self._threads: list[threading.Thread] = []
         self._closing = False
 
@@ -215,6 +218,7 @@ class Fetcher:
                     asked.append(_Asked(arrival, self._over))
             with self._to_ask:
                 silent = [one for one in self._running if not one.told]
+                self._since = self._since if self._running else time.perf_counter()
                 self._running.update(asked)
                 self._to_watch.notify()
             started = time.monotonic()
@@ -260,6 +264,9 @@ class Fetcher:
         late = asked.arrival.until <= time.monotonic()
         with self._to_ask:
             self._running.discard(asked)
+            if not self._running:
+                busy_us = round(1e6 * (time.perf_counter() - self._since))
+                self._counts[f"fetch_us:{self._tier.name}"] += busy_us
             if not here and late:
                 self._breaker.late()
             elif not self._breaker.closed and not self._overdue():

@@ -53,6 +53,8 @@ class Index:
     Attributes:
         added: how often a record was put or became visible: has it grown, more may be found, or
             is about to be.
+        changes: records that every rank has now, or that are gone again, in the order in which that
+            came; nothing is written down as long as it is None.
         gone: how many have been let go of so far: has it not grown, what was found is there.
 
     Raises:
@@ -79,6 +81,7 @@ class Index:
         self._clock = clock
         self._exact_variants = exact_variants
         self.added = self.gone = 0
+        self.changes: list[tuple[Record, bool]] | None = None
         self._next_slot = 0
         self._entries: dict[int, _Entry] = {}
         self._slots: dict[Hashable, int] = {}  # of the policy's keys
@@ -222,10 +225,12 @@ class Index:
         self.returned(slot)
         if slot in self._entries:
             entry = self._entries[slot]
-            pinned = entry.pinned
+            pinned, before = entry.pinned, bool(entry.missing)
             entry.missing.discard(rank)
             self._pinned_bytes -= entry.record.nbytes * (pinned - entry.pinned)
             if not entry.missing:
+                if before and self.changes is not None:
+                    self.changes.append((entry.record, True))
                 self._awaited.discard(slot)
                 self.added += not entry.visible
                 entry.visible = True
@@ -343,6 +348,8 @@ class Index:
         self._awaited.discard(slot)
         entry = self._entries.pop(slot)
         record = entry.record
+        if self.changes is not None and not entry.missing:
+            self.changes.append((record, False))
         if slot in self._fetching:
             self._lent[slot] = record.nbytes
             self._lent_bytes += record.nbytes

@@ -17,13 +17,13 @@ from lmc.chunking import CHUNKERS
 from lmc.chunking.pieces import Piece, split
 from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
-from lmc.store.chunks import Attached, Chunks, Drained
+from lmc.store.chunks import Chunks
 from lmc.store.directory import Answers, Asked, Directory
 from lmc.store.index import Index
 from lmc.store.keep import keep
 from lmc.store.lookup import Found, Known, find, lacking, reach
 from lmc.store.record import ContextPolicy, Record
-from lmc.store.tier import TIERS, Tier, opened, size_of
+from lmc.store.tier import TIERS, Attached, Drained, Tier, opened, size_of
 
 Tokens = Sequence[int] | np.ndarray
 TOLD = 1 << 16  # records of tiers of which it is remembered which tier told of them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from lmc.model.layout import KVLayout
@@ -16,6 +17,7 @@ from lmc.store.sections import Heads, Section
 Outcome = Literal["stored", "known", "full", "failed", "dropped"]
 # How long what is stored lasts: as long as a disk, as its copies, or as the place likes.
 Durability = Literal["device", "replicated", "evictable"]
+LOST = 1 << 16
 
 
 def taken(counts: Counter[str]) -> dict[str, int]:
@@ -24,6 +26,23 @@ def taken(counts: Counter[str]) -> dict[str, int]:
     for kind, n in gathered.items():
         counts[kind] -= n
     return {kind: n for kind, n in gathered.items() if n}
+
+
+@dataclass(frozen=True)
+class Drained:
+    """What tiers have of what they were to have; true where that is all of it.
+
+    Attributes:
+        lacking: by tier, chunks in host memory that it has not acknowledged.
+        lost: of what host memory let go of, chunks that a tier was to have and did not take, since
+            this was last asked; no more than `LOST` are counted.
+    """
+
+    lacking: dict[str, int]
+    lost: int
+
+    def __bool__(self) -> bool:
+        return not self.lost and not any(self.lacking.values())
 
 
 class Behind(NamedTuple):
@@ -88,6 +107,9 @@ class Tier(Protocol):
         capacity: bytes; None where that is not known.
         durability: what `stored` means.
         counts: what happened, by kind, since the tier was opened.
+
+    A tier that knows what it let go of may have a deque `removed`, of bounded length, to which it
+    appends the ids of those records; who publishes KV events takes them out.
     """
 
     name: str
@@ -145,6 +167,17 @@ class Tier(Protocol):
     def close(self) -> None:
         """Let go of files and memory, a second time too; what is stored stays."""
         ...
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A tier behind host memory.
+
+    write: `through` when a chunk is stored, `back` when host memory lets it go.
+    """
+
+    tier: Tier
+    write: Literal["through", "back"]
 
 
 class TierConfig(Protocol):

@@ -79,6 +79,11 @@ class Writer:
         self._staging.release(staged.slot)
         return False
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Of the copies that wait to be put."""
+        return self._staging.size
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until all that was offered is put; False when that takes longer."""
         with self._changed:
@@ -147,7 +152,7 @@ class Writer:
         try:
             outcomes = self._tier.put(items)
         finally:
-            taken_ms = round(1000 * (time.perf_counter() - started))
-            self._counts[f"write_ms:{self._name}"] += taken_ms
+            taken_us = round(1e6 * (time.perf_counter() - started))
+            self._counts[f"write_us:{self._name}"] += taken_us
         for (record, _), outcome in zip(batch, outcomes, strict=True):
             self._became(record, outcome)

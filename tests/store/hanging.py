@@ -18,13 +18,13 @@ import torch
 
 from lmc.model.layout import KVLayout
 from lmc.store import Record
-from lmc.store.chunks import Attached, Chunks
+from lmc.store.chunks import Chunks
 from lmc.store.disk.tier import Disk
 from lmc.store.memory import rows_of
 from lmc.store.reads import Reads
 from lmc.store.rows import copy_rows
 from lmc.store.sections import Rows, Section, full_attention
-from lmc.store.tier import Behind, Durability, Handle, Outcome, Wanted
+from lmc.store.tier import Attached, Behind, Durability, Handle, Outcome, Wanted
 
 LAYOUT = KVLayout(L=4, G=1, D=8, dtype="float32")  # 256 bytes a token
 T = 10

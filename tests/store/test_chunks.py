@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lmc.store import Record
-from lmc.store.chunks import Attached, Chunks
-from lmc.store.tier import Outcome
+from lmc.store.chunks import Chunks
+from lmc.store.tier import Attached, Outcome
 from lmc.store.writer import Writer
 from tests.store.hanging import LAYOUT, Plain, T, filled, item, record, rows
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from lmc.store import Record
-from lmc.store.chunks import Attached, Chunks
+from lmc.store.chunks import Chunks
 from lmc.store.reads import THREADS
-from lmc.store.tier import Progress
+from lmc.store.tier import Attached, Progress
 from tests.store.hanging import (
     CALLS,
     LAYOUT,

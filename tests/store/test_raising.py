@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from lmc.store.chunks import Attached, Chunks
+from lmc.store.chunks import Chunks
 from lmc.store.reads import THREADS
+from lmc.store.tier import Attached
 from tests.store.hanging import (
     CALLS,
     LAYOUT,

@@ -11,7 +11,7 @@ from dataclasses import replace
 from lmc.blend.plan import Plan
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.local import LocalCache
-from lmc.connectors.vllm.messages import Claim
+from lmc.connectors.vllm.messages import Claim, Observed
 from lmc.connectors.vllm.namespaces import Namespace
 from lmc.connectors.vllm.planner import Planner
 from lmc.connectors.vllm.reading import Reader
@@ -35,6 +35,7 @@ class Admission:
     Attributes:
         computes: whether workers compute rows in place of chunks that are lost.
         counts: what happened, by name.
+        observed: how long plans took.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Admission:
     ) -> None:
         self.computes = False
         self.counts: Counter[str] = Counter()
+        self.observed = Observed()
         self._patience_s, self._rows = config.fetch_patience_s, rows
         self._planner, self._reader, self._namespace = planner, reader, namespace
         self._local, self._begun = local, begun
@@ -186,9 +188,16 @@ class Admission:
     def _plan(self, tracked: Tracked, local: int, tiers: bool = True) -> None:
         """Plan from `local` on, and count why a request does not blend."""
         self._listen(tracked)
-        self._planner.use(tracked, *self._planner.plan(tracked, local, tiers))
+        self._planner.use(tracked, *self._made(tracked, local, tiers))
         if tracked.reason:
-            self.counts[tracked.reason.split(":")[0]] += 1
+            self.counts[f"unblended:{tracked.reason.split(':')[0]}"] += 1
+
+    def _made(self, tracked: Tracked, local: int, tiers: bool = True) -> tuple[Plan, str | None]:
+        """As `Planner.plan`; the time is counted."""
+        start = time.perf_counter()
+        made = self._planner.plan(tracked, local, tiers)
+        self.observed.add("plan_seconds", time.perf_counter() - start)
+        return made
 
     def _listen(self, tracked: Tracked) -> None:
         """What the tiers have answered by now is what the next plan knows."""
@@ -204,7 +213,7 @@ class Admission:
         if begun or blended:
             return False
         start = time.monotonic()
-        new, reason = self._planner.plan(tracked, local)
+        new, reason = self._made(tracked, local)
         if tracked.lookup is not None and tracked.lookup.unasked and tracked.heard:
             self._planner.ask(tracked, local)  # what comes behind what a tier has was cut elsewhere
         before, now = plan.after(local), time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.distributed.kv_events import KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -12,14 +13,20 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
 from vllm.logger import init_logger
 from vllm.v1.outputs import KVConnectorOutput
 
 from lmc.connectors.vllm.config import load_config
+from lmc.connectors.vllm.events import published
 from lmc.connectors.vllm.identity import check_vllm_version, engine_refusal
 from lmc.connectors.vllm.messages import LMCStats, StepMetadata, WorkerHello, WorkerReport
+from lmc.connectors.vllm.metrics import LMCPromMetrics
 from lmc.connectors.vllm.scheduler import SchedulerSide
+from lmc.connectors.vllm.stalls import Stalls
 from lmc.connectors.vllm.worker import WorkerSide
 
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
@@ -40,12 +47,16 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         self._refusal = engine_refusal(vllm_config, kv_cache_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._stalls = Stalls()
+        self._publishes = published(vllm_config)
         if self._refusal:
             logger.warning("lmc neither stores nor reuses KV here: %s", self._refusal)
         elif role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(vllm_config, kv_cache_config, config)
         else:
             self._worker = WorkerSide(vllm_config, kv_cache_config, config)
+            if self._publishes:
+                self._worker.chunks.kept = self._worker.told.kept
 
     # -- scheduler ---------------------------------------------------------------------------
 
@@ -97,6 +108,9 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
             return False, {"lmc": {"reason": f"engine:{self._refusal}"}}
         return False, self._scheduler.finish(request, list(block_ids[0]))
 
+    def take_events(self) -> list[KVCacheEvent]:
+        return self._scheduler.events.take() if self._scheduler and self._scheduler.events else []
+
     def reset_cache(self) -> bool:
         if self._scheduler:
             self._scheduler.reset()
@@ -124,11 +138,13 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         assert isinstance(kv_connector_metadata, StepMetadata)
         if self._worker:
-            self._worker.begin(kv_connector_metadata)
+            with self._stalls.during("copies", kv_connector_metadata):
+                self._worker.begin(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker:
-            self._worker.load(self._step())
+            with self._stalls.during("claims", self._step()):
+                self._worker.load(self._step())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return  # all that is claimed is in place before the forward
@@ -140,13 +156,18 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         if self._worker:
-            self._worker.save(self._step())
+            with self._stalls.during("isolated", self._step()):
+                self._worker.save(self._step())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_failed_blocks() if self._worker else set()
 
     def build_connector_worker_meta(self) -> WorkerReport | None:
-        return self._worker.told.take() if self._worker else None
+        if self._worker is None:
+            return None
+        if self._publishes:
+            self._worker.told.removed(self._worker.chunks.take_removed())
+        return self._worker.told.take()
 
     def shutdown(self) -> None:
         if self._worker:
@@ -162,9 +183,23 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
     # -- both --------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        side = self._scheduler or self._worker
-        return side.take_stats() if side else None
+        if self._scheduler:
+            return self._scheduler.take_stats()
+        if self._worker is None:
+            return None
+        stalls, stats = self._stalls.take(), self._worker.take_stats()
+        return stats if self._worker.rank else stats.aggregate(stalls)  # alike on all ranks
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
         return LMCStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        return LMCPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,9 +14,10 @@ from vllm.logger import init_logger
 
 from lmc.connectors.vllm.config import check_staging
 from lmc.connectors.vllm.layouts import page_slots_of
-from lmc.connectors.vllm.messages import ChunkSave, WeightsTold, WorkerReport
+from lmc.connectors.vllm.messages import ChunkSave, Kept, WeightsTold, WorkerReport
 from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
+from lmc.store import Record
 from lmc.store.chunks import Chunks
 
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
@@ -54,6 +56,16 @@ class Told:
         with self._lock:
             self._report.failed.update(blocks)
             self._report.recomputed.pop(request_id, None)
+
+    def kept(self, tier: str, record: Record) -> None:
+        """A tier has taken or brought a chunk."""
+        with self._lock:
+            self._report.kept.append(Kept(tier, self.rank, record))
+
+    def removed(self, ids: list[tuple[str, bytes]]) -> None:
+        """Tiers have let go of records of these ids."""
+        with self._lock:
+            self._report.removed += ids
 
     def weights(self, told: WeightsTold) -> None:
         """The weights are not those that the step was made for."""
@@ -164,6 +176,12 @@ class Copies:
         self._staging: Staging | None = None
         # One thread, so that saves and frees happen in the order the scheduler wanted.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lmc-save")
+        self._asked = self._done = 0
+
+    @property
+    def pending(self) -> int:
+        """How many copies, evictions and fetches wait for the thread, or are what it does."""
+        return self._asked - self._done
 
     @property
     def pages(self) -> PagedKV | None:
@@ -208,8 +226,11 @@ class Copies:
             except BaseException:
                 logger.exception("lmc could not do what it was to do with a chunk")
                 self._chunks.counts[failures] += 1
+            finally:
+                self._done += 1
 
         self._thread.submit(made)
+        self._asked += 1
 
     def _evict(self, slot: int, used: Any) -> None:
         try:
@@ -237,7 +258,11 @@ class Copies:
         assert self._staging is not None
         rows = np.arange(save.start, save.end, dtype=np.int64)
         slots = page_slots_of(rows, save.blocks, self._block_size, torch.device("cpu"))
+        started = time.perf_counter()
         self._staging.copy(slots, parts, ready)
+        counts = self._chunks.counts
+        counts["save_us:host"] += round(1e6 * (time.perf_counter() - started))
+        counts["bytes_saved:host"] += save.record.nbytes
         self._chunks.publish(save.record)
         return True
 

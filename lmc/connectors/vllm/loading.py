@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,7 @@ class Placement:
         self, held: Sequence[tuple[ChunkLoad, list[Run]]], memory: HostMemory, target: Target
     ) -> None:
         self.buffer, self.pages = memory.flat, target.pages
+        self._counts = memory.counts
         device = target.pages.device
         runs, rows, deltas = _laid_out(held, memory.layout.L)
         slots = flat_slots(rows, target.blocks, target.pages.P)
@@ -109,7 +111,13 @@ class Placement:
             self.cos, self.sin = torch.from_numpy(np.stack(target.rope.angles(deltas))).to(device)
 
     def put(self, layers: tuple[int, int] | None = None) -> None:
-        """Rows of these layers, or of all, into the pages."""
+        """Rows of these layers, or of all, into the pages; the time is counted."""
+        started = time.perf_counter()
+        self.launch(layers)
+        self._counts["load_us"] += round(1e6 * (time.perf_counter() - started))
+
+    def launch(self, layers: tuple[int, int] | None = None) -> None:
+        """As `put`, without counting."""
         scatter_runs(
             self.buffer,
             self.pages,
@@ -220,7 +228,7 @@ def warm_up(target: Target, memory: HostMemory) -> None:
         for delta in (0, 1) if isinstance(target.rope, Rope) else (0,):
             placement = Placement([(ChunkLoad(0, 0, P, 0, P, delta), [(0, P)])], memory, target)
             placement.slots.fill_(-1)  # no row of it is wanted
-            placement.put()
+            placement.launch()
 
 
 def on_any_rank(slots: list[int], failed: bool) -> tuple[set[int], bool]:

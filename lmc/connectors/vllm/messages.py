@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 
 from lmc.blend.evidence import Outline
 from lmc.blend.strategy import Strategy
+from lmc.connectors.vllm.metrics import in_short
 from lmc.store import Record
 
 
@@ -121,6 +123,7 @@ class StepMetadata(KVConnectorMetadata):
             step's.
         weights: by rank, how many changes of its weights are known.
         look: whether weights must be looked at closely, since vLLM's own cache was reset.
+        decodes: requests of the step that are in the midst of their answers.
     """
 
     number: int = 0
@@ -135,6 +138,15 @@ class StepMetadata(KVConnectorMetadata):
     forgiven: list[int] = field(default_factory=list)
     weights: dict[int, int] = field(default_factory=dict)
     look: bool = False
+    decodes: int = 0
+
+
+class Kept(NamedTuple):
+    """A tier has taken or brought a chunk, on one rank."""
+
+    tier: str
+    rank: int
+    record: Record
 
 
 @dataclass
@@ -149,6 +161,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
         late: whether a chunk was waited for in vain, so that a tier is slow or gone.
         failed: blocks of claims that failed: what is in them, and behind them, is of no use.
         weights: by rank, of those whose weights are not the ones that the step was made for.
+        kept, removed: what tiers have taken or brought, and ids of what they have let go of; only
+            where that is published.
     """
 
     saved: list[tuple[int, int]] = field(default_factory=list)
@@ -158,6 +172,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
     late: bool = False
     failed: set[int] = field(default_factory=set)
     weights: dict[int, WeightsTold] = field(default_factory=dict)
+    kept: list[Kept] = field(default_factory=list)
+    removed: list[tuple[str, bytes]] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
@@ -169,6 +185,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.late or other.late,
             self.failed | other.failed,
             self.weights | other.weights,
+            self.kept + other.kept,
+            self.removed + other.removed,
         )
 
 
@@ -203,26 +221,61 @@ class WorkerHello(KVConnectorHandshakeMetadata):
         return cls(refusal, kv_refusal, watched, computes)
 
 
+class Observed(dict[str, Counter[float]]):
+    """Values that were observed, by name, and how often each.
+
+    They are kept to three digits: so there are never more than some thousands of a name, however
+    many requests come in one step.
+    """
+
+    def add(self, name: str, value: float) -> None:
+        """One more of a name."""
+        self.setdefault(name, Counter())[float(f"{value:.3g}")] += 1
+
+
 @dataclass
 class LMCStats(KVConnectorStats):
-    """Counters since the last report; vLLM's logger prints them."""
+    """What happened since the last report, and how things stand: for vLLM's log and `/metrics`.
 
-    data: dict[str, int] = field(default_factory=dict)
+    `data` is plain, since it goes through msgpack. `counts`: by name, how often or how much.
+    `observed`: by name and value, how often. `levels`: by name and rank, how much there is now.
+    """
 
-    def add(self, counts: Counter[str]) -> None:
-        """Add `counts` to what has gathered."""
-        for name, n in counts.items():
-            self.data[name] = self.data.get(name, 0) + n
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        counts: Mapping[str, float],
+        observed: Observed | None = None,
+        levels: Mapping[str, float] | None = None,
+        rank: int = 0,
+    ) -> LMCStats:
+        """The report of one rank, or of the scheduler's side."""
+        data = {
+            "counts": dict(counts),
+            "observed": {name: dict(seen) for name, seen in (observed or {}).items()},
+            "levels": {name: {str(rank): n} for name, n in (levels or {}).items()},
+        }
+        return cls({part: of for part, of in data.items() if of})
 
     def reset(self) -> None:
         self.data.clear()
 
     def aggregate(self, other: KVConnectorStats) -> LMCStats:
-        self.add(Counter(other.data))
+        for part, of in other.data.items():
+            mine = self.data.setdefault(part, {})
+            for name, value in of.items():
+                if part == "counts":
+                    mine[name] = mine.get(name, 0) + value
+                elif part == "levels":
+                    mine[name] = {**mine.get(name, {}), **value}
+                else:
+                    mine[name] = dict(Counter(mine.get(name, {})) + Counter(value))
         return self
 
     def reduce(self) -> dict[str, Any]:
-        return dict(sorted(self.data.items()))
+        return in_short(self.data)
 
     def is_empty(self) -> bool:
         return not self.data

@@ -172,6 +172,16 @@ class Planner:
         self._left_alone = opened
         return +counts
 
+    def levels(self) -> dict[str, int]:
+        """How things stand, by name."""
+        answers = zip(self._tiers, self.directory.breakers, strict=True)
+        return {
+            "host_memory_bytes:used": self.index.size,
+            "host_memory_bytes:capacity": self.index.capacity,
+            "pending_lookups": self.directory.pending,
+            **{f"tier_answers:{tier.name}": int(breaker.closed) for tier, breaker in answers},
+        }
+
     def close(self) -> None:
         """Let go of the tiers."""
         self.directory.close(tiers=True)

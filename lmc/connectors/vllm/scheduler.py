@@ -13,6 +13,7 @@ from lmc.blend.evidence import positions
 from lmc.connectors.vllm import identity, startup
 from lmc.connectors.vllm.admission import Admission
 from lmc.connectors.vllm.config import LMCConfig, check_memory
+from lmc.connectors.vllm.events import Events, published
 from lmc.connectors.vllm.gate import QualityGate
 from lmc.connectors.vllm.isolating import Isolation
 from lmc.connectors.vllm.keeping import Keeping
@@ -21,6 +22,7 @@ from lmc.connectors.vllm.messages import (
     Claim,
     Encode,
     LMCStats,
+    Observed,
     StepMetadata,
     WorkerHello,
     WorkerReport,
@@ -29,7 +31,7 @@ from lmc.connectors.vllm.namespaces import Namespace
 from lmc.connectors.vllm.planner import Planner, claim_of
 from lmc.connectors.vllm.reading import Reader, survive
 from lmc.connectors.vllm.taint import ChainMap, rechain, untaint
-from lmc.connectors.vllm.tracked import Tracked, recompute, report_of
+from lmc.connectors.vllm.tracked import Tracked, recompute, report_of, served
 from lmc.model.identity import first_token
 from lmc.model.shape import shape_of
 
@@ -78,6 +80,8 @@ class SchedulerSide:
             config, config.rows_per_step or rows, self.planner, self.reader, self.namespace,
             self.local, self.begun,
         )  # fmt: skip
+        publishes = published(vllm_config)
+        self.events = Events(self.index, self.ranks, self.block_size) if publishes else None
         self.just_finished: dict[str, Tracked] = {}  # in the step that the workers report on
         self.claims: list[Claim] = []
         self.forgiven: set[int] = set()
@@ -124,6 +128,8 @@ class SchedulerSide:
         if plan is not None and tracked.blended_from is None:
             # Also when nothing is claimed: vLLM may hold all of an equal recipe's blocks.
             tracked.blended_from = plan.first_moved
+            if self.events and tracked.blended_from is not None:
+                self.events.blended(tracked)
         if claimed:
             self.claims.append(self._claim(tracked, blocks, claimed))
         else:
@@ -206,6 +212,7 @@ class SchedulerSide:
             forgiven=sorted(self.forgiven),
             weights=dict(self.namespace.known),
             look=reset,
+            decodes=sum(n > 0 for n in scheduler_output.scheduled_cached_reqs.num_output_tokens),
         )
         # A slot that is freed from now on is freed behind these loads: their leases may end.
         for claim in self.claims:
@@ -232,6 +239,9 @@ class SchedulerSide:
         for slot in [*(slot for slot, _ in report.saved), *report.lost]:
             self.isolation.settle(slot, self.local.manager.block_pool)
             self.keeping.settle(slot)
+        if self.events:
+            self.events.kept(report.kept)
+            self.events.removed(report.removed)
         if report.late:
             self.planner.late(report.lost)
         if report.failed:
@@ -281,14 +291,16 @@ class SchedulerSide:
         """Let go of the tiers."""
         self.planner.close()
 
-    def take_stats(self) -> LMCStats | None:
-        """Counters since the last call."""
+    def take_stats(self) -> LMCStats:
+        """What happened since the last call, and how things stand."""
         self.counts.update(self.planner.take_counts())
         self.counts += self.isolation.counts + self.admission.counts
         self.isolation.counts.clear()
         self.admission.counts.clear()
         counts, self.counts = self.counts, Counter()
-        return LMCStats(data=dict(counts)) if counts else None
+        observed, self.admission.observed = self.admission.observed, Observed()
+        levels = self.planner.levels() | {"isolated_waiting": self.isolation.pending}
+        return LMCStats.of(counts, observed, levels)
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -318,6 +330,8 @@ class SchedulerSide:
             self.local.evict_from(tracked, block)
             recipes = plan.recipes(self.block_size, nonce=os.urandom(16))
             rechain(request, self.block_size, block, [], recipes)
+            if self.events:
+                self.events.blended(tracked)
         # A request of one token has its report sent already, since the chunk was lost in the
         # very step that answered it; the counters tell of those.
         recompute(tracked, np.array(rows, np.int64), self.layout.bytes_per_token, self.cost)
@@ -351,6 +365,8 @@ class SchedulerSide:
         tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
         for kind, n in tracked.report["kinds"].items():
             self.counts[f"tokens:{kind}"] += n
+        self.admission.observed.add("compute_fraction", tracked.report["compute_fraction"])
+        self.counts.update(served(tracked, self.layout.bytes_per_token))
 
 
 def given_out(scheduler_output: Any, encodes: list[Encode]) -> set[int]:

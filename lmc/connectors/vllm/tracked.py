@@ -113,6 +113,25 @@ def recompute(tracked: Tracked, rows: np.ndarray, bytes_per_token: int, cost: Pr
         tracked.report = report_of(tracked, bytes_per_token, cost)
 
 
+def served(tracked: Tracked, bytes_per_token: int) -> Counter[str]:
+    """Of the tokens that vLLM does not hold, where those come from that were found, and why others
+    were not, as far as the plan knows it: by the names of the metrics' table."""
+    assert tracked.report is not None
+    T, local, plan = tracked.request.num_prompt_tokens, tracked.local, tracked.admitted
+    if plan is None or tracked.options is None:
+        return Counter({f"misses:{(tracked.reason or 'failed').split(':')[0]}": T - local})
+    hits = {tier: n // bytes_per_token for tier, n in tracked.report["bytes"].items()}
+    found = sum(hits.values())
+    # Where no chunk may be moved, none was looked for but those that are exact.
+    looked = "not_found" if plan.strategy.moves and not tracked.refusal else "not_found_exact"
+    reason = (tracked.reason or "").split(":")[0]
+    left = reason if reason in ("gain_below_minimum", "blending_refused") else "beyond_claim"
+    counts = Counter({f"hits:{tier}": n for tier, n in hits.items()})
+    counts[f"misses:{left}"] += plan.found_beyond
+    counts[f"misses:{looked}"] += T - local - found - plan.found_beyond
+    return +counts
+
+
 def report_of(tracked: Tracked, bytes_per_token: int, cost: PrefillCost) -> dict[str, Any]:
     """What becomes of a request's prompt.
 

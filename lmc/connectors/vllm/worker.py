@@ -38,10 +38,11 @@ from lmc.connectors.vllm.messages import (
     WeightsTold,
     WorkerHello,
 )  # fmt: skip
+from lmc.connectors.vllm.metrics import ALIKE
 from lmc.connectors.vllm.weights import WeightsWatch
 from lmc.kernels.paged import PagedKV
-from lmc.store.chunks import Attached, Chunks
-from lmc.store.tier import taken
+from lmc.store.chunks import Chunks
+from lmc.store.tier import Attached
 
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
@@ -211,14 +212,12 @@ class WorkerSide:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
-    def take_stats(self) -> LMCStats | None:
-        """Counters since the last call."""
+    def take_stats(self) -> LMCStats:
+        """What happened since the last call, and what is under way."""
         counts, self.counts = self.counts, Counter()
-        for behind in self.chunks.tiers:
-            tier = behind.tier
-            counts.update({f"{tier.name}:{kind}": n for kind, n in taken(tier.counts).items()})
-        counts.update(taken(self.chunks.counts))
-        return LMCStats(data=dict(counts)) if counts else None
+        mine = {name: n for name, n in counts.items() if not self.rank or name not in ALIKE}
+        levels = self.chunks.waiting() | {"pending_copies": self.copies.pending}
+        return LMCStats.of(self.chunks.take_counts() + Counter(mine), levels=levels, rank=self.rank)
 
     def finish_saves(self) -> None:
         """Return when all that was computed so far is stored, in tiers behind memory too."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +27,7 @@ LARGEST_SEGMENT = 256 << 20
 # What a put tells the policy of puts and reads: twice as many as there were since the last one, so
 # that it comes to know all of a folder, some more, and never so many that one waits for it.
 SOME, MOST = 256, 4096
+REMOVED = 1 << 14  # ids of records that are gone, until somebody asks for them
 SPACE_S = 0.1  # how soon a file that was removed gives its space back, or somebody has it open
 
 
@@ -35,11 +36,16 @@ class Room:
 
     The policy is this process's. With every put it is told of some of the puts and reads in the
     folder, whoever they are of, in their order: what it does not know yet was used last. What
-    others evicted it learns of when it would go.
+    others evicted it learns of when it would go. Ids of what is gone are appended to `removed`.
     """
 
     def __init__(
-        self, folder: Folder, capacity: int, policy: Mapping[str, Any] | str, counts: Counter[str]
+        self,
+        folder: Folder,
+        capacity: int,
+        policy: Mapping[str, Any] | str,
+        counts: Counter[str],
+        removed: deque[bytes] | None = None,
     ) -> None:
         if policy == "belady" or (isinstance(policy, Mapping) and policy.get("name") == "belady"):
             raise ValueError("policy belady needs the accesses to come, which no store knows")
@@ -47,7 +53,7 @@ class Room:
         self.segment_bytes = min(LARGEST_SEGMENT, capacity // SEGMENTS)
         self.limit = int(OCCUPANCY * capacity)
         self._folder = folder
-        self._counts = counts
+        self._counts, self._removed = counts, removed
         self._policy: Policy = POLICIES.build(policy, capacity=self.limit)
         self._items: dict[bytes, bytes] = {}  # what the policy holds, and what it was told of it
         self._ends: dict[bytes, bytes] = {}  # of a context's digest -> id
@@ -363,6 +369,8 @@ class Room:
         self._items[id] = row
 
     def _forget(self, id: bytes) -> None:
+        if self._removed is not None:
+            self._removed.append(id[:32])
         if id in self._items:
             self._pop(id)
             self._policy.remove(id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lmc.store.disk.folder import Folder
 from lmc.store.disk.guard import otherwise
 from lmc.store.disk.reader import Reader
 from lmc.store.disk.replaced import has_all, ids_replaced, within
-from lmc.store.disk.room import Room
+from lmc.store.disk.room import REMOVED, Room
 from lmc.store.disk.write import write_records
 from lmc.store.reads import Reads
 from lmc.store.record import Record
@@ -86,6 +86,7 @@ class Disk:
         self._heads, self._compression = heads, compression
         self._label = label.encode()[:255].decode(errors="ignore")
         self.counts: Counter[str] = Counter()
+        self.removed: deque[bytes] = deque(maxlen=REMOVED)
         self._open()
 
     def _open(self) -> None:
@@ -93,7 +94,7 @@ class Disk:
         # Not `self`, which could never be dropped then.
         self._closer = weakref.finalize(self, Folder.close, self.folder)
         try:
-            self.room = Room(self.folder, self.capacity, self._policy, self.counts)
+            self.room = Room(self.folder, self.capacity, self._policy, self.counts, self.removed)
         except ValueError:
             self.folder.close()
             raise
@@ -304,6 +305,7 @@ class Disk:
             dead += [at for part in parts if (at := change.remove(part)) is not None]
             write_records(folder.segments, new, places, seq, change.add)
         self.room.mark(dead, fmt.DEAD)
+        self.removed.extend(id[:32] for id in records)
         for e in new:
             self._bad.discard(e.header.id)
             self._reader.forget(e.header.record.id)

@@ -50,8 +50,8 @@ def counting(session: Session, worker: bool = True) -> Counter[str]:
         take = side.take_stats
 
         def taken(take: Any = take) -> Any:
-            if stats := take():
-                counts.update(stats.data)
+            stats = take()
+            counts.update(stats.data.get("counts", {}))
             return stats
 
         side.take_stats = taken

@@ -17,7 +17,8 @@ from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
 from lmc.model.layout import KVLayout
 from lmc.store import Record
-from lmc.store.chunks import Attached, Chunks
+from lmc.store.chunks import Chunks
+from lmc.store.tier import Attached
 from tests.store import hanging
 
 L, G, D, P, N = 5, 2, 8, 4, 12

@@ -1,0 +1,48 @@
+"""An engine under mixed traffic that a Prometheus scrapes meanwhile."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from prometheus_client import start_http_server
+
+from tests.connectors.vllm import scenarios as s
+from tests.connectors.vllm.prometheus import free_port, queries, running
+
+LASTS_S = 25.0
+
+
+def scraped(session: s.Session) -> dict[str, Any]:
+    """What Prometheus answers to each query of the dashboard, over all of that time."""
+    server, thread = start_http_server(port := free_port(), "127.0.0.1")
+    with TemporaryDirectory() as folder, running(Path(folder), port) as prometheus:
+        start = time.time()
+        traffic(session, LASTS_S)
+        end = time.time()
+        answers = {e: prometheus.over_time(e, start, end, 1.0) for _, _, e in queries()}
+        targets = prometheus.get("api/v1/targets")["activeTargets"]
+    server.shutdown()
+    thread.join()
+    health = [target["health"] for target in targets]
+    return {"answers": answers, "targets": health, "start": start, "end": end}
+
+
+def traffic(session: s.Session, seconds: float) -> None:
+    """Documents in any order, by all strategies, beside long answers; more than memory holds."""
+    rng = random.Random(0)
+    blends: list[Any] = [s.EPIC, "all_by_deviation", "all_by_query", "full_reuse", "prefix"]
+    documents = [s.text(i, 60 + i) for i in range(12)]
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for blend in rng.sample(blends, 3):
+            parts = [s.SYSTEM, *rng.sample(documents, 3), s.text(rng.randrange(1 << 30), 12)]
+            session.add(parts, blend, tokens=rng.randint(2, 40))
+        if rng.random() < 0.2:
+            session.add([s.text(rng.randrange(1 << 30), 30)], enabled=False, tokens=30)
+        session.finish()
+        if rng.random() < 0.3:
+            session.llm.reset_prefix_cache()
