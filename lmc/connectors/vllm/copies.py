@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,16 @@ class Told:
         with self._lock:
             self._report.failed.update(blocks)
             self._report.recomputed.pop(request_id, None)
+
+    @contextmanager
+    def serving(self, request_id: str) -> Iterator[None]:
+        """A claim is served in here: so long it takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._report.served[request_id] = time.perf_counter() - start
 
     def weights(self, told: WeightsTold) -> None:
         """The weights are not those that the step was made for."""

@@ -1,0 +1,195 @@
+"""The token map of one request: of every token what became of it, from where, and why not better.
+
+Linear in the prompt: one look-up for each chunk that was not found, and one pass over the tokens
+for text that was cut elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from lmc.blend.plan import KINDS, Plan
+from lmc.chunking.pieces import Piece
+from lmc.store.causes import CAUSES
+from lmc.store.history import WINDOW, History
+from lmc.store.lookup import Known
+
+NAMES = ("", *CAUSES)
+
+
+class MapRun(NamedTuple):
+    """Tokens `[start, end)` of a prompt that fared alike.
+
+    Attributes:
+        kind: one of `lmc.blend.plan.KINDS`.
+        tier: where their bytes came from, where the store had them loaded.
+        cause: one of `lmc.store.causes.CAUSES`, of all that is `new` or `recomputed`.
+    """
+
+    start: int
+    end: int
+    kind: str
+    tier: str | None
+    cause: str | None
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a plan does not say of itself.
+
+    Attributes:
+        unmoved: why nothing was moved at all, or None: `gate`, `engine` or `strategy`.
+        silent: whether a tier did not say what it has.
+        blended_from: the first of the engine's own tokens whose KV is not exact, or None.
+        tiers: by slot, the tier that its bytes came from; host memory's are not in it.
+    """
+
+    unmoved: str | None = None
+    silent: bool = False
+    blended_from: int | None = None
+    tiers: Mapping[int, str] | None = None
+
+
+def token_map(
+    plan: Plan,
+    tokens: np.ndarray,
+    pieces: Sequence[Piece],
+    known: Known,
+    history: History,
+    about: Circumstances,
+) -> list[MapRun]:
+    """Runs that cover tokens [T], in order; the fewest there can be.
+
+    Of each kind they have as many tokens as `plan.kinds` says, but that rows which a selective
+    strategy takes layer by layer are `moved` here, with the cause `chosen_by_layer`.
+
+    Args:
+        plan: of the request, as it was admitted.
+        pieces: the chunks that it was planned with.
+        known: what its namespace has.
+    """
+    T, local = plan.T, plan.local
+    kinds = np.full(T, KINDS.index("new"), np.uint8)
+    causes, tiers = np.zeros(T, np.uint8), np.zeros(T, np.uint8)
+    blended = local if about.blended_from is None else min(local, about.blended_from)
+    kinds[:blended], kinds[blended:local] = KINDS.index("local"), KINDS.index("local_blended")
+    names: list[str | None] = [None, "host"]
+    by_layer = NAMES.index("chosen_by_layer") if plan.selective else 0
+    for found in plan.found:
+        here = slice(found.start, found.end)
+        kinds[here] = KINDS.index(found.kind)
+        name = (about.tiers or {}).get(found.record.slot, "host")
+        if name not in names:
+            names.append(name)
+        tiers[here] = names.index(name)
+    for start, end in plan.moved if by_layer else ():
+        causes[start:end] = by_layer
+    _computed_again(plan, about, kinds, causes)
+    for start, end, cause in _missed(kinds, tokens, pieces, known, history, about):
+        missed = kinds[start:end] == KINDS.index("new")
+        causes[start:end][missed] = NAMES.index(cause)
+    alike = kinds.astype(np.uint32) << 16 | causes.astype(np.uint32) << 8 | tiers
+    borders = [0, *(np.flatnonzero(alike[1:] != alike[:-1]) + 1).tolist(), T]
+    return [
+        MapRun(start, end, KINDS[kinds[start]], names[tiers[start]], NAMES[causes[start]] or None)
+        for start, end in pairwise(borders)
+        if start < end
+    ]
+
+
+def unplanned(T: int, local: int, cause: str) -> list[MapRun]:
+    """The map of T tokens that nothing was planned for; the engine had `local` of them."""
+    runs = [MapRun(0, local, "local", None, None), MapRun(local, T, "new", None, cause)]
+    return [run for run in runs if run.start < run.end]
+
+
+def with_lost(runs: Sequence[MapRun], rows: np.ndarray) -> list[MapRun]:
+    """The same map when rows [M] were computed since their chunk did not come."""
+    of = np.repeat(np.arange(len(runs)), [run.end - run.start for run in runs])
+    of[rows] = -1
+    borders = [0, *(np.flatnonzero(of[1:] != of[:-1]) + 1).tolist(), len(of)]
+    return [
+        MapRun(start, end, "recomputed", None, "lost")
+        if of[start] < 0
+        else runs[of[start]]._replace(start=start, end=end)
+        for start, end in pairwise(borders)
+    ]
+
+
+def _computed_again(
+    plan: Plan, about: Circumstances, kinds: np.ndarray, causes: np.ndarray
+) -> None:
+    """Mark what was found and is computed all the same, and why."""
+    again = KINDS.index("recomputed")
+    kinds[plan.chosen], causes[plan.chosen] = again, NAMES.index("chosen")
+    for start, end in plan.moved:
+        rest = np.flatnonzero(causes[start:end] != NAMES.index("chosen"))
+        if len(rest):
+            causes[start : start + int(rest[0])] = NAMES.index("boundary")
+    for start, end in plan.beyond:
+        kinds[start:end] = again
+        unused = about.unmoved if about.unmoved == "engine" else "not_worth"
+        causes[start:end] = NAMES.index(unused)
+        if plan.end == plan.T - 1 == start:
+            causes[start:end] = NAMES.index("last_token")
+
+
+def _missed(
+    kinds: np.ndarray,
+    tokens: np.ndarray,
+    pieces: Sequence[Piece],
+    known: Known,
+    history: History,
+    about: Circumstances,
+) -> Iterator[tuple[int, int, str]]:
+    """(start, end, cause) of each piece that some token of was not found."""
+    new = np.concatenate([[0], np.cumsum(kinds == KINDS.index("new"))])
+    ids = np.ascontiguousarray(tokens, "<i8").tobytes()
+    elsewhere: np.ndarray | None = None
+    before: set[bytes] = set()
+    for i, (start, end, _) in enumerate(pieces):
+        content = ids[8 * start : 8 * end]
+        if new[end] > new[start]:
+            cause = known.unused(content, about.unmoved is None)
+            if cause == "unmoved":
+                cause = about.unmoved
+            if cause is None:
+                cause = "tier_silent" if about.silent else history.own(known.namespace, content)
+            if cause is None and content in before:
+                cause = "repeated_within"
+            if cause is None:
+                if elsewhere is None:
+                    elsewhere = _cut_elsewhere(tokens, pieces, known.namespace, history)
+                cause = "cut_elsewhere" if elsewhere[i] else None
+            # Last: what clients are told must not depend on what those of other salts stored.
+            if cause is None and history.of_others(known.namespace, content):
+                cause = "other_salt"
+            yield start, end, cause or "never_seen"
+        before.add(content)
+
+
+def _cut_elsewhere(
+    tokens: np.ndarray, pieces: Sequence[Piece], namespace: bytes, history: History
+) -> np.ndarray:
+    """[P] whether more than half of the windows sampled in each piece were stored before."""
+    starts, known = history.seen(namespace, tokens)
+    first = np.searchsorted(starts, [p.start for p in pieces])
+    last = np.searchsorted(starts, [p.end - WINDOW for p in pieces], "right")
+    last = np.maximum(first, last)
+    count = np.concatenate([[0], np.cumsum(known)])
+    found: np.ndarray = 2 * (count[last] - count[first]) > last - first
+    return found
+
+
+def tokens_by(runs: Sequence[MapRun], field: str) -> dict[str, int]:
+    """Tokens of each kind, cause or tier that occurs, in order of appearance."""
+    found: dict[str, int] = {}
+    for run in runs:
+        if (name := getattr(run, field)) is not None:
+            found[name] = found.get(name, 0) + run.end - run.start
+    return found
