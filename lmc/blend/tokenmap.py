@@ -15,7 +15,7 @@ import numpy as np
 
 from lmc.blend.plan import KINDS, Plan
 from lmc.chunking.pieces import Piece
-from lmc.store.causes import CAUSES
+from lmc.store.causes import CAUSES, told
 from lmc.store.history import WINDOW, History
 from lmc.store.lookup import Known
 
@@ -106,6 +106,20 @@ def unplanned(T: int, local: int, cause: str) -> list[MapRun]:
     """The map of T tokens that nothing was planned for; the engine had `local` of them."""
     runs = [MapRun(0, local, "local", None, None), MapRun(local, T, "new", None, cause)]
     return [run for run in runs if run.start < run.end]
+
+
+def for_client(runs: Sequence[MapRun]) -> list[MapRun]:
+    """The map as its client may have it, who must not tell what other salts have stored.
+
+    Not by where runs end either: what is told alike is one run.
+    """
+    out: list[MapRun] = []
+    for run in runs:
+        run = run._replace(cause=told(run.cause))
+        if out and out[-1][2:] == run[2:]:
+            run = run._replace(start=out.pop().start)
+        out.append(run)
+    return out
 
 
 def with_lost(runs: Sequence[MapRun], rows: np.ndarray) -> list[MapRun]:

@@ -6,14 +6,13 @@ import time
 from collections import Counter
 from typing import Any
 
-from lmc.blend.tokenmap import Circumstances, token_map, unplanned
+from lmc.blend.tokenmap import Circumstances, for_client, token_map, unplanned
 from lmc.chunking.pieces import Piece
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.planner import Planner
 from lmc.connectors.vllm.reading import survive
 from lmc.connectors.vllm.recorder import Entry, Recorder
 from lmc.connectors.vllm.tracked import Tracked
-from lmc.store.causes import told
 from lmc.store.tier import taken
 
 LONGEST = 128  # characters of a request's id in a trace: its client may have chosen it
@@ -58,7 +57,7 @@ class Explaining:
         report, runs = tracked.report, tracked.runs
         if report is None or tracked.options is None or not tracked.options.explain:
             return report
-        said = [[*run[:4], told(run.cause)] for run in runs or []]
+        said = None if runs is None else [list(run) for run in for_client(runs)]
         return report | {"map": said, "seconds": _rounded(tracked)}
 
     def stepped(self) -> None:
