@@ -6,7 +6,7 @@ for text that was cut elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from lmc.store.history import WINDOW, History
 from lmc.store.lookup import Known
 
 NAMES = ("", *CAUSES)
+PLACE = {name: i for i, name in enumerate(NAMES)}
 
 
 class MapRun(NamedTuple):
@@ -79,7 +80,7 @@ def token_map(
     blended = local if about.blended_from is None else min(local, about.blended_from)
     kinds[:blended], kinds[blended:local] = KINDS.index("local"), KINDS.index("local_blended")
     names: list[str | None] = [None, "host"]
-    by_layer = NAMES.index("chosen_by_layer") if plan.selective else 0
+    by_layer = PLACE["chosen_by_layer"] if plan.selective else 0
     for found in plan.found:
         here = slice(found.start, found.end)
         kinds[here] = KINDS.index(found.kind)
@@ -90,15 +91,15 @@ def token_map(
     for start, end in plan.moved if by_layer else ():
         causes[start:end] = by_layer
     _computed_again(plan, about, kinds, causes)
-    for start, end, cause in _missed(kinds, tokens, pieces, known, history, about):
-        missed = kinds[start:end] == KINDS.index("new")
-        causes[start:end][missed] = NAMES.index(cause)
+    borders = np.array([(start, end) for start, end, _ in pieces], np.int64)
+    new = kinds == KINDS.index("new")
+    missed = _missed(new, borders, tokens, known, history, about)
+    causes[new] = np.repeat(missed, borders[:, 1] - borders[:, 0])[new]
     alike = kinds.astype(np.uint32) << 16 | causes.astype(np.uint32) << 8 | tiers
-    borders = [0, *(np.flatnonzero(alike[1:] != alike[:-1]) + 1).tolist(), T]
+    ends = [0, *(np.flatnonzero(alike[1:] != alike[:-1]) + 1).tolist(), T]
     return [
         MapRun(start, end, KINDS[kinds[start]], names[tiers[start]], NAMES[causes[start]] or None)
-        for start, end in pairwise(borders)
-        if start < end
+        for start, end in pairwise(ends)
     ]
 
 
@@ -140,60 +141,69 @@ def _computed_again(
 ) -> None:
     """Mark what was found and is computed all the same, and why."""
     again = KINDS.index("recomputed")
-    kinds[plan.chosen], causes[plan.chosen] = again, NAMES.index("chosen")
+    kinds[plan.chosen], causes[plan.chosen] = again, PLACE["chosen"]
     for start, end in plan.moved:
-        rest = np.flatnonzero(causes[start:end] != NAMES.index("chosen"))
+        rest = np.flatnonzero(causes[start:end] != PLACE["chosen"])
         if len(rest):
-            causes[start : start + int(rest[0])] = NAMES.index("boundary")
+            causes[start : start + int(rest[0])] = PLACE["boundary"]
     for start, end in plan.beyond:
         kinds[start:end] = again
         unused = about.unmoved if about.unmoved == "engine" else "not_worth"
-        causes[start:end] = NAMES.index(unused)
+        causes[start:end] = PLACE[unused]
         if plan.end == plan.T - 1 == start:
-            causes[start:end] = NAMES.index("last_token")
+            causes[start:end] = PLACE["last_token"]
 
 
 def _missed(
-    kinds: np.ndarray,
+    new: np.ndarray,
+    borders: np.ndarray,
     tokens: np.ndarray,
-    pieces: Sequence[Piece],
     known: Known,
     history: History,
     about: Circumstances,
-) -> Iterator[tuple[int, int, str]]:
-    """(start, end, cause) of each piece that some token of was not found."""
-    new = np.concatenate([[0], np.cumsum(kinds == KINDS.index("new"))])
+) -> np.ndarray:
+    """`[P]` places in `NAMES`: why some token of each piece was not found; 0 where all were.
+
+    Args:
+        new: `[T]` the tokens that were not. borders: `[P, 2]` of the pieces.
+    """
+    causes = np.zeros(len(borders), np.uint8)
+    before = np.concatenate([[0], np.cumsum(new)])
+    lacking = np.flatnonzero(before[borders[:, 1]] > before[borders[:, 0]])
     ids = np.ascontiguousarray(tokens, "<i8").tobytes()
-    elsewhere: np.ndarray | None = None
-    before: set[bytes] = set()
-    for i, (start, end, _) in enumerate(pieces):
-        content = ids[8 * start : 8 * end]
-        if new[end] > new[start]:
-            cause = known.unused(content, about.unmoved is None)
-            if cause == "unmoved":
-                cause = about.unmoved
-            if cause is None:
-                cause = "tier_silent" if about.silent else history.own(known.namespace, content)
-            if cause is None and content in before:
-                cause = "repeated_within"
-            if cause is None:
-                if elsewhere is None:
-                    elsewhere = _cut_elsewhere(tokens, pieces, known.namespace, history)
-                cause = "cut_elsewhere" if elsewhere[i] else None
-            # Last: what clients are told must not depend on what those of other salts stored.
-            if cause is None and history.of_others(known.namespace, content):
-                cause = "other_salt"
-            yield start, end, cause or "never_seen"
-        before.add(content)
+    contents = [ids[a:b] for a, b in (8 * borders[lacking]).tolist()]
+    unused = known.unused(contents, about.unmoved is None)
+    namespace, seen = known.namespace, set[bytes]()
+    elsewhere: list[bool] | None = None
+    for i, content, cause in zip(lacking.tolist(), contents, unused, strict=True):
+        if cause == "unmoved":
+            cause = about.unmoved
+        if cause is None:
+            cause = "tier_silent" if about.silent else history.own(namespace, content)
+        if cause is None and content in seen:
+            cause = "repeated_within"
+        if cause is None:
+            if elsewhere is None:
+                elsewhere = _cut_elsewhere(tokens, borders, namespace, history).tolist()
+            cause = "cut_elsewhere" if elsewhere[i] else None
+        # Last: what clients are told must not depend on what those of other salts stored.
+        if cause is None and history.of_others(namespace, content):
+            cause = "other_salt"
+        causes[i] = PLACE[cause or "never_seen"]
+        seen.add(content)
+    return causes
 
 
 def _cut_elsewhere(
-    tokens: np.ndarray, pieces: Sequence[Piece], namespace: bytes, history: History
+    tokens: np.ndarray, borders: np.ndarray, namespace: bytes, history: History
 ) -> np.ndarray:
-    """[P] whether more than half of the windows sampled in each piece were stored before."""
+    """Whether more than half of the windows sampled in each piece were stored before.
+
+    borders: `[P, 2]` -> `[P]` bool.
+    """
     starts, known = history.seen(namespace, tokens)
-    first = np.searchsorted(starts, [p.start for p in pieces])
-    last = np.searchsorted(starts, [p.end - WINDOW for p in pieces], "right")
+    first = np.searchsorted(starts, borders[:, 0])
+    last = np.searchsorted(starts, borders[:, 1] - WINDOW, "right")
     last = np.maximum(first, last)
     count = np.concatenate([[0], np.cumsum(known)])
     found: np.ndarray = 2 * (count[last] - count[first]) > last - first

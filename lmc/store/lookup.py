@@ -116,21 +116,23 @@ class Known:
             known = [*known, *(r for r in found if self._serves(r, place))]
         return known
 
-    def unused(self, content: bytes, moves: bool) -> str | None:
-        """Why what is known of a content serves nowhere in a prompt; None if nothing is known.
+    def unused(self, contents: Sequence[bytes], moves: bool) -> Iterator[str | None]:
+        """Why what is known of each content serves nowhere in a prompt; None if nothing is known.
 
         `unmoved` where it would serve if chunks were moved at all; else one of `CAUSES`.
         """
-        here = self._index.variants(self.namespace, content)
-        coming = self._index.coming(self.namespace, content)
-        behind = [record for tier in self._tiers for record in tier.of(content)]
-        if not moves and (here or behind):
-            return "unmoved"
-        if coming or any(self._anywhere(record) for record in here):
-            return "being_stored"
-        if any(self._anywhere(record) for record in behind):
-            return "no_room"
-        return "other_context" if here or behind else None
+        stored = self._index.variants_of(self.namespace, contents)
+        for content, here in zip(contents, stored, strict=True):
+            coming = [] if here else self._index.coming(self.namespace, content)
+            behind = [record for tier in self._tiers for record in tier.of(content)]
+            if not moves and (here or behind):
+                yield "unmoved"
+            elif coming or any(self._anywhere(record) for record in here):
+                yield "being_stored"
+            elif any(self._anywhere(record) for record in behind):
+                yield "no_room"
+            else:
+                yield "other_context" if here or behind else None
 
     def _anywhere(self, record: Record) -> bool:
         """Whether a chunk may be moved to any place."""
