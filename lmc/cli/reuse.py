@@ -81,10 +81,14 @@ def _shares(done: list[RequestReuse]) -> dict[str, Any]:
     found = {kind: sum(r.tokens()[kind] for r in done) for kind in KINDS}
     found["upper_bound"] = sum(r.upper_bound for r in done)
     chunks = sum(r.chunks for r in done)
+    causes: dict[str, int] = {}
+    for r in done:
+        causes = {cause: n + causes.get(cause, 0) for cause, n in r.causes().items()}
     return {
         "requests": len(done),
         "tokens": total,
         **{kind: tokens / total if total else 0.0 for kind, tokens in found.items()},
+        "causes": {cause: n / total if total else 0.0 for cause, n in causes.items()},
         "mean_chunk_tokens": total / chunks if chunks else 0.0,
     }
 
@@ -121,6 +125,8 @@ def _print(summary: dict[str, Any], trace: Path) -> None:
     add("all", summary, "bold")
     console = Console()
     console.print(table)
+    why = ", ".join(f"{cause} {share:.1%}" for cause, share in summary["causes"].items())
+    console.print(f"Not reusable: {why} (of all tokens)")
     if summary["scope"] == "session" and all(row["requests"] == 1 for _, row in sessions):
         console.print(
             "Every session has one request, so nothing came before it: --scope trace compares "

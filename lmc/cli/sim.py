@@ -229,6 +229,8 @@ def _print(trace: Path, rows: Sequence[dict[str, Any]]) -> None:
             times.add_row(*name, *spread, load, rate, tokens, f"{row['reuse_slower']:.1%}")
     console = Console()
     console.print(rates)
+    if (causes := _causes(rows, what[first["metric"]])) is not None:
+        console.print(causes)
     if not times.row_count:
         return
     console.print(times)
@@ -244,6 +246,21 @@ def _print(trace: Path, rows: Sequence[dict[str, Any]]) -> None:
             "takes longer than computing all of it.",
             style="yellow",
         )
+
+
+def _causes(rows: Sequence[dict[str, Any]], what: str) -> Table | None:
+    """Why what was not found was not, or was computed again; None where it is not told apart."""
+    names = list(dict.fromkeys(cause for row in rows for cause in row.get("causes", ())))
+    if not names:
+        return None
+    columns = ["policy", rows[-1]["unit"], *names]
+    table = _table(f"Why not found, or computed again: shares of all {what}", columns)
+    for row in rows:
+        if "causes" in row:
+            capacity = row["capacity"] if isinstance(row["capacity"], list) else [row["capacity"]]
+            shares = (f"{row['causes'].get(name, 0) / row['accesses']:.4f}" for name in names)
+            table.add_row(row["policy"], " + ".join(map(_round, capacity)), *shares)
+    return table
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -1,5 +1,6 @@
 """Figures, one function each: of measured runs, and of traces. All return a matplotlib Figure."""
 
+from lmc.plots.explain import explained
 from lmc.plots.pareto import deviation_map, pareto, quality_by_position
 from lmc.plots.runs import kinds, ttft, ttft_quality
 from lmc.plots.traces import (
@@ -12,6 +13,7 @@ from lmc.plots.traces import (
 
 __all__ = [
     "deviation_map",
+    "explained",
     "hit_rates",
     "kinds",
     "pareto",

@@ -53,6 +53,7 @@ class RequestReuse:
         request in scope had at any offset: what no chunks of w tokens or more can pass. (Shorter
         chunks can, by what they find in pieces shorter than w.)
     chunks: number of chunks the prompt was cut into.
+    cut_elsewhere: of the new tokens, those in such a window: seen before, and in no chunk that was.
     """
 
     session: str
@@ -60,6 +61,16 @@ class RequestReuse:
     kinds: np.ndarray
     upper_bound: int
     chunks: int
+    cut_elsewhere: int
+
+    def causes(self) -> dict[str, int]:
+        """Why tokens could not be reused, by `lmc.store.causes.CAUSES`: cause -> tokens."""
+        found = self.tokens()
+        return {
+            "repeated_within": found["repeated_within"],
+            "cut_elsewhere": self.cut_elsewhere,
+            "never_seen": found["new"] - self.cut_elsewhere,
+        }
 
     def tokens(self) -> dict[str, int]:
         """Tokens of each kind; they add up to T."""
@@ -130,7 +141,14 @@ def _analyse_one(
     hashes = window_hashes(tokens, window)
     reachable = covered(seen.windows.known(hashes), window, len(tokens))
     seen.windows.add(hashes)
-    return RequestReuse(r.session, r.timestamp, kinds, int(reachable[prefix:].sum()), chunks)
+    return RequestReuse(
+        session=r.session,
+        timestamp=r.timestamp,
+        kinds=kinds,
+        upper_bound=int(reachable[prefix:].sum()),
+        chunks=chunks,
+        cut_elsewhere=int((reachable & (kinds == NEW)).sum()),
+    )
 
 
 def _by_chunk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,15 @@ import numpy as np
 from lmc.blend import STRATEGIES
 from lmc.blend.plan import KINDS, make_plan
 from lmc.blend.strategy import Strategy
+from lmc.blend.tokenmap import Circumstances, token_map, tokens_by
 from lmc.chunking import Chunker
 from lmc.chunking.pieces import split
 from lmc.model.shape import ModelShape
 from lmc.sim.trace import Request
 from lmc.store import Index
+from lmc.store.history import History
 from lmc.store.keep import keep
+from lmc.store.lookup import Known
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,7 @@ class StoreReplay:
     loaded: [R] int64, tokens read from the store.
     blends: [R] bool, whether rows among reused tokens are computed.
     counts: of the index: put, known, evicted, no_room, ...
+    causes: cause -> tokens that were new or computed again; of `lmc.store.causes.CAUSES`.
     """
 
     tokens: dict[str, np.ndarray]
@@ -36,6 +41,7 @@ class StoreReplay:
     loaded: np.ndarray
     blends: np.ndarray
     counts: dict[str, int]
+    causes: dict[str, int]
 
     @property
     def prompt_tokens(self) -> int:
@@ -91,7 +97,10 @@ def replay_store(
         cost=model.cost,
         clock=lambda: now,
         exact_variants=exact_variants,
+        history=(history := History()),
     )
+    about = Circumstances(unmoved=None if strategy.moves else "strategy")
+    causes: Counter[str] = Counter()
     found, rows, pairs, loaded, blends = [], [], [], [], []
     for r in sorted(requests, key=lambda r: r.timestamp):
         if r.tokens is None:
@@ -103,18 +112,18 @@ def replay_store(
         marked = [(start, end) for _, start, end in r.segments] if spans else None
         pieces = split(r.tokens, chunker, marked)
         plan = make_plan(r.tokens, pieces, index, b"", strategy, L=model.L)
+        runs = token_map(plan, r.tokens, pieces, Known(index, b""), history, about)
+        causes.update(tokens_by(runs, "cause"))
         for slot in {s.record.slot for s in plan.found}:
             index.touch(slot)
         kept = keep(index, b"", r.tokens, pieces, plan.first_moved, bytes_per_token, marked or ())
         for _, record in kept:
             index.acknowledge(record.slot, 0)
         index.take_freed()
-        runs = plan.computed_runs()
+        computed = plan.computed_runs()
         found.append(plan.kinds())
-        rows.append(round(sum(share * (end - start) for start, end, share in runs)))
-        pairs.append(
-            round(sum(share * (end - start) * (end + start + 1) / 2 for start, end, share in runs))
-        )
+        rows.append(round(sum(share * (end - start) for start, end, share in computed)))
+        pairs.append(round(sum(share * (b - a) * (b + a + 1) / 2 for a, b, share in computed)))
         loaded.append(sum(s.end - s.start for s in plan.found))
         blends.append(len(plan.rows) > 0 or plan.selective)
     return StoreReplay(
@@ -124,4 +133,5 @@ def replay_store(
         loaded=np.array(loaded, dtype=np.int64),
         blends=np.array(blends, dtype=bool),
         counts=dict(index.counts),
+        causes=dict(causes.most_common()),
     )

@@ -34,6 +34,8 @@ class Outcome:
     loaded: [R, tiers] tokens that it loads.
     blends: [R] whether rows among reused tokens are computed.
     shares: further shares of all accesses.
+    causes: of what was not found, or computed again all the same: cause -> accesses, as
+        `lmc.store.causes.CAUSES` has them; None where they are not told apart.
     """
 
     policy: str
@@ -49,6 +51,7 @@ class Outcome:
     loaded: np.ndarray
     blends: np.ndarray
     shares: Mapping[str, float]
+    causes: Mapping[str, int] | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -69,6 +72,8 @@ class Outcome:
             "hit_rate": self.hit_rate,
             **self.shares,
         }
+        if self.causes is not None:
+            row["causes"] = dict(self.causes)
         if len(plain) > 1:
             row["tiers"] = [
                 {"capacity": c, "hits": h, "written": w}
@@ -216,6 +221,7 @@ def store_sweep(
                 loaded=done.loaded[:, None],
                 blends=done.blends,
                 shares=shares | {"computed": int(done.rows.sum()) / total},
+                causes=done.causes,
             )
 
 
@@ -275,10 +281,16 @@ def _outcome(
     T = accesses.input_tokens
     # The last token is computed in any case: its hidden state gives the first new one.
     rows = np.maximum(T - loaded.sum(axis=1), 1)
+    causes = None
     if metric == "prefix":
         total, by_tier = int(T.sum()), loaded.sum(axis=0)
     else:
         total, by_tier = len(hit), np.bincount(done.tier[hit], minlength=len(layout))
+        # A first access can be no hit; any other that is none was held once, or refused.
+        causes = {
+            "never_seen": accesses.unique,
+            "evicted": total - int(hit.sum()) - accesses.unique,
+        }
     return Outcome(
         policy=policy,
         capacities=tuple(layout),
@@ -293,4 +305,5 @@ def _outcome(
         loaded=loaded,
         blends=np.zeros(len(rows), dtype=bool),
         shares={},
+        causes=causes,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from lmc.model.cost import PrefillCost
 from lmc.policies import POLICIES, Item, Policy
+from lmc.store.history import History
 from lmc.store.record import Origin, Record, superseded
 
 BEHIND = 16  # of what continues a context with the same token, only so many of the latest are told
@@ -49,6 +50,7 @@ class Index:
             take; without it a record's tokens stand for them.
         clock: seconds, for policies that ask for the time.
         exact_variants: of one content, how many exact contexts are kept: the latest.
+        history: told of what is taken in, and why what is gone is gone.
 
     Attributes:
         added: how often a record was put or became visible: has it grown, more may be found, or
@@ -69,6 +71,7 @@ class Index:
         cost: PrefillCost | None = None,
         clock: Callable[[], float] = time.monotonic,
         exact_variants: int = 2,
+        history: History | None = None,
     ) -> None:
         if POLICIES.parse(policy).get("name") == "belady":
             raise ValueError("policy belady needs the accesses to come, which no store knows")
@@ -80,6 +83,7 @@ class Index:
         self._cost = cost
         self._clock = clock
         self._exact_variants = exact_variants
+        self.history = history
         self.added = self.gone = 0
         self.changes: list[tuple[Record, bool]] | None = None
         self._next_slot = 0
@@ -197,6 +201,8 @@ class Index:
         self._next_slot += 1
         item = self._item(record)
         if not self._make_room(item):
+            if self.history is not None:
+                self.history.note(record, "no_room")
             return None
         slot = record.slot
         entry = self._entries[slot] = _Entry(record, item, self._ranks, arriving)
@@ -216,6 +222,8 @@ class Index:
         self._pinned_bytes += record.nbytes * entry.pinned
         self.counts["adopted" if arriving else "put"] += 1
         self.added += not arriving
+        if self.history is not None:
+            self.history.stored(record)
         if arriving:
             self._awaited.add(slot)
         return record
@@ -260,7 +268,7 @@ class Index:
         """Forget a record whose bytes are gone or wrong, leased or not."""
         if slot in self._entries:
             self.counts["dropped"] += 1
-            self._forget(slot)
+            self._forget(slot, "lost")
 
     def give_up_unfilled(self, slot: int) -> None:
         """What `slot` was reserved for will not come, if it has not."""
@@ -278,7 +286,7 @@ class Index:
     def clear(self) -> None:
         """Forget everything."""
         for slot in list(self._entries):
-            self._forget(slot)
+            self._forget(slot, "reset")
 
     def take_freed(self) -> list[int]:
         """Slots whose bytes the workers may now free, each told once."""
@@ -321,7 +329,7 @@ class Index:
                 self.counts["no_room" if victim is None else "not_admitted"] += 1
                 return False
             self.counts["evicted"] += 1
-            self._drop(self._slots[victim])
+            self._drop(self._slots[victim], "evicted")
         return True
 
     def _expire(self) -> None:
@@ -335,15 +343,15 @@ class Index:
         """Let go of what is overdue, once it is in use no more."""
         if entry.overdue and not entry.pinned:
             self.counts["expired"] += 1
-            self._drop(entry.record.slot)
+            self._drop(entry.record.slot, "expired")
 
-    def _forget(self, slot: int) -> None:
+    def _forget(self, slot: int, cause: str | None = None) -> None:
         if not self._entries[slot].overdue:
             self._policy.remove(self._entries[slot].item.key)
-        self._drop(slot)
+        self._drop(slot, cause)
 
-    def _drop(self, slot: int) -> None:
-        """Let go of a record that the policy has forgotten."""
+    def _drop(self, slot: int, cause: str | None) -> None:
+        """Let go of a record that the policy has forgotten; no cause where a better one is here."""
         self.gone += 1
         self._awaited.discard(slot)
         entry = self._entries.pop(slot)
@@ -369,6 +377,8 @@ class Index:
         if record.tail:
             del self._tails[record.namespace, record.context]
         self._freed.append(slot)
+        if self.history is not None and cause is not None:
+            self.history.note(record, cause)
 
 
 class _Pinned:

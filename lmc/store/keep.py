@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmc.chunking.pieces import Piece, chunk_key, context_digests
+from lmc.store.history import WINDOW
 from lmc.store.index import Index
 from lmc.store.record import Record, origin_of
 
@@ -53,4 +54,6 @@ def keep(
         )
         if record is not None:
             kept.append((piece, record))
+    if index.history is not None:
+        index.history.saw(namespace, ids[max(0, done - WINDOW + 1) :])
     return kept

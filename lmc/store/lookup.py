@@ -116,6 +116,29 @@ class Known:
             known = [*known, *(r for r in found if self._serves(r, place))]
         return known
 
+    def unused(self, contents: Sequence[bytes], moves: bool) -> Iterator[str | None]:
+        """Why what is known of each content serves nowhere in a prompt; None if nothing is known.
+
+        `unmoved` where it would serve if chunks were moved at all; else one of `CAUSES`.
+        """
+        stored = self._index.variants_of(self.namespace, contents)
+        for content, here in zip(contents, stored, strict=True):
+            coming = [] if here else self._index.coming(self.namespace, content)
+            behind = [record for tier in self._tiers for record in tier.of(content)]
+            if not moves and (here or behind):
+                yield "unmoved"
+            elif coming or any(self._anywhere(record) for record in here):
+                yield "being_stored"
+            elif any(self._anywhere(record) for record in behind):
+                yield "no_room"
+            else:
+                yield "other_context" if here or behind else None
+
+    def _anywhere(self, record: Record) -> bool:
+        """Whether a chunk may be moved to any place."""
+        alone = record.origin != "blended" and record.context in self._alone
+        return alone or self.policy == "any"
+
     def alone(self, contents: Sequence[bytes]) -> bool:
         """Whether contents are known, or coming, as computed behind each other and nothing else."""
         behind = self._alone

@@ -17,6 +17,7 @@ def kv_transfer_params(
     blend: Mapping[str, Any] | str | None = None,
     save: bool = True,
     enabled: bool = True,
+    explain: bool = False,
     config: LMCConfig | None = None,
 ) -> dict[str, Any]:
     """`kv_transfer_params` of one request: the field of that name of vLLM's OpenAI server, or
@@ -29,12 +30,13 @@ def kv_transfer_params(
         blend: the strategy; None is the engine's own.
         save: whether the request's KV is stored.
         enabled: false serves it without lmc.
+        explain: have the report say of every token what became of it and why (`lmc explain`).
         config: the engine's settings, where they name further strategies or other limits.
 
     Raises:
         ValueError: what the server would answer with a plain prefill and `bad_request`.
     """
-    raw: dict[str, Any] = {"save": save, "enabled": enabled}
+    raw: dict[str, Any] = {"save": save, "enabled": enabled, "explain": explain}
     if chunks is not None:
         raw["chunks"] = [list(span) for span in chunks]
     if blend is not None:

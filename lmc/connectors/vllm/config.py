@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lmc.blend.evidence import Outline
 from lmc.blend.strategy import Strategy
 from lmc.chunking import CHUNKERS, Chunker
 from lmc.quality import BLENDS
 from lmc.registry import one_line
+from lmc.sizes import parse_bytes
 from lmc.store import Index
 from lmc.store.record import ContextPolicy
 from lmc.store.tier import TIERS, TierConfig
@@ -36,6 +37,27 @@ class Limits(BaseModel):
     chunk_tokens: int = Field(default=2048, ge=1)
     values: int = Field(default=10_000, ge=1)
     depth: int = Field(default=6, ge=1)
+
+
+class Trace(BaseModel):
+    """Where one line a finished request is written, for `lmc sim`, `reuse` and `explain`.
+
+    Attributes:
+        path: a folder, made when missing, which no other user may write to; `~` is the user's home.
+            Several engines may share it.
+        max_bytes: of one file, as a number or such as `64MiB`.
+        files: how many are kept; the oldest are removed.
+        tokens: whether chunks of a prompt stand in it as salted hashes, or its token ids.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = Field(min_length=1)
+    max_bytes: Annotated[int | str, AfterValidator(parse_bytes)] = Field(
+        default="64MiB", validate_default=True
+    )
+    files: int = Field(default=8, ge=1)
+    tokens: Literal["hashes", "ids"] = "hashes"
 
 
 class LMCConfig(BaseModel):
@@ -82,6 +104,7 @@ class LMCConfig(BaseModel):
         rows_per_step: rows that blending may compute in one step of the engine, all requests
             together, beside what vLLM schedules; a claim of more goes alone. By default as many
             as vLLM schedules at most (`max_num_batched_tokens`).
+        trace: where requests are recorded; by default nowhere.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -106,6 +129,7 @@ class LMCConfig(BaseModel):
     uncalibrated: Literal["refuse", "allow"] = "refuse"
     min_gain_tokens: int = Field(default=32, ge=1)
     rows_per_step: int | None = Field(default=None, ge=1)
+    trace: Trace | None = None
 
     def build_chunker(self) -> Chunker:
         """A fresh chunker; ValueError for a wrong one."""

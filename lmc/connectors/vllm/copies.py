@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,16 @@ class Told:
         """Tiers have let go of records of these ids."""
         with self._lock:
             self._report.removed += ids
+
+    @contextmanager
+    def serving(self, request_id: str) -> Iterator[None]:
+        """A claim is served in here: so long it takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._report.served[request_id] = time.perf_counter() - start
 
     def weights(self, told: WeightsTold) -> None:
         """The weights are not those that the step was made for."""

@@ -163,6 +163,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         weights: by rank, of those whose weights are not the ones that the step was made for.
         kept, removed: what tiers have taken or brought, and ids of what they have let go of; only
             where that is published.
+        served: by request, seconds that its claim took: chunks loaded, and rows computed.
     """
 
     saved: list[tuple[int, int]] = field(default_factory=list)
@@ -174,6 +175,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     weights: dict[int, WeightsTold] = field(default_factory=dict)
     kept: list[Kept] = field(default_factory=list)
     removed: list[tuple[str, bytes]] = field(default_factory=list)
+    served: dict[str, float] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
@@ -187,6 +189,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.weights | other.weights,
             self.kept + other.kept,
             self.removed + other.removed,
+            self.served | other.served,  # ranks wait for each other
         )
 
 

@@ -21,6 +21,7 @@ from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
 from lmc.store import Index, Record
 from lmc.store.directory import Answers, Directory
+from lmc.store.history import History
 from lmc.store.lookup import Known, find, lacking, reach
 from lmc.store.tier import taken
 
@@ -51,8 +52,9 @@ class Planner:
         begins: int | None,
     ) -> None:
         self.index = Index(
-            config.memory_bytes, ranks, config.policy, cost, exact_variants=config.exact_variants
-        )
+            config.memory_bytes, ranks, config.policy, cost,
+            exact_variants=config.exact_variants, history=History(),
+        )  # fmt: skip
         self._kept = 0  # bytes of what is held for requests
         self._config = config
         self._layout = layout
@@ -82,7 +84,11 @@ class Planner:
         Args:
             tiers: whether to use what those behind host memory said they have, too.
         """
-        return self._chosen(tracked, local, self._told(tracked) if tiers else [], tracked.refusal)
+        start = time.perf_counter()
+        told = self._told(tracked) if tiers else []
+        plan = self._chosen(tracked, local, told, tracked.refusal)
+        tracked.took("plan", time.perf_counter() - start)
+        return plan
 
     def use(self, tracked: Tracked, plan: Plan, reason: str | None) -> None:
         """From now on this is the request's plan; nothing is kept for it yet."""
@@ -108,6 +114,11 @@ class Planner:
             self._config.context,
             self._begins,
         )
+
+    def silent(self, tracked: Tracked) -> bool:
+        """Whether some tier did not say what it has of a request, or is left alone."""
+        told = self._told(tracked)
+        return tracked.lookup is not None and sum(a.told for a in told) < len(self._tiers)
 
     def waits(self, tracked: Tracked, others: bool) -> Literal["fetch", "late"] | None:
         """Whether chunks are on their way, and others would stand still for them.

@@ -17,7 +17,8 @@ from lmc.chunking.pieces import checked_spans
 from lmc.connectors.vllm.config import Limits, LMCConfig, build_strategy
 from lmc.quality import BLENDS
 
-KEYS = ("blend", "chunks", "enabled", "save")
+KEYS = ("blend", "chunks", "enabled", "explain", "save")
+FLAGS = ("enabled", "explain", "save")
 READS_FILES = ("controlled",)
 WORD = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
 
@@ -32,6 +33,7 @@ class RequestOptions:
         blend: its name. config: what it was built from.
         save: whether this request's KV is stored.
         enabled: false makes the request one that lmc never saw.
+        explain: whether its report has the token map, and seconds.
     """
 
     chunks: Sequence[tuple[int, int]] | None
@@ -40,6 +42,7 @@ class RequestOptions:
     config: Mapping[str, Any] | str
     save: bool = True
     enabled: bool = True
+    explain: bool = False
 
 
 def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
@@ -54,7 +57,7 @@ def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
         raise ValueError(f"lmc parameters must be an object, got {type(raw).__name__}")
     if unknown := [key for key in raw if key not in KEYS]:
         raise ValueError(f"unknown lmc parameter {_shown(unknown[0])}; valid: {', '.join(KEYS)}")
-    for key in ("save", "enabled"):
+    for key in FLAGS:
         if not isinstance(raw.get(key, True), bool):
             raise ValueError(f"lmc parameter {key} must be true or false, got {_shown(raw[key])}")
     chunks = None if raw.get("chunks") is None else _spans(raw["chunks"], T, config.limits)
@@ -66,6 +69,7 @@ def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
         config=blend,
         save=raw.get("save", True),
         enabled=raw.get("enabled", True),
+        explain=raw.get("explain", False),
     )
 
 

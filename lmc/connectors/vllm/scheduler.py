@@ -14,6 +14,7 @@ from lmc.connectors.vllm import identity, startup
 from lmc.connectors.vllm.admission import Admission
 from lmc.connectors.vllm.config import LMCConfig, check_memory
 from lmc.connectors.vllm.events import Events, published
+from lmc.connectors.vllm.explaining import Explaining
 from lmc.connectors.vllm.gate import QualityGate
 from lmc.connectors.vllm.isolating import Isolation
 from lmc.connectors.vllm.keeping import Keeping
@@ -64,6 +65,7 @@ class SchedulerSide:
         begins = first_token(vllm_config.model_config.hf_text_config)
         self.planner = Planner(config, self.layout, self.cost, self.ranks, vllm_config, begins)
         self.index = self.planner.index
+        self.explaining = Explaining(config, self.planner)
         self.gate = QualityGate(vllm_config, self.layout, rope, config)
         self.reader = Reader(config, self.gate, self.namespace)
         self.local = LocalCache(
@@ -220,6 +222,7 @@ class SchedulerSide:
         self.claims = []
         self.forgiven = set()
         self.just_finished = {}
+        self.explaining.stepped()
         return metadata
 
     @property
@@ -249,6 +252,10 @@ class SchedulerSide:
         for request_id, rows in report.recomputed.items():
             if hit := self.requests.get(request_id) or self.just_finished.get(request_id):
                 self._retaint_after_loss(hit, rows)
+        for request_id, seconds in report.served.items():
+            if hit := self.requests.get(request_id) or self.just_finished.get(request_id):
+                hit.took("claim", seconds)
+        self.explaining.stepped()
         if (step := self.namespace.heard(report.weights)) is not None:
             self._weights_changed(step)
 
@@ -268,7 +275,7 @@ class SchedulerSide:
             self.local.leave_chain(tracked, computed)
         if tracked.report is None:
             self._report(tracked)
-        return {"lmc": tracked.report}
+        return {"lmc": self.explaining.finished(tracked)}
 
     def reset(self) -> None:
         """Forget what host memory holds.
@@ -288,12 +295,13 @@ class SchedulerSide:
             self.reset()
 
     def close(self) -> None:
-        """Let go of the tiers."""
+        """Let go of the tiers, and write what is still to be recorded."""
+        self.explaining.close()
         self.planner.close()
 
     def take_stats(self) -> LMCStats:
         """What happened since the last call, and how things stand."""
-        self.counts.update(self.planner.take_counts())
+        self.counts.update(self.planner.take_counts() + self.explaining.take_counts())
         self.counts += self.isolation.counts + self.admission.counts
         self.isolation.counts.clear()
         self.admission.counts.clear()
@@ -363,6 +371,7 @@ class SchedulerSide:
 
     def _report(self, tracked: Tracked) -> None:
         tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
+        self.explaining.admitted(tracked)
         for kind, n in tracked.report["kinds"].items():
             self.counts[f"tokens:{kind}"] += n
         self.admission.observed.add("compute_fraction", tracked.report["compute_fraction"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lmc.blend.plan import KINDS, Plan
+from lmc.blend.tokenmap import MapRun, with_lost
 from lmc.chunking.pieces import Piece
 from lmc.connectors.vllm.request import RequestOptions
 from lmc.model.cost import PrefillCost
@@ -46,6 +47,8 @@ class Tracked:
         prompt_saved: whether the prompt's chunks have been given to the workers.
         unsaved: its KV is, or may be, of no use to others: nothing of it is stored any more.
         report: what the client is told.
+        runs: the token map of its prompt, as its operator may know it; None where nobody asked.
+        seconds: what lmc took for it, by name.
     """
 
     request: Any
@@ -76,11 +79,17 @@ class Tracked:
     prompt_saved: bool = False
     unsaved: bool = False
     report: dict[str, Any] | None = None
+    runs: list[MapRun] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def waits(self) -> bool:
         """Whether its turn is yet to come, or to come again."""
         return self.plan is not None and not self.held and not self.request.is_finished()
+
+    def took(self, name: str, seconds: float) -> None:
+        """lmc took so long for something."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     @property
     def saves(self) -> bool:
@@ -110,6 +119,7 @@ def recompute(tracked: Tracked, rows: np.ndarray, bytes_per_token: int, cost: Pr
     assert tracked.admitted is not None
     tracked.admitted = tracked.admitted.recomputing(rows)
     if tracked.request.num_prompt_tokens == tracked.admitted.T:
+        tracked.runs = tracked.runs and with_lost(tracked.runs, rows)
         tracked.report = report_of(tracked, bytes_per_token, cost)
 
 

@@ -173,7 +173,8 @@ class WorkerSide:
         """
         for claim in metadata.claims:
             try:
-                self._serve(claim)
+                with self.told.serving(claim.request_id):
+                    self._serve(claim)
             except Exception:
                 logger.exception("lmc could not serve its claim on %s", claim.request_id)
                 self._fail(claim, metadata.number)

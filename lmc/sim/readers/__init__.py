@@ -20,6 +20,7 @@ FORMATS = Registry(
         "bailian": "lmc.sim.readers.bailian:Bailian",
         "burstgpt": "lmc.sim.readers.burstgpt:BurstGpt",
         "chat": "lmc.sim.readers.chat:Chat",
+        "lmc": "lmc.sim.readers.recorded:Recorded",
         "mooncake": "lmc.sim.readers.mooncake:Mooncake",
         "sharegpt": "lmc.sim.readers.sharegpt:ShareGpt",
         "timed_trace": "lmc.sim.readers.mooncake:Mooncake",

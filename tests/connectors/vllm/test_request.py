@@ -33,7 +33,7 @@ OWN = "tests.connectors.vllm.test_request:Own"
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"chunk": []}, "'chunk'; valid: blend, chunks, enabled, save"),
+        ({"chunk": []}, "'chunk'; valid: blend, chunks, enabled, explain, save"),
         ({5: 1}, "parameter 5; valid"),
         ({"chunks": [[0, 5], [4, 8]]}, r"\(4, 8\), want 5 <= start"),
         ({"chunks": [[0, 11]]}, r"\(0, 11\).*<= 10"),
@@ -71,6 +71,7 @@ OWN = "tests.connectors.vllm.test_request:Own"
         ({"blend": nested(300)}, "nested deeper than 6"),
         ({"blend": {"name": "cacheblend", "causal": "bottom_right"}}, "ablation.*Hugging Face"),
         ({"blend": "ape"}, "paged engine.*Hugging Face"),
+        ({"explain": 1}, "explain must be true or false, got 1"),
         ({"save": "no"}, "save must be true or false, got 'no'"),
         ([1], "must be an object, got list"),
         ("x", "must be an object, got str"),
@@ -147,6 +148,7 @@ def test_client_helper_raises_before_anything_is_sent() -> None:
             "blend": {"name": "epic"},
             "save": False,
             "enabled": True,
+            "explain": False,
         }
     }
     with pytest.raises(ValueError, match=r"\(4, 11\)"):

@@ -50,6 +50,13 @@ def tokens(at: float, ids: Any = (7, 8, 9), **changes: Any) -> str:
     return json.dumps(fields | {"segments": [["a", 0, 2], ["b", 2, 3]]} | changes)
 
 
+def recorded(at: float, chunks: Any = (("ab" * 12, 5), ("cd" * 12, 3)), **changes: Any) -> str:
+    fields = {"lmc_trace": 1, "time": at, "request": "r", "prompt_tokens": 8, "output_tokens": 2}
+    fields |= {"kinds": {"new": 8}, "compute_fraction": 1.0, "seconds": {"plan": 0.001}}
+    fields |= {"map": [[0, 8, "new", None, "never_seen"]], "chunks": [list(c) for c in chunks]}
+    return json.dumps(fields | changes)
+
+
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
 BURSTGPT = "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens"
 # Of each format, the header if it has one, and lines whose times are 0, 1, 2 and 3 seconds.
@@ -58,6 +65,7 @@ LINES = {
     "bailian": ("", [bailian(i + 1, i or -1, i) for i in range(4)]),
     "burstgpt": (BURSTGPT, [f"{i},{i % 2},3.5,GPT-4,417,276,693" for i in range(4)]),
     "chat": ("", [chat(i) for i in range(4)]),
+    "lmc": ("", [recorded(i) for i in range(4)]),
     "mooncake": ("", [mooncake(1000 * i) for i in range(4)]),
     "tokens": ("", [tokens(i) for i in range(4)]),
     "weka": ("", [weka(f"s{i}", i) for i in range(4)]),

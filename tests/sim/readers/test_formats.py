@@ -24,6 +24,7 @@ from tests.sim.readers.lines import (
     file_of,
     mooncake,
     opened,
+    recorded,
     times,
     tokens,
     weka,
@@ -116,6 +117,24 @@ def test_tokens(tmp_path: Path) -> None:
     assert r.segments == [("a", 0, 2), ("b", 2, 3)]
     (r,) = opened(tmp_path, '{"timestamp": 0, "tokens": []}')
     assert (r.input_tokens, r.output_tokens, r.segments) == (0, 0, [])
+
+
+def test_lmc_hashes_stand_for_texts(tmp_path: Path) -> None:
+    first, second = "ab" * 12, "cd" * 12
+    content = recorded(0, [(first, 5), (second, 3)]) + "\n" + recorded(1, [(second, 3), (first, 5)])
+    left_alone = json.loads(recorded(2)) | {"map": None}
+    del left_alone["chunks"]
+    one, two = opened(tmp_path, f"{content}\n{json.dumps(left_alone)}", strict=True)
+    assert one.tokens is not None and two.tokens is not None
+    assert one.tokens.dtype == np.int32 and one.tokens.min() >= 0
+    assert one.tokens.tolist() == [*two.tokens[3:], *two.tokens[:3]]
+    assert len(set(one.tokens.tolist())) == 8
+    assert one.segments == [("chunk", 0, 5), ("chunk", 5, 8)]
+    (ids,) = opened(tmp_path, recorded(0, tokens=list(range(8))))
+    assert ids.tokens is not None and ids.tokens.tolist() == list(range(8))
+    (tenant,) = opened(tmp_path, recorded(0, tokens=list(range(8)), tenant="é" * 3))
+    assert tenant.session == "ééé" and tenant.tokens is not None
+    assert not set(tenant.tokens.tolist()) & set(range(8))
 
 
 @pytest.mark.parametrize("name", ["chat", "sharegpt"])
