@@ -47,6 +47,7 @@ class Claim:
         rows: ascending positions that all layers compute.
         strategy: what chooses further rows while the request runs, if anything does.
         outline: the request as it sees it.
+        lora: the LoRA adapter that rows are computed under, or 0.
     """
 
     request_id: str
@@ -58,6 +59,7 @@ class Claim:
     rows: np.ndarray
     strategy: Strategy | None = None
     outline: Outline | None = None
+    lora: int = 0
 
     @property
     def computes(self) -> bool:
@@ -120,6 +122,7 @@ class StepMetadata(KVConnectorMetadata):
         forgiven: blocks that a claim failed on, and that no save reads from now on, but for this
             step's.
         weights: by rank, how many changes of its weights are known.
+        adapters: by LoRA adapter, the digest of what it is taken for.
         look: whether weights must be looked at closely, since vLLM's own cache was reset.
     """
 
@@ -134,6 +137,7 @@ class StepMetadata(KVConnectorMetadata):
     encodes_left: int = 0
     forgiven: list[int] = field(default_factory=list)
     weights: dict[int, int] = field(default_factory=dict)
+    adapters: dict[int, bytes] = field(default_factory=dict)
     look: bool = False
 
 
@@ -149,6 +153,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         late: whether a chunk was waited for in vain, so that a tier is slow or gone.
         failed: blocks of claims that failed: what is in them, and behind them, is of no use.
         weights: by rank, of those whose weights are not the ones that the step was made for.
+        adapters: by LoRA adapter that a rank has loaded, its digest, or why there is none.
     """
 
     saved: list[tuple[int, int]] = field(default_factory=list)
@@ -158,6 +163,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     late: bool = False
     failed: set[int] = field(default_factory=set)
     weights: dict[int, WeightsTold] = field(default_factory=dict)
+    adapters: dict[int, bytes | str] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
@@ -169,6 +175,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.late or other.late,
             self.failed | other.failed,
             self.weights | other.weights,
+            self.adapters | other.adapters,  # of one that ranks disagree on, each refuses the other
         )
 
 
