@@ -126,7 +126,8 @@ class Bench:
         """A step of the engine, whose workers do all that they are told."""
         numbers = {request.request_id: scheduled} if request else {}
         output = SimpleNamespace(
-            num_scheduled_tokens=numbers, preempted_req_ids=set(), scheduled_new_reqs=[],
+            num_scheduled_tokens=numbers, scheduled_spec_decode_tokens={}, preempted_req_ids=set(),
+            scheduled_new_reqs=[],
             scheduled_cached_reqs=SimpleNamespace(new_block_ids=[], num_output_tokens=[]),
         )  # fmt: skip
         metadata = self.timed("keep", lambda: self.side.step(output))

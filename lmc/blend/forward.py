@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -76,6 +76,25 @@ class Outcome:
     probe: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a forward asks of the model next: one layer on its rows.
+
+    Attributes:
+        index: of the layer.
+        rows: `[M]`, at least one. state: theirs. needs: what is to be measured.
+    """
+
+    index: int
+    rows: np.ndarray
+    state: State
+    needs: Sequence[Need] = ()
+
+
+Stepped = tuple[State, list[torch.Tensor]]  # as `Adapter.layer` returns it
+Steps = Generator[Step, Stepped, Outcome]
+
+
 def selective_forward(
     adapter: Adapter,
     forced: np.ndarray,
@@ -83,12 +102,85 @@ def selective_forward(
     outline: Outline | None = None,
     probe_rows: np.ndarray | None = None,
 ) -> Outcome:
-    """Compute rows and leave their K and V in the engine's cache.
+    """Compute rows and leave their K and V in the engine's cache; arguments as `forward_steps`.
 
     Layer by layer, and within a layer in slices of at most `max_rows` rows, in order of
     position: a later slice then finds the fresh keys of an earlier one, which never needs
     those of a later one. Between layers the state of all rows stays, whatever the slices, so a
     strategy sees every row.
+    """
+
+    def layer(steps: dict[int, Step]) -> list[Stepped]:
+        def call(steps: list[tuple[int, Step]]) -> list[Stepped]:
+            return [adapter.layer(s.index, s.rows, s.state, s.needs) for _, s in steps]
+
+        return in_slices(steps, adapter.max_rows, call)
+
+    steps = forward_steps(adapter, forced, strategy, outline, probe_rows)
+    (outcome,) = in_lock_step([steps], layer)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def in_lock_step(
+    forwards: Sequence[Steps], layer: Callable[[dict[int, Step]], list[Stepped]]
+) -> list[Outcome | Exception]:
+    """Run several forwards through the layers together; what each gave, or why it ended.
+
+    Those at the lowest layer go on first, so that all are soon in the same one: where some probe,
+    the others wait behind it.
+
+    Args:
+        layer: one layer on rows of some forwards, by their index. What it raises ends them all.
+    """
+    over: dict[int, Outcome | Exception] = {}
+    waiting: dict[int, Step] = {}
+
+    def go_on(i: int, stepped: Stepped | None) -> None:
+        try:
+            # A generator begins with None.
+            waiting[i] = forwards[i].send(stepped)  # type: ignore[arg-type]
+        except StopIteration as end:
+            over[i] = end.value
+        except Exception as error:  # of this one alone
+            over[i] = error
+
+    for i in range(len(forwards)):
+        go_on(i, None)
+    while waiting:
+        index = min(step.index for step in waiting.values())
+        here = {i: step for i, step in waiting.items() if step.index == index}
+        stepped = layer(here)
+        for i, result in zip(here, stepped, strict=True):
+            del waiting[i]
+            go_on(i, result)
+    return [over[i] for i in range(len(forwards))]
+
+
+def in_slices(
+    steps: dict[int, Step],
+    max_rows: int,
+    call: Callable[[list[tuple[int, Step]]], list[Stepped]],
+) -> list[Stepped]:
+    """One layer on the rows of all `steps`, in calls of at most `max_rows` rows."""
+    parts: dict[int, list[Stepped]] = {i: [] for i in steps}
+    for cut in _cuts(steps, max_rows):
+        for (i, _), stepped in zip(cut, call(cut), strict=True):
+            parts[i].append(stepped)
+    return [_whole(steps[i], part) for i, part in parts.items()]
+
+
+def forward_steps(
+    adapter: Adapter,
+    forced: np.ndarray,
+    strategy: Strategy | None = None,
+    outline: Outline | None = None,
+    probe_rows: np.ndarray | None = None,
+) -> Steps:
+    """A selective forward as a generator: it yields what it wants of a layer, and is sent it.
+
+    The model's layers may so be shared with other forwards.
 
     Args:
         forced: `[M]` ascending positions that all layers compute.
@@ -103,8 +195,8 @@ def selective_forward(
     none = np.empty(0, np.int64)
     if strategy is None or outline is None:
         rows, state = forced, _embed(adapter, forced)
-        for index in range(adapter.num_layers):
-            state, _ = _layer(adapter, index, rows, state, [])
+        for index in range(adapter.num_layers if len(rows) else 0):
+            state, _ = yield Step(index, rows, state)
         L = adapter.num_layers
         return Outcome(state, [rows] * L, [none] * L)
     needs = strategy.needs(outline)
@@ -113,7 +205,7 @@ def selective_forward(
     if asked := [need for need in needs if isinstance(need, Importance)]:
         # Rows that answers are forced into lie behind the prompt; they do not ask.
         rows = forced[forced < outline.T] if probe_rows is None else probe_rows
-        found, probe = _probe(adapter, rows, asked)
+        found, probe = yield from _probe(adapter, rows, asked)
         seen.update(found)
     chosen = strategy.rows(outline, 0, seen)
     rows = np.union1d(forced, chosen)
@@ -127,7 +219,7 @@ def selective_forward(
         here = [n for n in needs if isinstance(n, Deviation) and n.layer == index]
         undo = bool(here) and strategy.written == "selected"
         before = adapter.read(index, rows) if undo else None
-        state, scores = _layer(adapter, index, rows, state, here)
+        state, scores = yield Step(index, rows, state, here)
         for need, score in zip(here, scores, strict=True):
             spread = np.zeros(outline.T, np.float32)
             known = rows < outline.T
@@ -156,14 +248,14 @@ def selective_forward(
 
 def _probe(
     adapter: Adapter, rows: np.ndarray, needs: list[Importance]
-) -> tuple[dict[Need, np.ndarray], int]:
+) -> Generator[Step, Stepped, tuple[dict[Need, np.ndarray], int]]:
     """Importance `[T]` by need, and the row-layers that it took."""
     last = max(layer for need in needs for layer in need.layers)
     total: dict[Need, torch.Tensor] = {}
     state = _embed(adapter, rows)
     for index in range(last + 1):
         here = [need for need in needs if index in need.layers]
-        state, scores = _layer(adapter, index, rows, state, here)
+        state, scores = yield Step(index, rows, state, here)
         for need, score in zip(here, scores, strict=True):
             total[need] = total[need] + score if need in total else score
     found: dict[Need, np.ndarray] = {
@@ -174,25 +266,33 @@ def _probe(
     return found, len(rows) * (last + 1)
 
 
-def _slices(adapter: Adapter, rows: np.ndarray) -> list[slice]:
-    return [slice(i, i + adapter.max_rows) for i in range(0, len(rows), adapter.max_rows)]
-
-
 def _embed(adapter: Adapter, rows: np.ndarray) -> State:
-    parts = [adapter.embed(rows[s]) for s in _slices(adapter, rows)]
-    return _joined(parts)
+    M, n = len(rows), adapter.max_rows
+    return _joined([adapter.embed(rows[i : i + n]) for i in range(0, M, n)])
 
 
-def _layer(
-    adapter: Adapter, index: int, rows: np.ndarray, state: State, needs: Sequence[Need]
-) -> tuple[State, list[torch.Tensor]]:
-    states, scores = [], []
-    for s in _slices(adapter, rows):
-        part, found = adapter.layer(index, rows[s], tuple(x[s] for x in state), needs)
-        states.append(part)
-        scores.append(found)
-    merged = [_merged(need, [found[i] for found in scores]) for i, need in enumerate(needs)]
-    return _joined(states), merged
+def _cuts(steps: dict[int, Step], max_rows: int) -> Iterator[list[tuple[int, Step]]]:
+    """All rows, `max_rows` at a time: parts of steps, each with the index of its own."""
+    cut: list[tuple[int, Step]] = []
+    left = max_rows
+    for i, step in steps.items():
+        done, M = 0, len(step.rows)
+        while done < M:
+            at = slice(done, done + left)
+            part = replace(step, rows=step.rows[at], state=tuple(x[at] for x in step.state))
+            cut.append((i, part))
+            done, left = done + len(part.rows), left - len(part.rows)
+            if left == 0:
+                yield cut
+                cut, left = [], max_rows
+    if cut:
+        yield cut
+
+
+def _whole(step: Step, parts: list[Stepped]) -> Stepped:
+    scores = [[found[i] for _, found in parts] for i in range(len(step.needs))]
+    merged = [_merged(need, found) for need, found in zip(step.needs, scores, strict=True)]
+    return _joined([state for state, _ in parts]), merged
 
 
 def _merged(need: Need, parts: list[torch.Tensor]) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""vLLM's own modules as an adapter of the selective forward, and the check that they agree."""
+"""vLLM's own modules as an adapter of the selective forward, for several requests at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,19 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import set_forward_context
 
 from lmc.blend.evidence import Importance, Need, Outline
-from lmc.blend.forward import Outcome, State, selective_forward
+from lmc.blend.forward import (
+    Outcome,
+    State,
+    Step,
+    Stepped,
+    Steps,
+    forward_steps,
+    in_lock_step,
+    in_slices,
+)
 from lmc.blend.strategy import Strategy
 from lmc.connectors.vllm.attention import Current, Measure, PagedAttention, Rows
+from lmc.connectors.vllm.lora import Loras
 from lmc.kernels.gather import gather
 from lmc.kernels.scatter import scatter
 
@@ -31,6 +41,7 @@ class VLLMAdapter:
         blocks: the request's block ids, in order.
         max_rows: rows that one call of a layer may carry.
         before: called with a layer's index before its pages are looked at.
+        loras, lora: the worker's adapters, if it may have any, and the request's, or 0.
     """
 
     def __init__(
@@ -42,99 +53,188 @@ class VLLMAdapter:
         max_rows: int,
         vllm_config: Any,
         before: Callable[[int], None] = lambda layer: None,
+        loras: Loras | None = None,
+        lora: int = 0,
     ) -> None:
         inner = model.model
         self.layers = list(inner.layers[inner.start_layer : inner.end_layer])
         self.num_layers = len(self.layers)
         self.max_rows = max_rows
         self._embed = inner.embed_input_ids
-        self._attention = attention
+        self.attention, self.vllm_config = attention, vllm_config
         # An array, since every layer reads of it.
-        self._tokens, self._blocks = tokens, np.asarray(blocks, np.int64)
-        self._current = Current()
-        self._outline: Outline | None = None
-        self._vllm_config = vllm_config
-        self._before = before
-        self._prepared: dict[bytes, Rows] = {}
-        self._prepared_in = 0
+        self.tokens, self.blocks = tokens, np.asarray(blocks, np.int64)
+        self.before = before
+        self.loras, self.lora = loras, lora
+        self.outline: Outline | None = None
 
     def embed(self, rows: np.ndarray) -> State:
-        self._prepared.clear()
-        ids = torch.from_numpy(self._tokens[rows]).to(self._attention.device)
+        ids = torch.from_numpy(self.tokens[rows]).to(self.attention.device)
+        if self.loras is not None:
+            self.loras.rows([(self.lora, len(rows))])
         return (self._embed(ids),)
 
     def layer(
         self, index: int, rows: np.ndarray, state: State, needs: Sequence[Need] = ()
-    ) -> tuple[State, list[torch.Tensor]]:
-        self._before(index)
-        self._current.rows = self._rows(index, rows)
-        self._current.measure = measure = Measure(needs, self._outline)
-        hidden, residual = state if len(state) == 2 else (state[0], None)
-        where = self._current.rows.where
-        hidden, residual = self.layers[index](where, hidden, residual)
-        scores = [_of_all_heads(need, measure.scores[need]) for need in needs]
-        return (hidden, residual), scores
+    ) -> Stepped:
+        self.before(index)
+        with _installed([self], len(rows)) as layers:
+            (stepped,) = layers({0: Step(index, rows, state, needs)})
+        return stepped
 
     def read(self, index: int, rows: np.ndarray) -> torch.Tensor:
-        self._before(index)
-        pages = self._attention.pages(self.layers[index])
-        return gather(pages, self._attention.page_slots(rows, self._blocks))
+        self.before(index)
+        pages = self.attention.pages(self.layers[index])
+        return gather(pages, self.attention.page_slots(rows, self.blocks))
 
     def write(self, index: int, rows: np.ndarray, kv: torch.Tensor) -> None:
-        pages = self._attention.pages(self.layers[index])
-        scatter(kv, pages, self._attention.page_slots(rows, self._blocks))
+        pages = self.attention.pages(self.layers[index])
+        scatter(kv, pages, self.attention.page_slots(rows, self.blocks))
 
     def agree(self, scores: torch.Tensor) -> torch.Tensor:
         # The sum over ranks; the same bits on each, whatever order a reduction adds in.
         group = get_tp_group()
         return group.broadcast(group.all_reduce(scores.clone()))
 
-    @torch.inference_mode()
     def run(
         self, forced: np.ndarray, strategy: Strategy | None = None, outline: Outline | None = None
     ) -> Outcome:
-        """Compute `forced` and what the strategy chooses; their KV stays in the request's blocks.
-
-        A probe runs the suffix too, as far as the blocks reach: its KV there is the engine's to
-        write afterwards. Where they do not reach its end, the last rows within reach ask.
-        """
-        if strategy is None or outline is None:
-            with self._installed(len(forced)):
-                return selective_forward(self, forced)
-        reach = min(outline.T, len(self._blocks) * self._attention.block_size)
-        self._outline = replace(outline, T=reach)
-        probe_rows = np.union1d(forced, np.arange(outline.end, reach))
-        with self._installed(max(len(forced) + outline.n, len(probe_rows))):
-            return selective_forward(self, forced, strategy, self._outline, probe_rows)
+        """One forward alone; arguments as `Forward` has them."""
+        (outcome,) = run_together([Forward(self, forced, strategy, outline)])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     @torch.inference_mode()
     def measure(
         self, rows: np.ndarray, needs: Sequence[Need], outline: Outline
     ) -> list[torch.Tensor]:
         """Scores of `rows` in layer 0, over the heads of all ranks."""
-        self._outline = outline
-        with self._installed(len(rows)):
-            _, scores = self.layer(0, rows, self.embed(rows), needs)
+        self.outline = outline
+        _, scores = self.layer(0, rows, self.embed(rows), needs)
         return [self.agree(score) for score in scores]
 
-    @contextmanager
-    def _installed(self, most_rows: int) -> Iterator[None]:
-        # A context of its own, since layers such as MoE read the number of tokens from it.
-        context = set_forward_context(
-            None, self._vllm_config, num_tokens=min(most_rows, self.max_rows)
-        )
-        with context, self._attention.installed(self._current):
-            yield
 
-    def _rows(self, index: int, rows: np.ndarray) -> Rows:
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """Rows of one request that are to be computed; their KV stays in the request's blocks.
+
+    A probe runs the suffix too, as far as the blocks reach: its KV there is the engine's to
+    write afterwards. Where they do not reach its end, the last rows within reach ask.
+
+    Attributes:
+        adapter: of the request.
+        forced: ascending positions `[M]`.
+        strategy, outline: what chooses further rows, if anything does, and what it sees.
+    """
+
+    adapter: VLLMAdapter
+    forced: np.ndarray
+    strategy: Strategy | None = None
+    outline: Outline | None = None
+
+    def steps(self) -> Steps:
+        """What is asked of the layers, each when all of the request that it needs is in place."""
+        adapter, outline, probe_rows = self.adapter, None, None
+        if self.strategy is not None and self.outline is not None:
+            reach = min(self.outline.T, len(adapter.blocks) * adapter.attention.block_size)
+            outline = adapter.outline = replace(self.outline, T=reach)
+            probe_rows = np.union1d(self.forced, np.arange(outline.end, reach))
+        steps = forward_steps(adapter, self.forced, self.strategy, outline, probe_rows)
+        stepped: Any = None
+        while True:
+            try:
+                step = steps.send(stepped)
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                return outcome
+            adapter.before(step.index)
+            stepped = yield step
+
+
+@torch.inference_mode()
+def run_together(forwards: Sequence[Forward]) -> list[Outcome | Exception]:
+    """Compute rows of several requests in one pass of the layers; what became of each.
+
+    All are of one model. One that fails by itself, for want of a chunk or by its strategy, leaves
+    the others to go on.
+
+    Raises:
+        Exception: whatever a layer raises, for nobody knows then whose rows it was.
+    """
+    if not forwards:
+        return []
+    M = sum(most_rows(f.forced, f.outline) for f in forwards)
+    with _installed([f.adapter for f in forwards], M) as layers:
+        return in_lock_step([f.steps() for f in forwards], layers)
+
+
+def most_rows(forced: np.ndarray, outline: Outline | None) -> int:
+    """How many rows of a request go through a layer at most: chosen ones too, or the suffix."""
+    return len(forced) + (max(outline.n, outline.T - outline.end) if outline else 0)
+
+
+@contextmanager
+def _installed(adapters: Sequence[VLLMAdapter], rows: int) -> Iterator[_Layers]:
+    """The layers of the adapters' model, while their attention is lmc's; at most so many rows."""
+    one, layers = adapters[0], _Layers(adapters)
+    # A context of its own, since layers such as MoE read the number of tokens from it.
+    context = set_forward_context(None, one.vllm_config, num_tokens=min(rows, one.max_rows))
+    lent = nullcontext() if one.loras is None else one.loras.borrowed()
+    with context, lent, one.attention.installed(layers.current):
+        yield layers
+
+
+class _Layers:
+    """The decoder layers of one model, on rows of several requests.
+
+    Args:
+        adapters: of the requests.
+    """
+
+    def __init__(self, adapters: Sequence[VLLMAdapter]) -> None:
+        self.current = Current()
+        self._adapters, self._one = adapters, adapters[0]
+        self._prepared: dict[tuple[Any, ...], Rows] = {}
+        self._prepared_in = 0
+
+    def __call__(self, steps: dict[int, Step]) -> list[Stepped]:
+        """One layer on the rows of some requests, by their index among the adapters."""
+        return in_slices(steps, self._one.max_rows, self._call)
+
+    def _call(self, steps: list[tuple[int, Step]]) -> list[Stepped]:
+        index = steps[0][1].index
+        rows = self.current.rows = self._rows(index, steps)
+        measures = [Measure(step.needs, self._adapters[i].outline) for i, step in steps]
+        self.current.measures = measures
+        if self._one.loras is not None:
+            self._one.loras.rows([(self._adapters[i].lora, len(s.rows)) for i, s in steps])
+        states = [step.state for _, step in steps]
+        hidden, residual = self._one.layers[index](rows.where, *_rows_of(states))
+        return [
+            (
+                (hidden[part.at], residual[part.at]),
+                [_of_all_heads(need, measure.scores[need]) for need in measure.needs],
+            )
+            for part, measure in zip(rows.parts, measures, strict=True)
+        ]
+
+    def _rows(self, index: int, steps: list[tuple[int, Step]]) -> Rows:
         """What depends on rows alone; the same in every layer until a strategy drops some."""
-        key = rows.tobytes()
+        key = tuple((i, step.rows.tobytes()) for i, step in steps)
         if key not in self._prepared:
             if index != self._prepared_in:
                 self._prepared.clear()
             self._prepared_in = index
-            self._prepared[key] = self._attention.prepare(rows, self._blocks)
+            requests = [(step.rows, self._adapters[i].blocks) for i, step in steps]
+            self._prepared[key] = self._one.attention.prepare(requests)
         return self._prepared[key]
+
+
+def _rows_of(states: list[State]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states and residuals of all requests; before layer 0 there are no residuals."""
+    joined = states[0] if len(states) == 1 else tuple(map(torch.cat, zip(*states, strict=True)))
+    return joined[0], joined[1] if len(joined) == 2 else None
 
 
 def _of_all_heads(need: Need, score: torch.Tensor) -> torch.Tensor:

@@ -181,7 +181,9 @@ class Admission:
         """Whether the plan is of no use any more."""
         assert tracked.plan is not None
         grown = len(tracked.tokens) != tracked.request.num_tokens
-        outdated = tracked.namespace != self._namespace.of(tracked.request.cache_salt)
+        request = tracked.request
+        now = self._namespace.of(request.cache_salt, request.lora_request)
+        outdated = tracked.namespace != now
         held = self._planner.still_held(tracked)
         return grown or outdated or local < tracked.plan.local or not held
 

@@ -23,28 +23,44 @@ from lmc.kernels.sparse_attention import sparse_attention
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of one request, as every layer needs them.
+class Part:
+    """Rows of one request, among those of others.
 
     Attributes:
-        positions: `[M]`, ascending, int64; `where` is the same on the device.
-        reach: positions that the last row sees: its own and all before.
-        page_slots: `[M]`, where each row lies in the pages, flat (vLLM's slot mapping).
-        table: int32 `[1, pages]`, the request's pages up to `reach`.
-        how: what the way of attending made of them.
+        positions: `[M]`, ascending, int64, at least one.
+        at: where they are among all.
+        reach: positions that the last one sees: its own and all before.
+        table: int32 `[pages]`, the request's pages up to `reach` and perhaps beyond.
     """
 
     positions: np.ndarray
-    where: torch.Tensor
+    at: slice
     reach: int
-    page_slots: torch.Tensor
     table: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of one or several requests, one behind the other, as every layer needs them.
+
+    Attributes:
+        parts: by request.
+        where: `[M]`, the positions of all, int64, on the device.
+        page_slots: `[M]`, where each row lies in the pages, flat (vLLM's slot mapping).
+        tables: int32 `[requests, pages]`; behind what a request has its null block.
+        how: what the way of attending made of them.
+    """
+
+    parts: tuple[Part, ...]
+    where: torch.Tensor
+    page_slots: torch.Tensor
+    tables: torch.Tensor
     how: Any
 
 
 @dataclass
 class Measure:
-    """What is asked of one layer about its rows, and what it answers.
+    """What is asked of one layer about a request's rows, and what it answers.
 
     Attributes:
         needs: what is asked. outline: of whom; needed with an importance.
@@ -61,11 +77,11 @@ class Current:
     """What the attention layers work on: set before each of them is called."""
 
     rows: Rows | None = None
-    measure: Measure = field(default_factory=Measure)
+    measures: Sequence[Measure] = ()  # by request
 
 
 class PagedAttention(ABC):
-    """Attention of rows `[M]` of one request, their fresh K and V written to its pages first.
+    """Attention of rows `[M]` of requests, their fresh K and V written to their pages first.
 
     Raises:
         ValueError: pages whose layout is not known.
@@ -92,19 +108,28 @@ class PagedAttention(ABC):
         """Flat page slots `[M]` of rows in the request's blocks."""
         return page_slots_of(rows, blocks, self.block_size, self.device)
 
-    def prepare(self, rows: np.ndarray, blocks: Blocks) -> Rows:
-        """What is the same in every layer for these rows."""
-        reach = int(rows[-1]) + 1
-        some = np.asarray(blocks[: -(-reach // self.block_size)], np.int32)
-        table = torch.from_numpy(some)[None]
-        page_slots = self.page_slots(rows, blocks)
+    def prepare(self, requests: Sequence[tuple[np.ndarray, Blocks]]) -> Rows:
+        """What is the same in every layer for these rows, each request's with its blocks."""
+        reaches = [int(rows[-1]) + 1 for rows, _ in requests]
+        some = [blocks[: -(-reach // self.block_size)]
+                for reach, (_, blocks) in zip(reaches, requests, strict=True)]  # fmt: skip
+        table = np.zeros((len(some), max(map(len, some))), np.int32)
+        for i, of_one in enumerate(some):
+            table[i, : len(of_one)] = of_one
+        tables = torch.from_numpy(table)
+        page_slots = torch.cat([self.page_slots(rows, blocks) for rows, blocks in requests])
+        on_device = tables.to(self.device)
+        parts, M = [], 0
+        for i, (rows, _) in enumerate(requests):
+            parts.append(Part(rows, slice(M, M + len(rows)), reaches[i], on_device[i]))
+            M += len(rows)
+        positions = np.concatenate([rows for rows, _ in requests])
         return Rows(
-            positions=rows,
-            where=torch.from_numpy(rows).to(self.device),
-            reach=reach,
+            parts=tuple(parts),
+            where=torch.from_numpy(positions).to(self.device),
             page_slots=page_slots,
-            table=table.to(self.device),
-            how=self._how(rows, page_slots, table),
+            tables=on_device,
+            how=self._how(parts, page_slots, tables),
         )
 
     def attend(
@@ -114,19 +139,24 @@ class PagedAttention(ABC):
         key: torch.Tensor,
         value: torch.Tensor,
         rows: Rows,
-        measure: Measure,
+        measures: Sequence[Measure],
     ) -> torch.Tensor:
         """Write key and value `[M, G, D]`, and attend with query `[M, H, D]`; `[M, H, D]`.
 
-        What is asked of these rows is answered on the way.
+        What is asked of a request's rows is answered on the way.
         """
-        asked = [need for need in measure.needs if isinstance(need, Deviation)]
-        measure.scores.update(zip(asked, self._write(layer, key, value, rows, asked), strict=True))
-        for need in measure.needs:
-            if isinstance(need, Importance):
-                assert measure.outline is not None
-                score = self._importance(layer, query, rows, need, measure.outline)
-                measure.scores[need] = score
+        deviations = [[n for n in m.needs if isinstance(n, Deviation)] for m in measures]
+        if not any(deviations):
+            self._write(layer, key, value, rows.page_slots, [])
+        for part, measure, asked in zip(rows.parts, measures, deviations, strict=True):
+            if any(deviations):
+                fresh = (key[part.at], value[part.at], rows.page_slots[part.at])
+                measure.scores.update(zip(asked, self._write(layer, *fresh, asked), strict=True))
+            for need in measure.needs:
+                if isinstance(need, Importance):
+                    assert measure.outline is not None
+                    asking = (query[part.at], rows.where[part.at], part)
+                    measure.scores[need] = self._importance(layer, *asking, need, measure.outline)
         return self._attend(layer, query, key, value, rows)
 
     @contextmanager
@@ -141,8 +171,8 @@ class PagedAttention(ABC):
                 del layer.forward  # the instance's; the class's own shows again
 
     @abstractmethod
-    def _how(self, rows: np.ndarray, page_slots: torch.Tensor, table: torch.Tensor) -> Any:
-        """`Rows.how`; `table` is on the host."""
+    def _how(self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor) -> Any:
+        """`Rows.how`; `tables` are on the host."""
 
     @abstractmethod
     def _write(
@@ -150,7 +180,7 @@ class PagedAttention(ABC):
         layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
-        rows: Rows,
+        page_slots: torch.Tensor,
         needs: list[Deviation],
     ) -> list[torch.Tensor]:
         """Write the fresh rows; how far each was from what they replace, `[M]` by need."""
@@ -167,24 +197,30 @@ class PagedAttention(ABC):
         """Attention `[M, H, D]` over the pages, in which the fresh rows are."""
 
     def _importance(
-        self, layer: Any, query: torch.Tensor, rows: Rows, need: Importance, outline: Outline
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        where: torch.Tensor,
+        part: Part,
+        need: Importance,
+        outline: Outline,
     ) -> torch.Tensor:
-        """What the asking ones of `rows` pay to each position of the prompt, `[T]` fp32.
+        """What the asking ones of a request's rows pay to each position of its prompt, `[T]` fp32.
 
         A soft cap of the logits is left out: it keeps the order of what a row looks at.
         """
-        first = int(np.searchsorted(rows.positions, need.first_asking(outline)))
+        first = int(np.searchsorted(part.positions, need.first_asking(outline)))
         scores = torch.zeros(outline.T, dtype=torch.float32, device=self.device)
         importance(
             query[first:],
             self._pages[id(layer)].k[0],
-            rows.table[0],
-            rows.where[first:],
-            rows.reach,
+            part.table,
+            where[first:],
+            part.reach,
             layer.impl.scale,
             heads=need.heads,
             queries=need.queries,
-            out=scores[: rows.reach],
+            out=scores[: part.reach],
         )
         return scores
 
@@ -193,13 +229,13 @@ class PagedAttention(ABC):
         layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
-        rows: Rows,
+        page_slots: torch.Tensor,
         need: Deviation,
         *,
         write: bool,
     ) -> torch.Tensor:
         pages, tensor, norm = self._pages[id(layer)], need.tensor, need.norm
-        return deviation(key, value, pages, rows.page_slots, tensor=tensor, norm=norm, write=write)
+        return deviation(key, value, pages, page_slots, tensor=tensor, norm=norm, write=write)
 
     def _forward_of(self, layer: Any, current: Current) -> Any:
         def forward(
@@ -217,7 +253,7 @@ class PagedAttention(ABC):
                 key.view(M, layer.num_kv_heads, layer.head_size),
                 value.view(M, layer.num_kv_heads, layer.head_size_v),
                 current.rows,
-                current.measure,
+                current.measures,
             ).view(M, -1)
 
         return forward
@@ -237,8 +273,10 @@ class BackendAttention(PagedAttention):
         builder = first.attn_backend.get_builder_cls()
         self._builder = builder(kv_cache_spec, list(layers), vllm_config, self.device)
 
-    def _how(self, rows: np.ndarray, page_slots: torch.Tensor, table: torch.Tensor) -> Any:
-        runs = np.asarray(runs_of(rows), np.int32)
+    def _how(self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor) -> Any:
+        of_each = [runs_of(part.positions) for part in parts]
+        runs = np.asarray([run for of_one in of_each for run in of_one], np.int32)
+        request = torch.from_numpy(np.repeat(np.arange(len(parts)), list(map(len, of_each))))
         lengths = runs[:, 1] - runs[:, 0]
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         ends = torch.from_numpy(runs[:, 1].copy())
@@ -248,10 +286,10 @@ class BackendAttention(PagedAttention):
             seq_lens=ends.to(self.device),
             seq_lens_cpu_upper_bound=ends,
             num_reqs=len(runs),
-            num_actual_tokens=len(rows),
+            num_actual_tokens=len(page_slots),
             max_query_len=int(lengths.max()),
-            max_seq_len=int(runs[-1, 1]),
-            block_table_tensor=table.repeat(len(runs), 1).to(self.device),
+            max_seq_len=int(runs[:, 1].max()),
+            block_table_tensor=tables[request].to(self.device),
             slot_mapping=page_slots,
             causal=True,
         )
@@ -262,11 +300,12 @@ class BackendAttention(PagedAttention):
         layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
-        rows: Rows,
+        page_slots: torch.Tensor,
         needs: list[Deviation],
     ) -> list[torch.Tensor]:
-        scores = [self._deviation(layer, key, value, rows, need, write=False) for need in needs]
-        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, rows.page_slots)
+        fresh = (key, value, page_slots)
+        scores = [self._deviation(layer, *fresh, need, write=False) for need in needs]
+        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, page_slots)
         return scores
 
     def _attend(
@@ -297,24 +336,25 @@ class KernelAttention(PagedAttention):
                 if getattr(layer.impl, extra, None) is not None:
                     raise ValueError(f"attention: kernels do not compute the {extra} of {name}")
 
-    def _how(self, rows: np.ndarray, page_slots: torch.Tensor, table: torch.Tensor) -> Any:
+    def _how(self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor) -> Any:
         layer = next(iter(self.layers.values()))
         keys = self._pages[id(layer)].k[0]
-        return query_rows(torch.from_numpy(rows), (0, len(rows)), layer.num_heads, keys)
+        positions = torch.from_numpy(np.concatenate([part.positions for part in parts]))
+        return query_rows(positions, (0, *(p.at.stop for p in parts)), layer.num_heads, keys)
 
     def _write(
         self,
         layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
-        rows: Rows,
+        page_slots: torch.Tensor,
         needs: list[Deviation],
     ) -> list[torch.Tensor]:
         if not needs:
-            scatter(torch.stack((key, value))[None], self._pages[id(layer)], rows.page_slots)
+            scatter(torch.stack((key, value))[None], self._pages[id(layer)], page_slots)
         # The last one stores the rows in the pass in which it reads them.
         return [
-            self._deviation(layer, key, value, rows, need, write=need is needs[-1])
+            self._deviation(layer, key, value, page_slots, need, write=need is needs[-1])
             for need in needs
         ]
 
@@ -331,7 +371,7 @@ class KernelAttention(PagedAttention):
             query,
             pages.k[0],
             pages.v[0],
-            rows.table,
+            rows.tables,
             rows.how,
             layer.impl.scale,
             window=layer.sliding_window,

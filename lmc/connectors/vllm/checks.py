@@ -18,6 +18,7 @@ from lmc.blend.evidence import Deviation, Importance, Outline
 from lmc.connectors.vllm.adapter import VLLMAdapter
 from lmc.connectors.vllm.attention import BackendAttention, PagedAttention
 from lmc.connectors.vllm.layouts import page_slots_of
+from lmc.connectors.vllm.lora import Loras
 from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.rerotate import rerotate
@@ -69,7 +70,11 @@ def misread(layers: list[Any], pages: PagedKV, block_size: int) -> str | None:
 
 @torch.inference_mode()
 def mismoved(
-    rope: Rope, model: Any, oracle: BackendAttention, vllm_config: Any
+    rope: Rope,
+    model: Any,
+    oracle: BackendAttention,
+    vllm_config: Any,
+    loras: Loras | None = None,
 ) -> tuple[Rope, str | None]:
     """The rotation with the model's own pairing, and why keys cannot be moved by it, or None.
 
@@ -85,7 +90,7 @@ def mismoved(
         return rope, f"the model is too short ({shift + T} tokens) for keys to be moved"
     layers = list(oracle.layers.values())
     try:
-        with Scratch(oracle, vllm_config) as scratch:
+        with Scratch(oracle, vllm_config, loras) as scratch:
             kept = []
             for first in (0, shift):
                 scratch.forward(model, np.arange(T) + first)
@@ -107,7 +112,11 @@ def mismoved(
 
 @torch.inference_mode()
 def self_check(
-    model: Any, attention: PagedAttention, oracle: BackendAttention, vllm_config: Any
+    model: Any,
+    attention: PagedAttention,
+    oracle: BackendAttention,
+    vllm_config: Any,
+    loras: Loras | None = None,
 ) -> str | None:
     """Why the layer loop is not the model's own forward, or None when it is.
 
@@ -118,12 +127,12 @@ def self_check(
     """
     rows = np.arange(T, dtype=np.int64)
     try:
-        with Scratch(oracle, vllm_config) as scratch:
+        with Scratch(oracle, vllm_config, loras) as scratch:
             whole = scratch.forward(model, rows)
             kept = scratch.contents()
             scratch.restore()
             arguments = (scratch.tokens, scratch.blocks, T // 2, vllm_config)
-            adapter = VLLMAdapter(model, attention, *arguments)
+            adapter = VLLMAdapter(model, attention, *arguments, loras=loras)
             hidden, residual = adapter.run(rows).state
             looped, _ = model.model.norm(hidden, residual)
             pairs = [(whole, looped), *zip(kept, scratch.contents(), strict=True)]
@@ -141,11 +150,13 @@ def self_check(
 class Scratch:
     """A short text in blocks that no request owns yet, whose contents are put back in the end."""
 
-    def __init__(self, attention: BackendAttention, vllm_config: Any) -> None:
+    def __init__(
+        self, attention: BackendAttention, vllm_config: Any, loras: Loras | None = None
+    ) -> None:
         self.tokens = np.arange(T, dtype=np.int64) * 7919
         self.tokens %= vllm_config.model_config.get_vocab_size()
         self.blocks = list(range(1, 1 + -(-T // attention.block_size)))
-        self._attention, self._vllm_config = attention, vllm_config
+        self._attention, self._vllm_config, self._loras = attention, vllm_config, loras
         self._caches = [layer.kv_cache for layer in attention.layers.values()]
 
     def __enter__(self) -> Scratch:
@@ -166,9 +177,12 @@ class Scratch:
 
     def forward(self, model: Any, at: np.ndarray) -> Any:
         """Hidden states of the text at these positions, by the model itself."""
-        checked = self._attention.prepare(np.arange(T, dtype=np.int64), self.blocks)
+        rows = np.arange(T, dtype=np.int64)
+        checked = self._attention.prepare([(rows, self.blocks)])
         names = list(self._attention.layers)
         device = self._attention.device
+        if self._loras is not None:
+            self._loras.rows([(0, T)])
         with set_forward_context(
             dict.fromkeys(names, checked.how),
             self._vllm_config,

@@ -122,10 +122,10 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker:
             self._worker.register()
 
-    def take_model(self, model: Any) -> None:
+    def take_model(self, model: Any, lora_manager: Any = None) -> None:
         """Called by LMCWorker once the model is ready."""
         if self._worker:
-            self._worker.take_model(model)
+            self._worker.take_model(model, lora_manager)
 
     @property
     def worker(self) -> WorkerSide | None:

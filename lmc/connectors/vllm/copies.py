@@ -83,6 +83,11 @@ class Told:
         with self._lock:
             self._report.weights[self.rank] = told
 
+    def adapters(self, told: dict[int, bytes | str]) -> None:
+        """Which adapters there are now."""
+        with self._lock:
+            self._report.adapters |= told
+
     def take(self) -> WorkerReport | None:
         """What happened since the last call, if anything did."""
         with self._lock:

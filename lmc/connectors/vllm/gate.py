@@ -70,7 +70,7 @@ class QualityGate:
             )
         strategy = build_strategy(config.blend)
         check_layers(strategy, self._L)
-        admitted = self._admit(config.blend, strategy)
+        admitted = self._admit(config.blend, strategy, self.profile)
         self.default = Quality(self.profile, strategy, admitted)
 
     @property
@@ -78,24 +78,28 @@ class QualityGate:
         """Whether requests that name no strategy move chunks."""
         return self.default.moves
 
-    def admit(self, options: RequestOptions) -> tuple[RequestOptions, str | None]:
+    def admit(
+        self, options: RequestOptions, adapted: bool = False
+    ) -> tuple[RequestOptions, str | None]:
         """The request's options with the strategy that runs, and why it is exact reuse only.
+
+        Args:
+            adapted: whether it is under a LoRA adapter, which no profile is of.
 
         Raises:
             ValueError: a strategy that this model, or a paged engine, cannot run.
         """
         check_layers(options.strategy, self._L)
-        found = self._admit(options.config, options.strategy)
+        profile = None if adapted else self.profile
+        found = self._admit(options.config, options.strategy, profile)
         if isinstance(found, str):
             return replace(options, strategy=Prefix()), found
         return replace(options, strategy=found), None
 
-    def _admit(self, blend: Blend, strategy: Any) -> Any:
+    def _admit(self, blend: Blend, strategy: Any, profile: QualityProfile | None) -> Any:
         config = self._config
         context = ENCODED[config.context]
-        found = admit(
-            blend, strategy, self.profile, config.min_recovery, config.uncalibrated, context
-        )
+        found = admit(blend, strategy, profile, config.min_recovery, config.uncalibrated, context)
         if isinstance(strategy, Auto) and not isinstance(found, str):
             check_runs(blend, found)
             check_layers(found, self._L)

@@ -22,6 +22,8 @@ from lmc.store.tier import TierConfig, opened
 FROM_FOLDER = (
     "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt",
 )  # fmt: skip
+# Ways of speculative decoding that draft out of a request's tokens: the model's KV is all there is.
+DRAFTS_OF_TEXT = ("ngram",)
 
 
 def check_vllm_version(version: str = vllm.__version__) -> None:
@@ -56,8 +58,12 @@ def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
         return "pipeline parallelism"
     if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
         return "context parallelism"
-    if vllm_config.speculative_config is not None:
-        return "speculative decoding"
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.method not in DRAFTS_OF_TEXT:
+        return (
+            f"speculative decoding by {drafts.method}: what drafts may have KV of its own, which "
+            f"nobody fills for tokens that are loaded; allowed: {', '.join(DRAFTS_OF_TEXT)}"
+        )
     if len(kv_cache_config.kv_cache_groups) != 1:
         return "several kv cache groups (hybrid or sliding-window layers)"
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from vllm.platforms import current_platform
 
 from lmc.chunking.pieces import Piece, split
 from lmc.connectors.vllm.config import LMCConfig
-from lmc.connectors.vllm.messages import ChunkSave
+from lmc.connectors.vllm.messages import ChunkSave, Encode
 from lmc.connectors.vllm.tracked import Tracked
 from lmc.store import Index
 from lmc.store.keep import keep
@@ -81,3 +84,24 @@ class Keeping:
             self._missing[slot] -= 1
             if self._missing[slot] == 0:
                 del self._missing[slot], self._reads[slot]
+
+
+def given_out(scheduler_output: Any, encodes: list[Encode]) -> set[int]:
+    """Blocks that a step may write to for the first time."""
+    new = [data.block_ids for data in scheduler_output.scheduled_new_reqs]
+    new += [blocks for blocks in scheduler_output.scheduled_cached_reqs.new_block_ids if blocks]
+    lent = [block for encode in encodes for block in encode.saves[0].blocks]
+    return {block for groups in new for block in groups[0]}.union(lent)
+
+
+def misadapted(scheduler_output: Any, requests: dict[str, Tracked]) -> list[Tracked]:
+    """Requests under no LoRA adapter that a step computes beside others, on a CPU.
+
+    There vLLM applies the last adapter to them (`lora/ops/torch_ops` reads an index of -1 so), and
+    what it leaves in their pages is of use to nobody.
+    """
+    ids = scheduler_output.num_scheduled_tokens
+    some = [requests[i] for i in ids if i in requests]
+    plain = [tracked for tracked in some if tracked.request.lora_request is None]
+    mixed = 0 < len(plain) < len(some)
+    return plain if mixed and current_platform.is_cpu() else []

@@ -33,6 +33,7 @@ class LocalCache:
         self._maps: deque[tuple[int, Any]] = deque(maxlen=REMEMBERED)  # of cached blocks, by step
         self._seen: Any = None  # the map that `was_reset` last saw
         self._mixed: Any = None  # the map that has blocks of weights that are gone
+        self._mixed_loras: dict[int, Any] = {}  # the same of LoRA adapters
 
     def blocks(self, request_id: str) -> list[int]:
         """Ids of the blocks of a request that has any, in order."""
@@ -114,7 +115,18 @@ class LocalCache:
         if maps.get(number) is maps.get(number - 1) and number in maps:
             self._mixed = maps[number]
 
-    @property
-    def mixed(self) -> bool:
-        """Whether what vLLM holds may have been computed with weights that are gone."""
-        return self._mixed is self.manager.block_pool.cached_block_hash_to_block
+    def adapter_changed(self, lora: int) -> None:
+        """An adapter is another one, whose requests vLLM gives what it cached of the one before."""
+        now = self.manager.block_pool.cached_block_hash_to_block
+        loras = {i: seen for i, seen in self._mixed_loras.items() if seen is now}
+        self._mixed_loras = loras | {lora: now}
+
+    def mixed(self, lora: Any) -> bool:
+        """Whether what vLLM holds may have been computed with weights that are gone.
+
+        Args:
+            lora: a request's LoRA adapter, or None.
+        """
+        now = self.manager.block_pool.cached_block_hash_to_block
+        adapter = None if lora is None else self._mixed_loras.get(lora.lora_int_id)
+        return self._mixed is now or adapter is now

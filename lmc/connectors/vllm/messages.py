@@ -49,6 +49,7 @@ class Claim:
         rows: ascending positions that all layers compute.
         strategy: what chooses further rows while the request runs, if anything does.
         outline: the request as it sees it.
+        lora: the LoRA adapter that rows are computed under, or 0.
     """
 
     request_id: str
@@ -60,6 +61,7 @@ class Claim:
     rows: np.ndarray
     strategy: Strategy | None = None
     outline: Outline | None = None
+    lora: int = 0
 
     @property
     def computes(self) -> bool:
@@ -122,6 +124,7 @@ class StepMetadata(KVConnectorMetadata):
         forgiven: blocks that a claim failed on, and that no save reads from now on, but for this
             step's.
         weights: by rank, how many changes of its weights are known.
+        adapters: by LoRA adapter, the digest of what it is taken for.
         look: whether weights must be looked at closely, since vLLM's own cache was reset.
         decodes: requests of the step that are in the midst of their answers.
     """
@@ -137,6 +140,7 @@ class StepMetadata(KVConnectorMetadata):
     encodes_left: int = 0
     forgiven: list[int] = field(default_factory=list)
     weights: dict[int, int] = field(default_factory=dict)
+    adapters: dict[int, bytes] = field(default_factory=dict)
     look: bool = False
     decodes: int = 0
 
@@ -164,6 +168,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
         kept, removed: what tiers have taken or brought, and ids of what they have let go of; only
             where that is published.
         served: by request, seconds that its claim took: chunks loaded, and rows computed.
+        adapters: by LoRA adapter that a rank has loaded, its digest, or why there is none.
     """
 
     saved: list[tuple[int, int]] = field(default_factory=list)
@@ -176,6 +181,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     kept: list[Kept] = field(default_factory=list)
     removed: list[tuple[str, bytes]] = field(default_factory=list)
     served: dict[str, float] = field(default_factory=dict)
+    adapters: dict[int, bytes | str] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
@@ -190,6 +196,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.kept + other.kept,
             self.removed + other.removed,
             self.served | other.served,  # ranks wait for each other
+            self.adapters | other.adapters,  # of one that ranks disagree on, each refuses the other
         )
 
 

@@ -36,12 +36,13 @@ class Reader:
         """
         if refusal:
             return Tracked(request, None, f"engine:{refusal}")
-        if reason := unblendable(request):
+        lora = request.lora_request
+        if reason := unblendable(request) or self._namespace.adapters.refusal(lora):
             return Tracked(request, None, reason)
         try:
             raw = (request.kv_transfer_params or {}).get("lmc")
             options = parse_request(raw, request.num_prompt_tokens, self._config)
-            options, gate = self._gate.admit(options)
+            options, gate = self._gate.admit(options, adapted=lora is not None)
         except BaseException as error:
             survive(error, quiet=True)
             return Tracked(request, None, f"bad_request:{error!s:.500}")
@@ -55,7 +56,7 @@ class Reader:
         """Take in the tokens that a request has by now, and what its KV must be compatible with."""
         assert tracked.options is not None
         options, request = tracked.options, tracked.request
-        tracked.namespace = self._namespace.of(request.cache_salt)
+        tracked.namespace = self._namespace.of(request.cache_salt, request.lora_request)
         tracked.scope = tracked.namespace + repr(options.strategy).encode()
         # Through an array, which reads a list in half the time that numpy takes.
         tracked.tokens = np.frombuffer(array("q", request.all_token_ids[:]), np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,10 @@ from lmc.connectors.vllm.events import Events, published
 from lmc.connectors.vllm.explaining import Explaining
 from lmc.connectors.vllm.gate import QualityGate
 from lmc.connectors.vllm.isolating import Isolation
-from lmc.connectors.vllm.keeping import Keeping
+from lmc.connectors.vllm.keeping import Keeping, given_out, misadapted
 from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import (
     Claim,
-    Encode,
     LMCStats,
     Observed,
     StepMetadata,
@@ -124,7 +124,7 @@ class SchedulerSide:
         if tracked is None:
             return
         self.begun[request.request_id] = tracked
-        if self.local.mixed and tracked.local:
+        if tracked.local and self.local.mixed(request.lora_request):
             tracked.unsaved = True
         plan = tracked.admitted
         if plan is not None and tracked.blended_from is None:
@@ -159,16 +159,19 @@ class SchedulerSide:
     def _claim(self, tracked: Tracked, blocks: list[int], claimed: int) -> Claim:
         """What the workers do for it; what vLLM counts on is there, whatever goes wrong here."""
         request_id, start = tracked.request.request_id, tracked.local
+        adapter = tracked.request.lora_request
+        lora = 0 if adapter is None else adapter.lora_int_id
         try:
             plan = tracked.admitted
             assert plan is not None and plan.claimed == claimed, (plan, claimed)
-            return claim_of(request_id, tracked.tokens, blocks, plan)
+            return replace(claim_of(request_id, tracked.tokens, blocks, plan), lora=lora)
         except BaseException as error:
             survive(error)
             self.counts["claims_given_up"] += 1
             end = start + claimed
             tokens = np.asarray(tracked.request.all_token_ids[:end], np.int64)
-            return Claim(request_id, start, end, tokens, blocks, [], np.arange(start, end))
+            rows = np.arange(start, end)
+            return Claim(request_id, start, end, tokens, blocks, [], rows, lora=lora)
 
     def _give_up(self, request: Any, error: BaseException, block: int) -> None:
         """Serve a request without lmc, with vLLM's own hashes from index `block` on."""
@@ -189,6 +192,8 @@ class SchedulerSide:
         self._step += 1
         reset = self.local.stepped(self._step)
         leaving, read_before = self.keeping.take(), self.keeping.reading()
+        for other in misadapted(scheduler_output, self.requests):
+            other.unsaved = True
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             tracked = self.requests.get(request_id)
             if tracked is None or tracked.prompt_saved or not tracked.saves:
@@ -198,7 +203,11 @@ class SchedulerSide:
                 self._save(tracked, request.num_prompt_tokens, self.local.blocks(request_id))
                 tracked.prompt_saved = True
         scheduled = scheduler_output.num_scheduled_tokens.values()
-        pool, prompts = self.local.manager.block_pool, any(n > 1 for n in scheduled)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        prompts = any(
+            n > 1 + len(drafts.get(i, ())) for i, n in scheduler_output.num_scheduled_tokens.items()
+        )
+        pool = self.local.manager.block_pool
         rows = sum(scheduled) + self.admission.rows(self.claims)
         encodes = self.isolation.take(pool, rows, prompts)
         metadata = StepMetadata(
@@ -213,6 +222,7 @@ class SchedulerSide:
             encodes_left=self.isolation.pending,
             forgiven=sorted(self.forgiven),
             weights=dict(self.namespace.known),
+            adapters=self.namespace.adapters.digests,
             look=reset,
             decodes=sum(n > 0 for n in scheduler_output.scheduled_cached_reqs.num_output_tokens),
         )
@@ -256,6 +266,8 @@ class SchedulerSide:
             if hit := self.requests.get(request_id) or self.just_finished.get(request_id):
                 hit.took("claim", seconds)
         self.explaining.stepped()
+        for lora in self.namespace.adapters.heard(report.adapters):
+            self._adapter_changed(lora)
         if (step := self.namespace.heard(report.weights)) is not None:
             self._weights_changed(step)
 
@@ -318,7 +330,8 @@ class SchedulerSide:
         try:
             self.keeping.keep(tracked, computed, blocks)
             moves = tracked.options.strategy.moves or self.gate.moves_by_default
-            if moves and self.blend_refusal is None and not tracked.prompt_saved:
+            base = tracked.request.lora_request is None  # nothing is computed alone under others
+            if base and moves and self.blend_refusal is None and not tracked.prompt_saved:
                 known = self.planner.known(tracked)
                 spans = tracked.options.chunks or ()
                 self.isolation.want(known, tracked.tokens, tracked.pieces, spans)
@@ -358,6 +371,15 @@ class SchedulerSide:
                     rows = positions([(s.start, s.end) for s in plan.found])
                     recompute(tracked, rows, self.layout.bytes_per_token, self.cost)
 
+    def _adapter_changed(self, lora: int) -> None:
+        """What is under way under a LoRA adapter may be of the one it was before."""
+        self.counts["adapters_changed"] += 1
+        self.local.adapter_changed(lora)
+        for tracked in self.requests.values():
+            adapter = tracked.request.lora_request
+            if adapter is not None and adapter.lora_int_id == lora and tracked.report is not None:
+                tracked.unsaved = True
+
     def _weights_changed(self, step: int) -> None:
         """What is stored, and what is under way, was computed with other weights."""
         self.counts["weights_changed"] += 1
@@ -376,11 +398,3 @@ class SchedulerSide:
             self.counts[f"tokens:{kind}"] += n
         self.admission.observed.add("compute_fraction", tracked.report["compute_fraction"])
         self.counts.update(served(tracked, self.layout.bytes_per_token))
-
-
-def given_out(scheduler_output: Any, encodes: list[Encode]) -> set[int]:
-    """Blocks that a step may write to for the first time."""
-    new = [data.block_ids for data in scheduler_output.scheduled_new_reqs]
-    new += [blocks for blocks in scheduler_output.scheduled_cached_reqs.new_block_ids if blocks]
-    lent = [block for encode in encodes for block in encode.saves[0].blocks]
-    return {block for groups in new for block in groups[0]}.union(lent)

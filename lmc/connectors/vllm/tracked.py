@@ -103,8 +103,6 @@ def unblendable(request: Any) -> str | None:
         return "prompt_embeds"  # zeros stand for them among the token ids
     if request.prompt_token_ids is None or request.mm_features:
         return "multimodal"
-    if request.lora_request is not None:
-        return "lora_without_digest"
     if request.resumable:
         return "streaming_input"
     if request.pooling_params is not None:

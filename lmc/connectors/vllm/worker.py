@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -15,21 +15,13 @@ from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.adapter import VLLMAdapter
 from lmc.connectors.vllm.attention import BackendAttention, PagedAttention, paged_attention
 from lmc.connectors.vllm.checks import mismoved, misread, of_any_rank, self_check
-from lmc.connectors.vllm.computing import NotReadyError, at_most, on_every_rank, with_lost
+from lmc.connectors.vllm.computing import on_every_rank
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.copies import Copies, Told, reading
 from lmc.connectors.vllm.layouts import paged_kv
-from lmc.connectors.vllm.loading import (
-    LayeredLoad,
-    LostError,
-    Placement,
-    Target,
-    find,
-    on_any_rank,
-    warm_up,
-)
+from lmc.connectors.vllm.loading import LayeredLoad, Target, on_any_rank, warm_up
+from lmc.connectors.vllm.lora import Loras
 from lmc.connectors.vllm.messages import (
-    ChunkLoad,
     ChunkSave,
     Claim,
     Encode,
@@ -39,10 +31,11 @@ from lmc.connectors.vllm.messages import (
     WorkerHello,
 )  # fmt: skip
 from lmc.connectors.vllm.metrics import ALIKE
+from lmc.connectors.vllm.serving import Serving
 from lmc.connectors.vllm.weights import WeightsWatch
 from lmc.kernels.paged import PagedKV
 from lmc.store.chunks import Chunks
-from lmc.store.tier import Attached
+from lmc.store.tier import Attached, taken
 
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
@@ -77,6 +70,8 @@ class WorkerSide:
         )
         self.copies = Copies(self.chunks, self.told, self.spec.block_size, config.staging_bytes)
         self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens
+        served = (self.chunks, self.told, self.spec.block_size, self.max_rows)
+        self.serving = Serving(*served, self._target, self._of_claim)
         self.refusal: str | None = (
             "the worker has no access to the model; start vLLM with "
             "--worker-cls lmc.connectors.vllm.LMCWorker"
@@ -87,6 +82,7 @@ class WorkerSide:
         self.counts: Counter[str] = Counter()
         self._rope = identity.rope_of(vllm_config)
         self._model: Any = None
+        self._loras: Loras | None = None
         self._way = config.attention
         self._attention: PagedAttention | None = None
         self._pages: PagedKV | None = None
@@ -113,11 +109,19 @@ class WorkerSide:
         except Exception as error:
             self.refusal = f"rows cannot attend here: {type(error).__name__}: {error}"
 
-    def take_model(self, model: Any) -> None:
-        """Watch the model's weights, and blend by its layers unless they do not work as it does."""
+    def take_model(self, model: Any, lora_manager: Any = None) -> None:
+        """Watch the model's weights, and blend by its layers unless they do not work as it does.
+
+        Args:
+            lora_manager: the runner's, where adapters may be loaded.
+        """
         self.watch = WeightsWatch(model)
-        self._model = None
+        self._loras = self._model = None
         blind = self.kv_refusal or (self.refusal if self._attention is None else None)
+        try:
+            self._loras = None if lora_manager is None else Loras(lora_manager)
+        except AttributeError as error:
+            blind = blind or f"LoRA adapters cannot be told apart: {error}"
         if blind := of_any_rank(blind):
             self.refusal = blind
             return
@@ -139,12 +143,13 @@ class WorkerSide:
         if not isinstance(oracle, BackendAttention):
             oracle = BackendAttention(oracle.layers, self.spec, self.vllm_config)
         refusal: str | None
+        of = (self.vllm_config, self._loras)
         if isinstance(self._rope, str):
             refusal = self._rope
         else:
-            self._rope, refusal = mismoved(self._rope, model, oracle, self.vllm_config)
+            self._rope, refusal = mismoved(self._rope, model, oracle, *of)
         # Where keys cannot be moved, rows can still be computed in place of what is lost.
-        return refusal, self_check(model, self._attention, oracle, self.vllm_config)
+        return refusal, self_check(model, self._attention, oracle, *of)
 
     def hello(self) -> WorkerHello:
         """What the scheduler must know before the first request."""
@@ -156,6 +161,7 @@ class WorkerSide:
     def begin(self, metadata: StepMetadata) -> None:
         """Before anything of the step: let go of slots, start fetches, end copies out of pages."""
         self._look_at_weights(metadata)
+        self._look_at_adapters(metadata)
         for record in metadata.fetches:
             self.chunks.expect(record)
         self.copies.evict(metadata.freed)
@@ -171,12 +177,11 @@ class WorkerSide:
         Whatever is lost is known, and computed, before the engine's own forward begins: what that
         one computes over bad pages could not be taken back where steps overlap.
         """
-        for claim in metadata.claims:
-            try:
-                with self.told.serving(claim.request_id):
-                    self._serve(claim)
-            except Exception:
-                logger.exception("lmc could not serve its claim on %s", claim.request_id)
+        self._look_at_adapters(metadata)  # of this step's requests too
+        with ExitStack() as served:
+            for claim in metadata.claims:
+                served.enter_context(self.told.serving(claim.request_id))
+            for claim in self.serving.serve(metadata.claims, self._stale):
                 self._fail(claim, metadata.number)
 
     def save(self, metadata: StepMetadata) -> None:
@@ -216,6 +221,7 @@ class WorkerSide:
     def take_stats(self) -> LMCStats:
         """What happened since the last call, and what is under way."""
         counts, self.counts = self.counts, Counter()
+        counts.update(taken(self.serving.counts))
         mine = {name: n for name, n in counts.items() if not self.rank or name not in ALIKE}
         levels = self.chunks.waiting() | {"pending_copies": self.copies.pending}
         return LMCStats.of(self.chunks.take_counts() + Counter(mine), levels=levels, rank=self.rank)
@@ -232,97 +238,10 @@ class WorkerSide:
 
     # -- claims ------------------------------------------------------------------------------
 
-    def _serve(self, claim: Claim) -> None:
-        """Load, then compute rows; chunks that do not come are computed too."""
-        late: list[ChunkLoad] = []
-        deadline = time.monotonic() + self.chunks.patience_s
-        while True:
-            lost, arriving = self._load(claim, late, deadline)
-            if lost is None:
-                self._compute_all(claim)
-                return
-            try:
-                self._compute(claim, lost, arriving)
-                return
-            except LostError as e:
-                self._lose([e.load])
-                late.append(e.load)
-            except Exception as e:
-                # Other ranks cannot be told in the midst of a layer.
-                agreed = isinstance(e, NotReadyError) or get_tp_group().world_size == 1
-                if self._model is None or not agreed:
-                    raise
-                logger.exception("lmc computes all of its claim on %s", claim.request_id)
-                self._compute_all(claim)
-                return
-
-    def _load(
-        self, claim: Claim, late: list[ChunkLoad], deadline: float
-    ) -> tuple[list[ChunkLoad] | None, LayeredLoad | None]:
-        """Put chunks into the request's pages: those that are lost, and those still to come.
-
-        All ranks come to the same answer; where one of them cannot load at all, it is that all
-        rows must be computed: None.
-
-        Args:
-            late: what did not come in time.
-        """
-        missing: list[ChunkLoad] = list(late)
-        arriving = None
-        failed = self._stale
-        if not failed:
-            try:
-                missing, arriving = self._place(claim, late, deadline)
-            except Exception:
-                logger.exception("lmc could not load chunks of %s", claim.request_id)
-                failed = True
-        somewhere, failed = on_any_rank([load.slot for load in missing], failed)
-        if failed:
-            return None, None
-        self._lose(missing[len(late) :])
-        return [load for load in claim.loads if load.slot in somewhere], arriving
-
-    def _place(
-        self, claim: Claim, late: list[ChunkLoad], deadline: float
-    ) -> tuple[list[ChunkLoad], LayeredLoad | None]:
-        # Layers may come while rows are computed; all ranks must know first what is lost.
-        layered = get_tp_group().world_size == 1 and claim.computes
-        known = {load.slot for load in late}
-        loads = [load for load in claim.loads if load.slot not in known]
-        found = find(self.chunks, loads, layered, deadline)
-        target, memory, arriving = self._target(claim.blocks), self.chunks.memory, None
-        if found.held:
-            Placement(found.held, memory, target).put()
-            self._count_loaded("host", [load for load, _ in found.held])
-        if found.arriving:
-            arriving = LayeredLoad(found.arriving, memory, target, deadline)
-            self._count_loaded("behind", [load for load, _ in found.arriving])
-        return [*late, *found.missing], arriving
-
-    def _compute(self, claim: Claim, lost: list[ChunkLoad], arriving: LayeredLoad | None) -> None:
-        """The rows of a claim, those of lost chunks among them, layer by layer as chunks come."""
-        claim, anew = with_lost(claim, lost)
-        if lost:
-            self.told.recomputed(claim.request_id, anew)
-        if claim.computes:
-            most = at_most(claim, self.spec.block_size)
-            adapter = self._adapter(claim.tokens, claim.blocks, most, arriving)
-            outcome = adapter.run(claim.rows, claim.strategy, claim.outline)
-            self.counts["rows_computed"] += len(claim.rows)
-            self.counts["row_layers_selected"] += sum(len(chosen) for chosen in outcome.selected)
-            self.counts["row_layers_probed"] += outcome.probe
-            if outcome.probe and len(claim.blocks) * self.spec.block_size < len(claim.tokens):
-                self.counts["probes_cut_short"] += 1
-        if arriving is not None:
-            arriving.all()
-
-    def _compute_all(self, claim: Claim) -> None:
-        """Every row of a claim, out of its tokens alone: what full prefill gives."""
-        rows = np.arange(claim.start, claim.end, dtype=np.int64)
-        self._adapter(claim.tokens, claim.blocks, rows).run(rows)
-        self.told.recomputed(claim.request_id, np.setdiff1d(rows, claim.rows))
-        self.counts["claims_computed"] += 1
-        self.counts["rows_computed"] += len(rows)
+    def _of_claim(
+        self, claim: Claim, most: np.ndarray, arriving: LayeredLoad | None
+    ) -> VLLMAdapter:
+        return self._adapter(claim.tokens, claim.blocks, most, arriving, claim.lora)
 
     def _adapter(
         self,
@@ -330,6 +249,7 @@ class WorkerSide:
         blocks: list[int],
         most: np.ndarray,
         arriving: LayeredLoad | None = None,
+        lora: int = 0,
     ) -> VLLMAdapter:
         """What computes rows, at most those of `most`; NotReadyError on all ranks or on none."""
 
@@ -337,18 +257,12 @@ class WorkerSide:
             if self._model is None or self._attention is None:
                 raise RuntimeError(f"rows cannot be computed: {self.refusal}")
             if get_tp_group().world_size > 1:  # what the layers will want again: it can be had
-                self._attention.prepare(most, blocks)
+                self._attention.prepare([(most, blocks)])
             before = arriving.until if arriving else lambda layer: None
-            model = (self._model, self._attention)
-            return VLLMAdapter(*model, tokens, blocks, self.max_rows, self.vllm_config, before)
+            rest = (self.max_rows, self.vllm_config, before, self._loras, lora)
+            return VLLMAdapter(self._model, self._attention, tokens, blocks, *rest)
 
         return on_every_rank(made)
-
-    def _lose(self, loads: list[ChunkLoad]) -> None:
-        """Tell the scheduler what is not there."""
-        # A fetch that is still under way has been waited for in vain.
-        late = any(self.chunks.arrival(load.slot) for load in loads)
-        self.told.lost([load.slot for load in loads], late)
 
     def _fail(self, claim: Claim, step: int) -> None:
         """Of a claim that is past mending no page is right; vLLM computes them all itself."""
@@ -358,10 +272,6 @@ class WorkerSide:
         self._failed_blocks.update(blocks)
         self._spoilt |= dict.fromkeys(blocks, step)
         self.told.failed(claim.request_id, blocks)
-
-    def _count_loaded(self, source: str, loads: list[ChunkLoad]) -> None:
-        tokens = sum(load.end - load.start for load in loads)
-        self.counts[f"bytes_loaded:{source}"] += tokens * self.layout.bytes_per_token
 
     def _encode(self, encode: Encode, refused: bool) -> None:
         """Compute a text alone, in blocks that were lent for it, and keep its chunks."""
@@ -392,6 +302,13 @@ class WorkerSide:
             self._stale = True
             told = WeightsTold(changes, metadata.number, self.watch.version)
             self.told.weights(told)
+
+    def _look_at_adapters(self, metadata: StepMetadata) -> None:
+        """Whether those that are loaded are those that the step was made for; say which are new."""
+        if self._loras is not None:
+            news, wrong = self._loras.look(metadata.adapters)
+            self.told.adapters(news)
+            self._stale |= wrong
 
     def _target(self, blocks: list[int]) -> Target:
         if self._pages is None:

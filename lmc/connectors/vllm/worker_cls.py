@@ -25,7 +25,9 @@ class LMCWorker(Worker):
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
         if has_kv_transfer_group():
-            get_kv_transfer_group().take_model(self.model_runner.get_model())
+            runner = self.model_runner
+            adapters = getattr(runner, "lora_manager", None)
+            get_kv_transfer_group().take_model(runner.get_model(), adapters)
         return result
 
     def finish_saves(self) -> None:

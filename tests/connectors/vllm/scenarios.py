@@ -46,19 +46,23 @@ class Session:
         self.engine = llm.llm_engine
         self._ids = 0
         self.selected: list[list[int]] = []  # of the latest claim, by layer
+        self.together: list[int] = []  # claims of each pass through the layers
         self._record()
 
     def _record(self) -> None:
-        from lmc.connectors.vllm.adapter import VLLMAdapter
+        from lmc.connectors.vllm import serving
 
-        run = VLLMAdapter.run
+        run_together = serving.run_together
 
-        def recorded(*arguments: Any) -> Any:
-            outcome = run(*arguments)
-            self.selected = [rows.tolist() for rows in outcome.selected]
-            return outcome
+        def recorded(forwards: Any) -> Any:
+            outcomes = run_together(forwards)
+            self.together.append(len(forwards))
+            for outcome in outcomes:
+                if not isinstance(outcome, Exception):
+                    self.selected = [rows.tolist() for rows in outcome.selected]
+            return outcomes
 
-        VLLMAdapter.run = recorded
+        serving.run_together = recorded
 
     @property
     def scheduler(self) -> Any:
@@ -73,22 +77,24 @@ class Session:
 
     def add(self, parts: list[list[int]], blend: Any = "prefix", *, tokens: int = 12,
             spans: bool = True, salt: str | None = None, logprobs: bool = False,
+            lora: Any = None, sampling: dict[str, Any] | None = None,
             **lmc: Any) -> str:  # fmt: skip
         """Queue one request made of `parts`; planning happens now, nothing else does."""
         ids = [i for part in parts for i in part]
         ends = np.cumsum([len(part) for part in parts]).tolist()
         if spans:
             lmc.setdefault("chunks", [list(s) for s in zip([0, *ends], ends, strict=False)])
-        sampling = SamplingParams(
+        params = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=1,
             prompt_logprobs=1 if logprobs else None,
             extra_args={"kv_transfer_params": {"lmc": {"blend": blend, **lmc}}},
+            **sampling or {},
         )  # fmt: skip
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if salt:
             prompt["cache_salt"] = salt
         self._ids += 1
-        self.engine.add_request(str(self._ids), prompt, sampling)
+        self.engine.add_request(str(self._ids), prompt, params, lora_request=lora)
         return str(self._ids)
 
     def finish(self) -> dict[str, Answer]:
@@ -123,10 +129,10 @@ class Session:
             self.lmc_worker.chunks.memory.release(slot)
         return len(slots)
 
-    def warm(self) -> None:
+    def warm(self, **options: Any) -> None:
         """Every document once, alone behind the system prompt."""
         for document in DOCUMENTS:
-            self.ask([SYSTEM, document], tokens=1)
+            self.ask([SYSTEM, document], tokens=1, **options)
 
 
 def answer_of(output: Any) -> Answer:

@@ -204,9 +204,8 @@ def bottom_right(attention: Any) -> Any:
     """Rows attend as in both published implementations: as if they were the last ones there are."""
     prepare = attention.prepare
 
-    def wrongly(rows: np.ndarray, blocks: list[int]) -> Any:
-        end = int(rows[-1]) + 1
-        aligned = np.arange(end - len(rows), end)
-        return replace(prepare(rows, blocks), how=prepare(aligned, blocks).how)
+    def wrongly(requests: list[tuple[np.ndarray, list[int]]]) -> Any:
+        aligned = [(np.arange(r[-1] + 1 - len(r), r[-1] + 1), blocks) for r, blocks in requests]
+        return replace(prepare(requests), how=prepare(aligned).how)
 
     return wrongly

@@ -1,0 +1,250 @@
+"""How the claims of a step are served: each is loaded, and all are computed in one pass."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
+
+from lmc.blend.forward import Outcome
+from lmc.connectors.vllm.adapter import Forward, VLLMAdapter, most_rows, run_together
+from lmc.connectors.vllm.computing import NotReadyError, at_most, with_lost
+from lmc.connectors.vllm.copies import Told
+from lmc.connectors.vllm.loading import (
+    LayeredLoad,
+    LostError,
+    Placement,
+    Target,
+    find,
+    on_any_rank,
+)
+from lmc.connectors.vllm.messages import ChunkLoad, Claim
+from lmc.store.chunks import Chunks
+
+logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
+
+Adapters = Callable[[Claim, np.ndarray, LayeredLoad | None], VLLMAdapter]
+
+
+@dataclass
+class Attempt:
+    """A claim that is being served.
+
+    Attributes:
+        late: chunks of it that did not come in time, or were damaged.
+        whole: whether all of its rows are computed, out of its tokens alone.
+        arriving: chunks that come layer by layer while rows are computed.
+    """
+
+    claim: Claim
+    late: list[ChunkLoad] = field(default_factory=list)
+    whole: bool = False
+    arriving: LayeredLoad | None = None
+
+
+class Serving:
+    """Brings claims into the pages of their requests.
+
+    Rows of several claims go through the layers together, whatever chooses them: each claim has a
+    forward of its own, and these go from layer to layer in lock step. What fails of one claim alone
+    leaves the others where they are, and it is tried again behind them; where a layer fails, each
+    is served by itself.
+
+    Args:
+        max_rows: that claims have computed together; one of more goes alone.
+        target: where chunks of a request with these blocks go.
+        adapter: what computes rows of a claim, at most these, while chunks arrive; raises
+            NotReadyError on all ranks or on none.
+
+    Attributes:
+        counts: what happened, by name.
+    """
+
+    def __init__(
+        self,
+        chunks: Chunks,
+        told: Told,
+        block_size: int,
+        max_rows: int,
+        target: Callable[[list[int]], Target],
+        adapter: Adapters,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._chunks, self._told = chunks, told
+        self._block_size, self._max_rows = block_size, max_rows
+        self._target, self._adapter = target, adapter
+        self._stale = False
+
+    def serve(self, claims: Sequence[Claim], stale: bool) -> list[Claim]:
+        """Serve the claims of a step; those that came to nothing.
+
+        Args:
+            stale: whether they were made for weights that are gone, so that nothing is loaded.
+        """
+        self._stale = stale
+        failed: list[Claim] = []
+        for group in in_groups(claims, self._max_rows):
+            deadline = time.monotonic() + self._chunks.patience_s
+            failed += self._serve([Attempt(claim) for claim in group], deadline)
+        return failed
+
+    def _serve(self, attempts: list[Attempt], deadline: float) -> list[Claim]:
+        """Load and compute, and again what did not come; the claims that came to nothing."""
+        failed: list[Claim] = []
+        left = attempts
+        while left:
+            begun: list[tuple[Attempt, Forward]] = []
+            again: list[Attempt] = []
+            for attempt in left:
+                try:
+                    forward = self._begin(attempt, deadline)
+                    begun += [(attempt, forward)] if forward is not None else []
+                except Exception as error:
+                    again += self._anew(attempt, error, failed)
+            try:
+                outcomes = run_together([forward for _, forward in begun])
+            except Exception as error:
+                # Other ranks cannot be told in the midst of a layer.
+                if len(begun) > 1 and get_tp_group().world_size == 1:
+                    logger.exception("lmc computes %d claims one by one", len(begun))
+                    self.counts["claims_parted"] += len(begun)
+                    for attempt, _ in begun:
+                        failed += self._serve([attempt], deadline)
+                    begun, outcomes = [], []
+                else:
+                    outcomes = [error] * len(begun)
+            for (attempt, forward), outcome in zip(begun, outcomes, strict=True):
+                try:
+                    self._end(attempt, forward, outcome)
+                except Exception as error:
+                    again += self._anew(attempt, error, failed)
+            left = again
+        return failed
+
+    def _begin(self, attempt: Attempt, deadline: float) -> Forward | None:
+        """Load a claim; what is left to be computed of it, rows of lost chunks among it."""
+        claim, lost = attempt.claim, None
+        if not attempt.whole:
+            lost, attempt.arriving = self._load(claim, attempt.late, deadline)
+        if lost is None:  # out of its tokens alone: what full prefill gives
+            attempt.whole, attempt.arriving = True, None
+            rows = np.arange(claim.start, claim.end, dtype=np.int64)
+            adapter = self._adapter(claim, rows, None)
+            self._told.recomputed(claim.request_id, np.setdiff1d(rows, claim.rows))
+            return Forward(adapter, rows)
+        claim, anew = with_lost(claim, lost)
+        if lost:
+            self._told.recomputed(claim.request_id, anew)
+        if not claim.computes:
+            return None
+        most = at_most(claim, self._block_size)
+        adapter = self._adapter(claim, most, attempt.arriving)
+        return Forward(adapter, claim.rows, claim.strategy, claim.outline)
+
+    def _end(self, attempt: Attempt, forward: Forward, outcome: Outcome | Exception) -> None:
+        """The rows of a claim are computed: wait for what no row has waited for, and count."""
+        if isinstance(outcome, Exception):
+            raise outcome
+        if attempt.arriving is not None:
+            attempt.arriving.all()
+        self.counts["claims_computed"] += attempt.whole
+        self.counts["rows_computed"] += len(forward.forced)
+        self.counts["row_layers_selected"] += sum(len(chosen) for chosen in outcome.selected)
+        self.counts["row_layers_probed"] += outcome.probe
+        reach = len(forward.adapter.blocks) * self._block_size
+        if outcome.probe and reach < len(forward.adapter.tokens):
+            self.counts["probes_cut_short"] += 1
+
+    def _anew(self, attempt: Attempt, error: Exception, failed: list[Claim]) -> list[Attempt]:
+        """The attempt, if another one may do better; else its claim has failed."""
+        request_id = attempt.claim.request_id
+        if isinstance(error, LostError):
+            self._lose([error.load])
+            attempt.late.append(error.load)
+            return [attempt]
+        agreed = isinstance(error, NotReadyError) or get_tp_group().world_size == 1
+        if attempt.whole or not agreed:
+            logger.error("lmc could not serve its claim on %s", request_id, exc_info=error)
+            failed.append(attempt.claim)
+            return []
+        logger.error("lmc computes all of its claim on %s", request_id, exc_info=error)
+        attempt.whole = True
+        return [attempt]
+
+    def _load(
+        self, claim: Claim, late: list[ChunkLoad], deadline: float
+    ) -> tuple[list[ChunkLoad] | None, LayeredLoad | None]:
+        """Put chunks into the request's pages: those that are lost, and those still to come.
+
+        All ranks come to the same answer; where one of them cannot load at all, it is that all
+        rows must be computed: None.
+        """
+        missing: list[ChunkLoad] = list(late)
+        arriving = None
+        failed = self._stale
+        if not failed:
+            try:
+                missing, arriving = self._place(claim, late, deadline)
+            except Exception:
+                logger.exception("lmc could not load chunks of %s", claim.request_id)
+                failed = True
+        somewhere, failed = on_any_rank([load.slot for load in missing], failed)
+        if failed:
+            return None, None
+        self._lose(missing[len(late) :])
+        return [load for load in claim.loads if load.slot in somewhere], arriving
+
+    def _place(
+        self, claim: Claim, late: list[ChunkLoad], deadline: float
+    ) -> tuple[list[ChunkLoad], LayeredLoad | None]:
+        # Layers may come while rows are computed; all ranks must know first what is lost.
+        layered = get_tp_group().world_size == 1 and claim.computes
+        known = {load.slot for load in late}
+        loads = [load for load in claim.loads if load.slot not in known]
+        found = find(self._chunks, loads, layered, deadline)
+        target, memory, arriving = self._target(claim.blocks), self._chunks.memory, None
+        if found.held:
+            Placement(found.held, memory, target).put()
+            self._count_loaded("host", [load for load, _ in found.held])
+        if found.arriving:
+            arriving = LayeredLoad(found.arriving, memory, target, deadline)
+            self._count_loaded("behind", [load for load, _ in found.arriving])
+        return [*late, *found.missing], arriving
+
+    def _lose(self, loads: list[ChunkLoad]) -> None:
+        """Tell the scheduler what is not there."""
+        # A fetch that is still under way has been waited for in vain.
+        late = any(self._chunks.arrival(load.slot) for load in loads)
+        self._told.lost([load.slot for load in loads], late)
+
+    def _count_loaded(self, source: str, loads: list[ChunkLoad]) -> None:
+        tokens = sum(load.end - load.start for load in loads)
+        per_token = self._chunks.memory.layout.bytes_per_token
+        self.counts[f"bytes_loaded:{source}"] += tokens * per_token
+
+
+def in_groups(claims: Sequence[Claim], max_rows: int) -> Iterator[list[Claim]]:
+    """Claims whose rows go through a layer in one call; one of more rows alone.
+
+    Hidden states of a whole group stay between layers, so that they take what the engine's own
+    forward does, and no more. Rows under LoRA adapters and rows under none do not mix: where all
+    are of the model itself vLLM leaves adapters out, and beside others its operations for CPUs
+    apply an adapter to them (`lora/ops/torch_ops`: an index of -1 is the last one).
+    """
+    for adapted in (False, True):
+        group: list[Claim] = []
+        rows = 0
+        for claim in (claim for claim in claims if bool(claim.lora) == adapted):
+            n = most_rows(claim.rows, claim.outline)
+            if group and rows + n > max_rows:
+                yield group
+                group, rows = [], 0
+            group.append(claim)
+            rows += n
+        if group:
+            yield group
