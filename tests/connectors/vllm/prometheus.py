@@ -29,12 +29,12 @@ def binary() -> str | None:
 
 
 def queries() -> list[tuple[str, str, str]]:
-    """(panel, legend, expression) of the dashboard, over ten seconds and of every model."""
+    """(panel, legend, expression) of the dashboard, over half a minute and of every model."""
     found = []
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         for target in panel.get("targets", ()):
             expression = (
-                target["expr"].replace("$__rate_interval", "10s").replace("$model_name", ".*")
+                target["expr"].replace("$__rate_interval", "30s").replace("$model_name", ".*")
             )
             assert "$" not in re.sub(r'"[^"]*"', "", expression), expression
             found.append((panel["title"], target["legendFormat"], expression))

@@ -13,7 +13,7 @@ from prometheus_client import start_http_server
 from tests.connectors.vllm import scenarios as s
 from tests.connectors.vllm.prometheus import free_port, queries, running
 
-LASTS_S = 25.0
+SAMPLES, LASTS_S = 25, 300.0  # until there are so many, at most so long
 
 
 def scraped(session: s.Session) -> dict[str, Any]:
@@ -21,7 +21,13 @@ def scraped(session: s.Session) -> dict[str, Any]:
     server, thread = start_http_server(port := free_port(), "127.0.0.1")
     with TemporaryDirectory() as folder, running(Path(folder), port) as prometheus:
         start = time.time()
-        traffic(session, LASTS_S)
+        held = 'count_over_time(vllm:lmc_host_memory_bytes{state="used"}[10m])'
+        rng = random.Random(0)
+        while time.time() < start + LASTS_S:
+            traffic(session, rng)
+            got = prometheus.get("api/v1/query", query=held)["result"]
+            if got and float(got[0]["value"][1]) >= SAMPLES:
+                break
         end = time.time()
         answers = {e: prometheus.over_time(e, start, end, 1.0) for _, _, e in queries()}
         targets = prometheus.get("api/v1/targets")["activeTargets"]
@@ -31,18 +37,15 @@ def scraped(session: s.Session) -> dict[str, Any]:
     return {"answers": answers, "targets": health, "start": start, "end": end}
 
 
-def traffic(session: s.Session, seconds: float) -> None:
+def traffic(session: s.Session, rng: random.Random) -> None:
     """Documents in any order, by all strategies, beside long answers; more than memory holds."""
-    rng = random.Random(0)
     blends: list[Any] = [s.EPIC, "all_by_deviation", "all_by_query", "full_reuse", "prefix"]
     documents = [s.text(i, 60 + i) for i in range(12)]
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        for blend in rng.sample(blends, 3):
-            parts = [s.SYSTEM, *rng.sample(documents, 3), s.text(rng.randrange(1 << 30), 12)]
-            session.add(parts, blend, tokens=rng.randint(2, 40))
-        if rng.random() < 0.2:
-            session.add([s.text(rng.randrange(1 << 30), 30)], enabled=False, tokens=30)
-        session.finish()
-        if rng.random() < 0.3:
-            session.llm.reset_prefix_cache()
+    for blend in rng.sample(blends, 3):
+        parts = [s.SYSTEM, *rng.sample(documents, 3), s.text(rng.randrange(1 << 30), 12)]
+        session.add(parts, blend, tokens=rng.randint(2, 40))
+    if rng.random() < 0.5:
+        session.add([s.text(rng.randrange(1 << 30), 30)], enabled=False, tokens=30)
+    session.finish()
+    if rng.random() < 0.3:
+        session.llm.reset_prefix_cache()

@@ -28,7 +28,7 @@ SHOWN = {metric.name + end for metric in METRICS for end in ENDS[metric.kind]}
 
 
 def names_in(text: str) -> set[str]:
-    return set(re.findall(r"vllm:\w+", text))
+    return set(re.findall(r"vllm:\w+[a-z]\b", text))
 
 
 def test_the_document_has_every_metric_and_no_other() -> None:
