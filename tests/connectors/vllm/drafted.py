@@ -48,7 +48,7 @@ def stored(session: s.Session, parts: list[list[int]]) -> list[dict[str, Any]]:
     """What answers of many lengths leave behind, which end in the midst of drafts."""
     side = session.scheduler.connector._scheduler
     turns = []
-    for tokens in range(TOKENS - 12, TOKENS):
+    for tokens in range(TOKENS - 4, TOKENS):
         salt = f"stored {tokens}"
         first = session.fresh(parts, "prefix", tokens=tokens, salt=salt)
         ids = [i for part in parts for i in part] + first.tokens

@@ -69,12 +69,12 @@ class Session:
         ends = np.cumsum([len(part) for part in parts]).tolist()
         if spans:
             lmc.setdefault("chunks", [list(s) for s in zip([0, *ends], ends, strict=False)])
-        params = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=1,
-            prompt_logprobs=1 if logprobs else None,
-            extra_args={"kv_transfer_params": {"lmc": {"blend": blend, **lmc}}},
-            **sampling or {},
-        )  # fmt: skip
+        said: dict[str, Any] = {
+            "temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False,
+            "logprobs": 1, "prompt_logprobs": 1 if logprobs else None,
+            "extra_args": {"kv_transfer_params": {"lmc": {"blend": blend, **lmc}}},
+        }  # fmt: skip
+        params = SamplingParams(**said | (sampling or {}))
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if salt:
             prompt["cache_salt"] = salt
