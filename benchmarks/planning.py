@@ -60,6 +60,7 @@ class Bench:
                                          quantization=None),
             load_config=SimpleNamespace(load_format="dummy"),
             cache_config=SimpleNamespace(enable_prefix_caching=True),
+            kv_events_config=None,
             kv_transfer_config=SimpleNamespace(kv_load_failure_policy="recompute"),
             parallel_config=SimpleNamespace(world_size=1, rank=0, tensor_parallel_size=1),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, async_scheduling=False),

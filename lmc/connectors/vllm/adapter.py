@@ -164,14 +164,16 @@ def run_together(forwards: Sequence[Forward]) -> list[Outcome | Exception]:
     """
     if not forwards:
         return []
-    M = sum(most_rows(f.forced, f.outline) for f in forwards)
+    M = sum(most_rows(f.forced, f.strategy, f.outline) for f in forwards)
     with _installed([f.adapter for f in forwards], M) as layers:
         return in_lock_step([f.steps() for f in forwards], layers)
 
 
-def most_rows(forced: np.ndarray, outline: Outline | None) -> int:
+def most_rows(forced: np.ndarray, strategy: Strategy | None, outline: Outline | None) -> int:
     """How many rows of a request go through a layer at most: chosen ones too, or the suffix."""
-    return len(forced) + (max(outline.n, outline.T - outline.end) if outline else 0)
+    if strategy is None or outline is None:
+        return len(forced)
+    return len(forced) + max(*strategy.counts(outline), outline.T - outline.end)
 
 
 @contextmanager

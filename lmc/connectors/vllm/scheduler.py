@@ -192,8 +192,8 @@ class SchedulerSide:
         self._step += 1
         reset = self.local.stepped(self._step)
         leaving, read_before = self.keeping.take(), self.keeping.reading()
-        for other in misadapted(scheduler_output, self.requests):
-            other.unsaved = True
+        for wrong in misadapted(scheduler_output, self.requests):
+            wrong.unsaved = True
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
             tracked = self.requests.get(request_id)
             if tracked is None or tracked.prompt_saved or not tracked.saves:

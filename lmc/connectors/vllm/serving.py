@@ -240,7 +240,10 @@ def in_groups(claims: Sequence[Claim], max_rows: int) -> Iterator[list[Claim]]:
         group: list[Claim] = []
         rows = 0
         for claim in (claim for claim in claims if bool(claim.lora) == adapted):
-            n = most_rows(claim.rows, claim.outline)
+            try:
+                n = most_rows(claim.rows, claim.strategy, claim.outline)
+            except Exception:  # of a strategy, which will fail again by itself
+                n = max_rows
             if group and rows + n > max_rows:
                 yield group
                 group, rows = [], 0

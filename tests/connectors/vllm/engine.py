@@ -29,6 +29,7 @@ OPEN: dict[str, Any] = {
             "ratio": 1.0,
             "tensor": "both",
         },
+        "failing": {"name": "tests.connectors.vllm.selective:Failing", "ratio": 0.2},
         "all_by_query": {"name": "tests.connectors.vllm.selective:CheckedQuery", "ratio": 1.0},
     },
 }

@@ -10,7 +10,7 @@ import numpy as np
 from vllm import SamplingParams
 
 from lmc.connectors.vllm import drain
-from tests.connectors.vllm import across, persistent, selective
+from tests.connectors.vllm import across, one_pass, persistent, selective
 
 
 @dataclass
@@ -47,22 +47,7 @@ class Session:
         self._ids = 0
         self.selected: list[list[int]] = []  # of the latest claim, by layer
         self.together: list[int] = []  # claims of each pass through the layers
-        self._record()
-
-    def _record(self) -> None:
-        from lmc.connectors.vllm import serving
-
-        run_together = serving.run_together
-
-        def recorded(forwards: Any) -> Any:
-            outcomes = run_together(forwards)
-            self.together.append(len(forwards))
-            for outcome in outcomes:
-                if not isinstance(outcome, Exception):
-                    self.selected = [rows.tolist() for rows in outcome.selected]
-            return outcomes
-
-        serving.run_together = recorded
+        selective.record(self)
 
     @property
     def scheduler(self) -> Any:
@@ -84,12 +69,12 @@ class Session:
         ends = np.cumsum([len(part) for part in parts]).tolist()
         if spans:
             lmc.setdefault("chunks", [list(s) for s in zip([0, *ends], ends, strict=False)])
-        params = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=1,
-            prompt_logprobs=1 if logprobs else None,
-            extra_args={"kv_transfer_params": {"lmc": {"blend": blend, **lmc}}},
-            **sampling or {},
-        )  # fmt: skip
+        said: dict[str, Any] = {
+            "temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False,
+            "logprobs": 1, "prompt_logprobs": 1 if logprobs else None,
+            "extra_args": {"kv_transfer_params": {"lmc": {"blend": blend, **lmc}}},
+        }  # fmt: skip
+        params = SamplingParams(**said | (sampling or {}))
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if salt:
             prompt["cache_salt"] = salt
@@ -383,6 +368,13 @@ def adapter(session: Session) -> dict[str, Any]:
     return selective.by_itself(session, tokens, other)
 
 
+def in_one_pass(session: Session) -> dict[str, Any]:
+    """Claims that go through the layers together, and what fails of them."""
+    session.warm()
+    prompts = [prompt(2, 0, 3), prompt(4, 2), prompt(5, 0, 3), prompt(1, 4)]
+    return one_pass.one_pass(session, prompts, [SYSTEM, text(12, 20)])
+
+
 # What default engines are asked, one after the other; the last one takes the taint away for good.
 SHARED = (
     reuse,
@@ -390,6 +382,7 @@ SHARED = (
     together,
     next_turn,
     bad_requests,
+    in_one_pass,
     preempted,
     adapter,
     poison_untainted,

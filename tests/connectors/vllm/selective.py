@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lmc.blend.cacheblend import CacheBlend
+from lmc.blend.evidence import Outline, Seen
 from lmc.blend.query import Query
+from lmc.blend.strategy import NOTHING
 from lmc.connectors.vllm.taint import ChainMap, cached_blocks
 from tests.connectors.vllm.engine import OPEN
 
@@ -27,6 +29,16 @@ class CheckedQuery(Query):
     control: ClassVar[bool] = True
 
 
+@dataclass(frozen=True)
+class Failing(CheckedCacheBlend):
+    """One that fails when it has seen a layer."""
+
+    def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
+        if layer:
+            raise ArithmeticError("a strategy that fails")
+        return super().rows(outline, layer, seen)
+
+
 CACHEBLEND = {"name": "cacheblend", "ratio": 0.15}
 QUERY = {"name": "query", "ratio": 0.1, "layers": "all", "queries": "sum"}
 UNION = {"name": "union", "first": {"name": "epic", "link_tokens": 8}, "second": {"name": "query"}}
@@ -35,6 +47,23 @@ NONE = {"name": "cacheblend", "ratio": 0.0, "write": "selected"}
 # Of the engine's config (`engine.OPEN`).
 ALL_BY_DEVIATION = "all_by_deviation"
 ALL_BY_QUERY = "all_by_query"
+
+
+def record(session: Any) -> None:
+    """Have a session know what the latest claim's strategy chose, and how many went together."""
+    from lmc.connectors.vllm import serving
+
+    run_together = serving.run_together
+
+    def recorded(forwards: Any) -> Any:
+        session.together += [len(forwards)] if forwards else []
+        outcomes = run_together(forwards)
+        for outcome in outcomes:
+            if not isinstance(outcome, Exception):
+                session.selected = [rows.tolist() for rows in outcome.selected]
+        return outcomes
+
+    serving.run_together = recorded
 
 
 def arms(session: Any, parts: list[list[int]], gap: list[int], suffix: list[int]) -> dict[str, Any]:

@@ -197,6 +197,30 @@ def test_requests_in_the_same_steps(shared: Any) -> None:
     assert result["held"] == 0
 
 
+def test_claims_of_one_step_go_through_the_layers_together(shared: Any) -> None:
+    result = shared["in_one_pass"]
+    assert result["claims"] == [4]
+    for got, alone in zip(result["together"], result["alone"], strict=True):
+        same(got, alone)
+        assert got.kinds["moved"] == alone.kinds["moved"] > 0
+
+
+def test_what_fails_of_one_claim_leaves_the_others(shared: Any) -> None:
+    result = shared["in_one_pass"]
+    assert result["tries"] == [4, 1]
+    for i in (0, 2, 3):
+        same(result["one_fails"][i], result["alone"][i])
+    # All of it is computed, out of its tokens alone.
+    same(result["one_fails"][1], result["plain"])
+
+
+def test_where_a_layer_fails_each_claim_is_served_by_itself(shared: Any) -> None:
+    result = shared["in_one_pass"]
+    assert result["parted"] == [4, 1, 1, 1, 1]
+    for got, alone in zip(result["none_together"], result["alone"], strict=True):
+        same(got, alone)
+
+
 def test_preempted_and_resumed(shared: Any) -> None:
     result = shared["preempted"]
     assert result["preemptions"]
