@@ -46,17 +46,14 @@ class Index:
         capacity: bytes, on one rank.
         ranks: workers that must acknowledge a record.
         policy: one of `POLICIES` by name, or with its fields.
-        cost: FLOPs of prefill, for policies that weigh what computing a record again would
-            take; without it a record's tokens stand for them.
+        cost: FLOPs of prefill, for policies that weigh computing anew; else it is tokens.
         clock: seconds, for policies that ask for the time.
         exact_variants: of one content, how many exact contexts are kept: the latest.
         history: told of what is taken in, and why what is gone is gone.
 
     Attributes:
-        added: how often a record was put or became visible: has it grown, more may be found, or
-            is about to be.
-        changes: records that every rank has now, or that are gone again, in the order in which that
-            came; nothing is written down as long as it is None.
+        added: how often a record was put or became visible: has it grown, more may be found soon.
+        changes: records that every rank has now, or that are gone, in that order; None: not kept.
         gone: how many have been let go of so far: has it not grown, what was found is there.
 
     Raises:

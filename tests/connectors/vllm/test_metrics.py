@@ -74,9 +74,10 @@ def test_every_name_that_is_counted_has_a_metric_of_its_own_meaning() -> None:
     found = {name: series_of(name)[0].name for name in COUNTED}  # type: ignore[index]
     events = [name for name, metric in found.items() if metric == "vllm:lmc_events"]
     assert events == [
-        "chunks_not_computed_alone", "claims_computed", "claims_given_up", "fetched",
-        "probes_cut_short", "requests_given_up", "requests_over_failed_claims",
-        "rows_recomputed_for_lost_chunks", "tokens_computed_alone", "weights_changed", "x",
+        "adapters_changed", "chunks_not_computed_alone", "claims_computed", "claims_given_up",
+        "claims_parted", "fetched", "lines_dropped", "probes_cut_short", "requests_given_up",
+        "requests_over_failed_claims", "rows_recomputed_for_lost_chunks", "tokens_computed_alone",
+        "weights_changed", "x",
     ]  # fmt: skip
     assert found["disk:put_failed:x"] == "vllm:lmc_tier_events"
     assert found["disk:bytes_written"] == "vllm:lmc_tier_bytes"
