@@ -245,7 +245,7 @@ METRICS = (
 # What all ranks do alike is counted by the first of them alone.
 ALIKE = frozenset({
     "rows_computed", "rows_computed_alone", "row_layers_selected", "row_layers_probed",
-    "claims_computed", "probes_cut_short",
+    "claims_computed", "claims_parted", "probes_cut_short",
 })  # fmt: skip
 
 _PATTERNS = [
