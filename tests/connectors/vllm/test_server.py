@@ -6,6 +6,7 @@ Compiled as vLLM does by default, with its prefix cache on.
 from __future__ import annotations
 
 import json
+import random
 import shlex
 import sys
 from collections.abc import Iterator
@@ -20,10 +21,21 @@ from tests.connectors.vllm.server import chat_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-TEXTS = [
-    " ".join(f"Paragraph {i} says that {word} {j} is kept in room {i * 7 + j}." for j in range(20))
-    for i, word in enumerate(("paper", "copper", "barley"))
-]
+
+def texts_of(seed: int) -> list[str]:
+    """Three texts that share no chunk with those of other seeds."""
+    rng = random.Random(seed)
+    words = ("paper", "copper", "barley", "amber", "salt", "linen", "cedar", "wool")
+    return [
+        " ".join(
+            f"Of {rng.choice(words)} {rng.randrange(999)} some is in room {rng.randrange(99)}."
+            for _ in range(24)
+        )
+        for _ in range(3)
+    ]
+
+
+TEXTS = texts_of(0)
 FLAGS = ("--max-model-len", "2048", "--dtype", "float32", "--max-num-seqs", "8")
 ENVIRONMENT = {
     "VLLM_API_KEY": "k",
@@ -92,14 +104,15 @@ def test_compiled_rows_are_the_models_own(server: Server) -> None:
     assert "chunks moved by epic" in server.log.read_text()
 
 
-@pytest.mark.parametrize("texts", [None, TEXTS])
-def test_a_chat_goes_on(server: Server, texts: list[str] | None) -> None:
+@pytest.mark.parametrize("told", [False, True])
+def test_a_chat_goes_on(server: Server, told: bool) -> None:
     """The next turn finds the one before: in vLLM's cache, and when vLLM has dropped it.
 
     A random model answers with what is no text, and comes back as other tokens: the prompt it is.
     """
-    first = user(f"{texts is None}\n" + "\n\n".join(TEXTS) + "\n\nWhat is in room 9?")
-    answer, before = ask(server, [first], None if texts is None else {"texts": texts}, n=40)
+    texts = texts_of(1 + told)
+    first = user("\n\n".join(texts) + "\n\nWhat is in room 9?")
+    answer, before = ask(server, [first], {"texts": texts} if told else None, n=40)
     turn = [first, {"role": "assistant", "content": answer}, user("And in room 10?")]
     for dropped in (False, True):
         if dropped:
@@ -119,9 +132,9 @@ def test_documents_are_found_in_another_order(server: Server) -> None:
     prompt = [user("Then.\n" + "\n\n".join(turned) + "\n\nWho is it?")]
     for _ in range(20):  # chunks of a prompt are computed once more, alone, in steps of their own
         _, report = ask(server, prompt, {"texts": turned, "blend": "full_reuse", "save": False})
-        if report["kinds"]["moved"] > 800:
+        if report["kinds"]["moved"] > 500:
             break
-    assert report["kinds"]["moved"] > 800 and report["strategy"] == "full_reuse"
+    assert report["kinds"]["moved"] > 500 and report["strategy"] == "full_reuse"
     assert report["reason"] is None
 
 
