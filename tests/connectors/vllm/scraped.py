@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from prometheus_client import start_http_server
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tests.connectors.vllm import scenarios as s
-from tests.connectors.vllm.prometheus import free_port, queries, running
+from tests.connectors.vllm.prometheus import queries, running
 
 SAMPLES, LASTS_S = 25, 300.0  # until there are so many, at most so long
 
 
+class Exposed(BaseHTTPRequestHandler):
+    """As vLLM's server does; that of prometheus_client writes `:` in names as `_` if not asked."""
+
+    def do_GET(self) -> None:
+        body = generate_latest()
+        self.send_response(200)
+        self.send_header("Content-Type", CONTENT_TYPE_LATEST)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
 def scraped(session: s.Session) -> dict[str, Any]:
     """What Prometheus answers to each query of the dashboard, over all of that time."""
-    server, thread = start_http_server(port := free_port(), "127.0.0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Exposed)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_address[1]
     with TemporaryDirectory() as folder, running(Path(folder), port) as prometheus:
         start = time.time()
         held = 'count_over_time(vllm:lmc_host_memory_bytes{state="used"}[10m])'
@@ -32,7 +50,7 @@ def scraped(session: s.Session) -> dict[str, Any]:
         answers = {e: prometheus.over_time(e, start, end, 1.0) for _, _, e in queries()}
         targets = prometheus.get("api/v1/targets")["activeTargets"]
     server.shutdown()
-    thread.join()
+    server.server_close()
     health = [target["health"] for target in targets]
     return {"answers": answers, "targets": health, "start": start, "end": end}
 

@@ -53,6 +53,22 @@ def test_what_is_hot_stays_though_the_clock_goes_back(
     disk.close()
 
 
+def test_what_is_gone_is_told_by_its_id(tmp_path: Path) -> None:
+    """Evicted for others, by whoever asks, or to make room on a full disk; each that was there."""
+    disk = opened(tmp_path / "kv", 1 << 20)
+    put(disk, range(20))
+    before = held(disk)
+    assert not disk.removed
+    records = [spec.item()[0] for spec in list(before.values())[:3]]
+    disk.evict(records)
+    assert set(disk.removed) == {record.id for record in records}
+    put(disk, range(100, 200))
+    gone = {spec.item()[0].id for key, spec in before.items() if key not in held(disk)}
+    assert len(gone) > 3 and gone <= set(disk.removed)
+    assert not set(disk.removed) & {spec.item()[0].id for spec in held(disk).values()}
+    disk.close()
+
+
 def test_the_order_outlives_the_process_and_a_lost_index(tmp_path: Path) -> None:
     disk = opened(tmp_path / "kv", 1 << 20)
     put(disk, range(60))
