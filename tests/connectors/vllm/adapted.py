@@ -65,7 +65,7 @@ def structured(session: s.Session) -> dict[str, Any]:
         results[blend] = session.fresh(parts, blend, **asked)
     results["epic"] = session.fresh(parts, s.EPIC, **asked)
     session.llm.reset_prefix_cache()
-    ids = session.add(parts, s.EPIC, **asked), session.add(s.prompt(0), tokens=30)
+    ids = session.add(parts, s.EPIC, **asked), session.add(s.prompt(0), save=False, tokens=30)
     results["epic_beside"] = session.finish()[ids[0]]
     ending = schema | {"ignore_eos": False}
     said = session.fresh(parts, s.EPIC, save=False, tokens=60, sampling=ending)

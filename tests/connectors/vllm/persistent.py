@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,41 @@ def counting(session: Session, worker: bool = True) -> Counter[str]:
     return counts
 
 
+def cancelled(session: Session, parts: list[list[int]]) -> dict[str, Any]:
+    """A request that is given up while its chunks are on their way; another one runs."""
+    side, worker = session.scheduler.connector._scheduler, session.lmc_worker
+    disk = worker.chunks.tiers[0].tier
+    get, begun, over = disk.get, threading.Event(), threading.Event()
+
+    def hangs(*arguments: Any, **options: Any) -> Any:
+        begun.set()
+        over.wait(60)
+        return get(*arguments, **options)
+
+    disk.get = hangs
+    forget_memory(session)
+    session.llm.reset_prefix_cache()
+    other = session.add(parts[:2], enabled=False, tokens=30)
+    session.engine.step()
+    waits = session.add(parts, "full_recompute", save=False)
+    tracked = list(side.requests.values())[-1]
+    while not begun.wait(0.01):
+        session.engine.step()
+    session.engine.abort_request([tracked.request.request_id], internal=True)
+    over.set()
+    answers = session.finish()
+    disk.get = get
+    for breaker in (*side.planner.directory.breakers, *worker.chunks._breakers):
+        breaker.back()
+    left = len(side.requests) + len(side.claims) + side.planner._kept + len(tracked.leased)
+    alone = session.fresh(parts[:2], enabled=False, tokens=30)
+    cancelled = {"gone": answers.get(waits), "left": left}
+    return cancelled | {"beside": answers[other], "beside_alone": alone}
+
+
 def slow_disk(session: Session, parts: list[list[int]]) -> dict[str, Any]:
     """A disk that hangs: what is asked of it is computed, and others go on meanwhile."""
+    gone = cancelled(session, parts)
     counts = counting(session)
     side = session.scheduler.connector._scheduler
     disk = session.lmc_worker.chunks.tiers[0].tier
@@ -72,7 +106,7 @@ def slow_disk(session: Session, parts: list[list[int]]) -> dict[str, Any]:
 
     disk.get = hangs
     forget_memory(session)
-    results: dict[str, Any] = {"alone": session.fresh(parts, "full_recompute", save=False)}
+    results: dict[str, Any] = gone | {"alone": session.fresh(parts, "full_recompute", save=False)}
     results["rests"] = not side.planner.directory.breakers[0].closed
     results["at_rest"] = session.fresh(parts, "full_recompute", save=False)
     results["gets"] = len(hung)

@@ -30,7 +30,7 @@ def beside(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> An
     return run_scenario(
         "tests.connectors.vllm.adapted:beside", model, folder, given=(folder,),
         enable_lora=True, max_loras=3, max_lora_rank=8, skip_tokenizer_init=False,
-        structured_outputs_config={"disable_any_whitespace": True},
+        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
     )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def letters(model: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {letter: i for i, letter in enumerate(["<s>", "</s>", *alphabet])}
+    words = {letter: i for i, letter in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(words, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

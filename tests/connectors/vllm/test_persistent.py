@@ -131,6 +131,9 @@ def test_a_disk_that_hangs_stops_nobody(
     )
     for name in ("alone", "at_rest", "waits"):
         assert got[name].tokens == got["plain"].tokens
+    # Given up while its chunks were on their way: nothing is kept for it, and nobody notices.
+    assert got["gone"] is None and got["left"] == 0
+    same(got["beside"], got["beside_alone"])
     # The first waited in vain, so the tier is left alone for a while.
     assert got["rests"] and got["at_rest"].kinds == {"new": 270}
     assert got["gets"] == 7  # one a chunk, of the first request alone
