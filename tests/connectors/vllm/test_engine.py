@@ -280,6 +280,18 @@ def test_tensor_parallel(reuse: Any, tiny_llama_dir: Path, tmp_path: Path) -> No
     same(result["query"], reuse["query"])
 
 
+@pytest.mark.slow
+def test_ranks_compute_claims_of_one_step_together(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    result = run_scenario(
+        "tests.connectors.vllm.ranks:in_ranks", tiny_llama_dir, tmp_path, separate_worker=True,
+        tensor_parallel_size=2, worker_cls="tests.connectors.vllm.ranks.CountingWorker",
+    )  # fmt: skip
+    for got, alone in zip(result["together"], result["alone"], strict=True):
+        same(got, alone)
+    first, second = result["passes"]
+    assert first == second == [1, 1, 1, 1, 4]
+
+
 @pytest.mark.alone
 def test_rope_that_cannot_be_moved(tiny_llama_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "dynamic"
