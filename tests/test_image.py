@@ -193,8 +193,9 @@ def test_it_serves_the_model_that_comes_with_it(buildah: Buildah, container: str
             assert "Paris" in json.load(response)["choices"][0]["text"]
         assert "lmc 0.1.0 on vLLM 0.32.0" in log.read_text()
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
         try:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
             server.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
