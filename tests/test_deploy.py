@@ -205,7 +205,7 @@ def test_compose_keeps_the_store(compose: dict[str, Any]) -> None:
     service = compose["services"]["lmc"]
     kept = {v["target"] for v in service["volumes"] if v["type"] == "volume"}
     assert STORE in kept and "/home/lmc/.cache" in kept
-    config = service["command"][service["command"].index("--config") + 1]
+    (config,) = (w.removeprefix("--config=") for w in service["command"] if "--config=" in w)
     settings = load_config({"lmc": str(mounts(service)[config])})
     (tier,) = settings.tiers
     assert tier["path"] == STORE
