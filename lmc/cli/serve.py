@@ -61,9 +61,9 @@ def arguments_of(model: str, config: Path | None, others: Sequence[str]) -> list
     from lmc.connectors.vllm.config import load_config
     from lmc.model import exports
 
-    for option in others:
-        name = option.partition("=")[0].replace("_", "-")
-        if name in (TRANSFER, "--worker-cls", "--model"):
+    names = {option.partition("=")[0].replace("_", "-") for option in others}
+    for name in (TRANSFER, "--worker-cls", "--model"):
+        if name in names:
             raise ValueError(
                 f"got {name}, which lmc serve sets itself: take the plain vLLM command that it "
                 "prints to set it otherwise"
@@ -80,11 +80,10 @@ def arguments_of(model: str, config: Path | None, others: Sequence[str]) -> list
     arguments = [exports.resolve(model), TRANSFER, json.dumps(transfer)]
     for name, value in OURS.items():
         arguments += [name, value]
-    named = any(
-        option.partition("=")[0].replace("_", "-") == "--served-model-name" for option in others
-    )
-    if model in exports.EXPORTS and not named:
-        arguments += ["--served-model-name", model]
+    if model in exports.EXPORTS:
+        # They are in float32, and so are their quality profiles: vLLM would take half of it.
+        for name, value in (("--served-model-name", model), ("--dtype", "float32")):
+            arguments += [] if name in names else [name, value]
     return [*arguments, *others]
 
 

@@ -24,6 +24,13 @@ def test_what_vllm_is_given(tmp_path: Path) -> None:
     assert shlex.split(plain_command(arguments))[-len(arguments) :] == arguments
 
 
+def test_an_exported_model_goes_by_its_name_and_in_its_dtype(smollm2_dir: Path) -> None:
+    arguments = arguments_of("smollm2", None, ["--dtype=bfloat16"])
+    assert arguments[0] == str(smollm2_dir)
+    assert arguments[-3:] == ["--served-model-name", "smollm2", "--dtype=bfloat16"]
+    assert arguments_of("smollm2", None, [])[-2:] == ["--dtype", "float32"]
+
+
 @pytest.mark.parametrize("option", [["--api-key", "secret"], ["--api_key=secret"]])
 def test_a_key_is_not_printed(option: list[str]) -> None:
     printed = plain_command(arguments_of("/m", None, [*option, "--port", "1"]))
