@@ -57,7 +57,7 @@ def test_overrides_are_yaml_and_may_add_an_arm_or_drop_one(demo: Path) -> None:
         ("arms.prefix_equal_rows.equal_rows_of=nobody", "got nobody; valid: full_recompute"),
         ("arms.prefix_equal_rows.equal_rows_of=null", "cache: warmed with equal_rows_of: None"),
         ("arms.full_prefill=null", "`full_prefill: {cache: none}`, which must be among them"),
-        ("workload.name=other", "unknown workload: got 'other'; valid: chain, induction"),
+        ("workload.name=other", "got 'other'; valid: agents, chain, chat, induction"),
         ("workload.documents_per_prompt=9", "got 9, allowed: 2 to 8"),
         ("workload.limit=0", "limit: got 0, want a whole number of at least 1"),
         ("connector=sglang", "connector: got 'sglang'; valid: vllm, hf"),
