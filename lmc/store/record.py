@@ -80,8 +80,7 @@ class Record:
     def id(self) -> bytes:
         """What names this variant in every tier but host memory: 32 bytes, the same each time."""
         if self._id is None:
-            kind = bytes([self.tail, self.origin == "blended"])
-            digest = blake3(self.key + self.context + kind).digest()
+            digest = id_of(self.key, self.context, self.tail, self.origin == "blended")
             object.__setattr__(self, "_id", digest)
             return digest
         return self._id
@@ -94,6 +93,11 @@ class Record:
         )  # fmt: skip
         object.__setattr__(there, "_id", self.id)
         return there
+
+
+def id_of(key: bytes, context: bytes, tail: bool = False, blended: bool = False) -> bytes:
+    """`Record.id` of what has this ChunkKey and context digest."""
+    return blake3(key + context + bytes([tail, blended])).digest()
 
 
 def exact_at(record: Record, start: int, contexts: Contexts) -> bool:

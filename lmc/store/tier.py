@@ -109,7 +109,9 @@ class Tier(Protocol):
         counts: what happened, by kind, since the tier was opened.
 
     A tier that knows what it let go of may have a deque `removed`, of bounded length, to which it
-    appends the ids of those records; who publishes KV events takes them out.
+    appends the ids of those records; who publishes KV events takes them out. One that several
+    engines share may have `flights`, as `lmc.store.flights.Flights`: through it they know what each
+    is computing.
     """
 
     name: str

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from lmc.blend.plan import Plan
 from lmc.connectors.vllm.config import LMCConfig
+from lmc.connectors.vllm.flights import Flights
 from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import Claim, Observed
 from lmc.connectors.vllm.namespaces import Namespace
@@ -46,6 +47,7 @@ class Admission:
         reader: Reader,
         namespace: Namespace,
         local: LocalCache,
+        flights: Flights,
         begun: dict[str, Tracked],
     ) -> None:
         self.computes = False
@@ -53,7 +55,7 @@ class Admission:
         self.observed = Observed()
         self._patience_s, self._rows = config.fetch_patience_s, rows
         self._planner, self._reader, self._namespace = planner, reader, namespace
-        self._local, self._begun = local, begun
+        self._local, self._flights, self._begun = local, flights, begun
         self._block_size = local.block_size
         self._first_in_line: Tracked | None = None
 
@@ -133,6 +135,8 @@ class Admission:
             if time.monotonic() < lookup.deadline:
                 return "lookup"
             tracked.heard = True  # it is answered too late to be of use
+        if tracked.heard and self._flights.waits(tracked):
+            return "flight"
         patient = time.monotonic() - tracked.asked < self._patience_s
         if patient and self._planner.index.still_coming(tracked.plan.coming):
             return "save"

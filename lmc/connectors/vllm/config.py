@@ -74,6 +74,8 @@ class LMCConfig(BaseModel):
             written into it; more of them are dropped, so that nothing ever waits for a disk.
         fetch_patience_s: after so long what a tier has not brought is computed, and the tiers are
             left alone for a while.
+        single_flight_s: so long a request waits at most for text that another one, here or in an
+            engine that shares a tier, is computing already; 0: it computes it as well.
         exact_variants: exact contexts kept of one content. Text that prompts repeat inside
             themselves wants more, or its prefixes are lost (`lmc sim --exact-variants`).
         chunker: cuts prompts whose request gives no spans, and what lies between spans.
@@ -115,6 +117,7 @@ class LMCConfig(BaseModel):
     staging_bytes: int = Field(default=32 << 20, gt=0)
     write_queue_bytes: int = Field(default=256 << 20, gt=0)
     fetch_patience_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    single_flight_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
     exact_variants: int = Field(default=2, ge=1)
     chunker: dict[str, Any] | str = "cdc"
     context: ContextPolicy = "isolated"

@@ -94,6 +94,13 @@ def given_out(scheduler_output: Any, encodes: list[Encode]) -> set[int]:
     return {block for groups in new for block in groups[0]}.union(lent)
 
 
+def computes_prompts(scheduler_output: Any) -> bool:
+    """Whether a step computes prompts, and not only answers and what was drafted of them."""
+    drafts = scheduler_output.scheduled_spec_decode_tokens
+    scheduled = scheduler_output.num_scheduled_tokens.items()
+    return any(n > 1 + len(drafts.get(i, ())) for i, n in scheduled)
+
+
 def misadapted(scheduler_output: Any, requests: dict[str, Tracked]) -> list[Tracked]:
     """Requests under no LoRA adapter that a step computes beside others, on a CPU.
 

@@ -105,7 +105,13 @@ METRICS = (
     _metric(
         "counter", "deferrals", "Times a request was put off for a step, by what it waited for.",
         {"deferred_for_{reason}": {}, "deferred": {"reason": "blocks"}},
-        {"reason": ("save", "memory", "lookup", "fetch", "rows", "blocks")}, log="deferred",
+        {"reason": ("save", "memory", "lookup", "flight", "fetch", "rows", "blocks")},
+        log="deferred",
+    ),
+    _metric(
+        "counter", "single_flights",
+        "Requests that waited for what another computes; in vain, or a tier did not say in time.",
+        "flights_{outcome}", {"outcome": ("followed", "in_vain", "unanswered")}, log="flights",
     ),
     _metric(
         "counter", "replans", "Requests planned again before they were admitted, by why.",

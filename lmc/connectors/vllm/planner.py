@@ -21,6 +21,7 @@ from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
 from lmc.store import Index, Record
 from lmc.store.directory import Answers, Directory
+from lmc.store.flights import Flights
 from lmc.store.history import History
 from lmc.store.lookup import Known, find, lacking, reach
 from lmc.store.tier import taken
@@ -36,6 +37,7 @@ class Planner:
 
     Attributes:
         index: of host memory, on every rank.
+        begins: as given.
         directory: of the tiers behind it.
 
     Raises:
@@ -58,7 +60,7 @@ class Planner:
         self._kept = 0  # bytes of what is held for requests
         self._config = config
         self._layout = layout
-        self._begins = begins
+        self.begins = begins
         # Of these only what they know is asked here; the workers have their bytes.
         opened = identity.open_tiers(config, layout, 0, vllm_config)
         self._tiers = [tier for _, tier in opened]
@@ -68,13 +70,23 @@ class Planner:
         self._fetches: list[Record] = []
         self._counts: Counter[str] = Counter()
 
-    def ask(self, tracked: Tracked, local: int) -> None:
-        """Have the tiers asked, in the background, for what memory lacks beyond `local`."""
+    @property
+    def shared_flights(self) -> Flights | None:
+        """Of the first tier through which engines tell each other what they compute."""
+        return next((f for t in self._tiers if (f := getattr(t, "flights", None))), None)
+
+    def ask(self, tracked: Tracked, local: int, anew: bool = False) -> None:
+        """Have the tiers asked, in the background, for what memory lacks beyond `local`.
+
+        Args:
+            anew: also for what they have answered.
+        """
         if not self._tiers:
             return
         found = find(tracked.tokens, tracked.pieces, self.known(tracked), local)
         wanted = [p for p in lacking(tracked.pieces, found) if p.end > local]
-        asked = (tracked.namespace, tracked.tokens, wanted, reach(found, local), tracked.lookup)
+        before = None if anew else tracked.lookup
+        asked = (tracked.namespace, tracked.tokens, wanted, reach(found, local), before)
         tracked.lookup = self.directory.ask(*asked) if wanted else None
         tracked.heard = not wanted
 
@@ -112,7 +124,7 @@ class Planner:
             tracked.namespace,
             self._told(tracked),
             self._config.context,
-            self._begins,
+            self.begins,
         )
 
     def silent(self, tracked: Tracked) -> bool:
@@ -223,7 +235,7 @@ class Planner:
             L=self._layout.L,
             tiers=tiers,
             context=self._config.context,
-            begins=self._begins,
+            begins=self.begins,
         )
         if tracked.gate:
             return plan, f"quality_gate:{tracked.gate}"

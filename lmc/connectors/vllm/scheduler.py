@@ -16,9 +16,10 @@ from lmc.connectors.vllm.admission import Admission
 from lmc.connectors.vllm.config import LMCConfig, check_memory
 from lmc.connectors.vllm.events import Events, published
 from lmc.connectors.vllm.explaining import Explaining
+from lmc.connectors.vllm.flights import Flights
 from lmc.connectors.vllm.gate import QualityGate
 from lmc.connectors.vllm.isolating import Isolation
-from lmc.connectors.vllm.keeping import Keeping, given_out, misadapted
+from lmc.connectors.vllm.keeping import Keeping, computes_prompts, given_out, misadapted
 from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import (
     Claim,
@@ -68,9 +69,8 @@ class SchedulerSide:
         self.explaining = Explaining(config, self.planner)
         self.gate = QualityGate(vllm_config, self.layout, rope, config)
         self.reader = Reader(config, self.gate, self.namespace)
-        self.local = LocalCache(
-            self.block_size, bool(vllm_config.cache_config.enable_prefix_caching)
-        )
+        caches = bool(vllm_config.cache_config.enable_prefix_caching)
+        self.local = LocalCache(self.block_size, caches)
         rows = vllm_config.scheduler_config.max_num_batched_tokens
         per_token = self.layout.bytes_per_token
         sizes = (per_token, self.block_size, rows)
@@ -78,9 +78,10 @@ class SchedulerSide:
         self.keeping = Keeping(config, self.index, per_token, self.block_size, self.ranks)
         self.requests: dict[str, Tracked] = {}
         self.begun: dict[str, Tracked] = {}  # those of them that were admitted
+        self.flights = Flights(config, self.planner)
         self.admission = Admission(
             config, config.rows_per_step or rows, self.planner, self.reader, self.namespace,
-            self.local, self.begun,
+            self.local, self.flights, self.begun,
         )  # fmt: skip
         publishes = published(vllm_config)
         self.events = Events(self.index, self.ranks, self.block_size) if publishes else None
@@ -88,9 +89,8 @@ class SchedulerSide:
         self.claims: list[Claim] = []
         self.forgiven: set[int] = set()
         self.counts: Counter[str] = Counter()
-        self._watched = False  # whether workers notice when weights change
+        self._step, self._watched = 0, False  # whether workers notice when weights change
         self._overlaps = bool(vllm_config.scheduler_config.async_scheduling)
-        self._step = 0
 
     def greet(self, hellos: list[WorkerHello]) -> None:
         """Learn from the workers what can be reused, and whether rows can be recomputed."""
@@ -181,6 +181,7 @@ class SchedulerSide:
         if tracked is None:
             tracked = self.requests[request.request_id] = Tracked(request, None, None)
         self.planner.release(tracked)
+        self.flights.landed(tracked, stored=False)
         tracked.options = tracked.plan = tracked.admitted = None
         tracked.reason = f"failed:{type(error).__name__}"
         untaint(request, self.block_size, block)
@@ -202,13 +203,10 @@ class SchedulerSide:
             if request.num_computed_tokens + scheduled >= request.num_prompt_tokens:
                 self._save(tracked, request.num_prompt_tokens, self.local.blocks(request_id))
                 tracked.prompt_saved = True
+                self.flights.landed(tracked, stored=True)
         scheduled = scheduler_output.num_scheduled_tokens.values()
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        prompts = any(
-            n > 1 + len(drafts.get(i, ())) for i, n in scheduler_output.num_scheduled_tokens.items()
-        )
-        pool = self.local.manager.block_pool
         rows = sum(scheduled) + self.admission.rows(self.claims)
+        pool, prompts = self.local.manager.block_pool, computes_prompts(scheduler_output)
         encodes = self.isolation.take(pool, rows, prompts)
         metadata = StepMetadata(
             number=self._step,
@@ -279,6 +277,7 @@ class SchedulerSide:
         self.begun.pop(request.request_id, None)
         self.just_finished[request.request_id] = tracked
         self.planner.release(tracked)
+        self.flights.landed(tracked, stored=False)
         self.claims = [c for c in self.claims if c.request_id != request.request_id]
         computed = request.num_computed_tokens - request.num_in_flight_tokens
         if tracked.saves and computed >= request.num_prompt_tokens:
@@ -309,14 +308,15 @@ class SchedulerSide:
     def close(self) -> None:
         """Let go of the tiers, and write what is still to be recorded."""
         self.explaining.close()
+        self.flights.close()
         self.planner.close()
 
     def take_stats(self) -> LMCStats:
         """What happened since the last call, and how things stand."""
         self.counts.update(self.planner.take_counts() + self.explaining.take_counts())
-        self.counts += self.isolation.counts + self.admission.counts
-        self.isolation.counts.clear()
-        self.admission.counts.clear()
+        for part in (self.isolation, self.admission, self.flights):
+            self.counts += part.counts
+            part.counts.clear()
         counts, self.counts = self.counts, Counter()
         observed, self.admission.observed = self.admission.observed, Observed()
         levels = self.planner.levels() | {"isolated_waiting": self.isolation.pending}

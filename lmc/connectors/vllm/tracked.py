@@ -15,6 +15,31 @@ from lmc.chunking.pieces import Piece
 from lmc.connectors.vllm.request import RequestOptions
 from lmc.model.cost import PrefillCost
 from lmc.store.directory import Asked
+from lmc.store.flights import Flight
+
+
+@dataclass
+class Waiting:
+    """What others compute that a request needs, and what it computes for others.
+
+    Attributes:
+        since: `time.monotonic()` when it was first to be admitted.
+        over: whether it waits no more; waited: whether it ever did.
+        look: when to look next whether it must wait on.
+        flight: as the tier knows it; None where that is not asked.
+        wanted: by name of what would serve, the chunk that it serves.
+        contents: token ids' bytes of those chunks, by where they start.
+        requests: of this engine that are waited for.
+    """
+
+    since: float
+    over: bool
+    waited: bool = False
+    look: float = 0.0
+    flight: Flight | None = None
+    wanted: dict[bytes, Piece] = field(default_factory=dict)
+    contents: dict[int, bytes] = field(default_factory=dict)
+    requests: list[Tracked] = field(default_factory=list)
 
 
 @dataclass
@@ -43,6 +68,8 @@ class Tracked:
         fetched: of slots that came from a tier behind host memory for this request, its name.
         fetching: `time.monotonic()` when those were last asked for.
         blended_from: the first token whose KV is not exact, or None.
+        waiting: for what others compute, once that was looked at; leads: names of what it computes
+            for all.
         seen_to: chunks that end up to here have been kept, or were not to be.
         prompt_saved: whether the prompt's chunks have been given to the workers.
         unsaved: its KV is, or may be, of no use to others: nothing of it is stored any more.
@@ -75,6 +102,8 @@ class Tracked:
     fetched: dict[int, str] = field(default_factory=dict)
     fetching: float = 0.0
     blended_from: int | None = None
+    waiting: Waiting | None = None
+    leads: list[bytes] = field(default_factory=list)
     seen_to: int = 0
     prompt_saved: bool = False
     unsaved: bool = False

@@ -35,15 +35,17 @@ class Folder:
     """An open folder. Several processes may have it open; one at a time changes it.
 
     Layout: `lmc-store.json` (format and identity), `segments/NNNNNNNN.seg` (records), `index/`
-    (LMDB), and lock files. All files are 0600, folders 0700. The index is never trusted: where it
-    fails, or is another folder's, all processes let go of it, and it is made again from the
-    segments. What it has by then can be asked for meanwhile, and nothing be written.
+    (LMDB), `flights/` (what is being computed), and lock files. All files are 0600, folders 0700.
+    The index is never trusted: where it fails, or is another folder's, all processes let go of it,
+    and it is made again from the segments. What it has by then can be asked for meanwhile, and
+    nothing be written.
 
     It is entered (`with folder:`) by whoever uses it, so that nothing is closed beneath him; a
     child of a fork cannot enter what its parent opened.
 
     Attributes:
-        root: absolute.
+        root: absolute. place: its descriptor.
+        locks: of its files.
         counts: what happened, by kind.
 
     Args:
@@ -71,15 +73,15 @@ class Folder:
         self._left_to_healer = False  # to let go of all, after that
         self._failure: Exception | None = None  # of the last attempt to make the index again
         self._next_look = 0.0
-        self._place = place.open_folder(self.root, read_only)
+        self.place = place.open_folder(self.root, read_only)
         try:
-            self._key = _key(os.fstat(self._place))
-            known = place.identity_in(self.root, self._place)
-            place.subfolder(self.root, self._place, "segments", not read_only, read_only)
-            place.subfolder(self.root, self._place, INDEX, False, read_only)
-            self._locks = Locks(self._place, read_only)
+            self._key = _key(os.fstat(self.place))
+            known = place.identity_in(self.root, self.place)
+            place.subfolder(self.root, self.place, "segments", not read_only, read_only)
+            place.subfolder(self.root, self.place, INDEX, False, read_only)
+            self.locks = Locks(self.place, read_only)
         except BaseException:
-            os.close(self._place)
+            os.close(self.place)
             raise
         self.segments = Segments(self.root / "segments", read_only)
         this = weakref.ref(self)  # what is dropped goes at once
@@ -88,7 +90,7 @@ class Folder:
             folder = this()
             return folder is None or folder._closing
 
-        self._index = Index(self.root, self._place, self.segments, self.counts, read_only, stopped)
+        self._index = Index(self.root, self.place, self.segments, self.counts, read_only, stopped)
         try:
             if read_only:
                 self._index.identity = known or b""
@@ -108,7 +110,7 @@ class Folder:
 
     def __enter__(self) -> Folder:
         """Raises ClosedError."""
-        if self._locks.forked:
+        if self.locks.forked:
             raise ClosedError("it was opened by the process that this one was forked from")
         with self._lock:  # the condition's, and quicker
             if self._closing:
@@ -132,7 +134,7 @@ class Folder:
     @property
     def forked(self) -> bool:
         """Whether it was opened by the process that this one was forked from."""
-        return self._locks.forked
+        return self.locks.forked
 
     @property
     def identity(self) -> bytes:
@@ -211,7 +213,7 @@ class Folder:
         What takes longer, as where a disk hangs, is done later, when it can be: until then nothing
         is let go of that others could take for theirs. A second time nothing happens.
         """
-        if self._locks.forked:
+        if self.locks.forked:
             return
         with self._inside:
             if self._closing:
@@ -250,37 +252,37 @@ class Folder:
     def _release(self) -> None:
         """Nobody is inside, and no index is being made."""
         try:
-            alone = not self.read_only and self._locks.take(WRITER, 1.0)
-            if alone and self._locks.take(OPEN, 2.0) and self._locks.take(USERS):
+            alone = not self.read_only and self.locks.take(WRITER, 1.0)
+            if alone and self.locks.take(OPEN, 2.0) and self.locks.take(USERS):
                 self._index.seal()
         except FAULTS:  # then it is made again
             self.counts["not_sealed"] += 1
         self._index.let_go()
         self._failure = None  # which has hold of what it came from
         self.segments.close()
-        self._locks.close()
-        fd, self._place = self._place, -1
+        self.locks.close()
+        fd, self.place = self.place, -1
         os.close(fd)
 
     def __del__(self) -> None:
         # Of a parent's, in its child; all else that is open goes with what holds it.
-        if "_index" in self.__dict__ and self.forked and self._place >= 0:
-            os.close(self._place)
+        if "_index" in self.__dict__ and self.forked and self.place >= 0:
+            os.close(self.place)
 
     # -- parts -------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        if not self._locks.take(OPEN, OPEN_PATIENCE_S):
+        if not self.locks.take(OPEN, OPEN_PATIENCE_S):
             raise TimeoutError(
                 f"somebody else has been opening or closing {self.root} for {OPEN_PATIENCE_S:.0f} s"
             )
         try:
-            self._locks.check()
-            known = place.identity_in(self.root, self._place)
+            self.locks.check()
+            known = place.identity_in(self.root, self.place)
             self._index.identity = known or self._index.find_identity()
             if known is None:
-                place.write_format(self._place, self.identity)
-            if not self._locks.take(USERS):
+                place.write_format(self.place, self.identity)
+            if not self.locks.take(USERS):
                 if not self._index.look():
                     self._heal()
             elif not self._index.trust():
@@ -291,9 +293,9 @@ class Folder:
                     self._give()
                     raise
                 self._heal(held=True)
-            self._locks.take(USERS, shared=True)
+            self.locks.take(USERS, shared=True)
         finally:
-            self._locks.drop(OPEN)
+            self.locks.drop(OPEN)
 
     def _heal(self, held: bool = False) -> None:
         """Have the index made again in the background.
@@ -364,19 +366,19 @@ class Folder:
 
     def _take(self, until: float) -> None:
         """Become the writer. Raises TimeoutError, ClosedError."""
-        if self._locks.forked:
+        if self.locks.forked:
             raise ClosedError("it was opened by the process that this one was forked from")
         if not self._writer_thread.acquire(timeout=max(0.0, until - time.monotonic())):
             raise TimeoutError("another thread has been writing to the store all the time")
         try:
-            if not self._locks.take(WRITER, until - time.monotonic()):
+            if not self.locks.take(WRITER, until - time.monotonic()):
                 raise TimeoutError("another process has been writing to the store all the time")
         except BaseException:
             self._writer_thread.release()
             raise
 
     def _give(self) -> None:
-        self._locks.drop(WRITER)
+        self.locks.drop(WRITER)
         self._writer_thread.release()
 
     def _check_place(self) -> None:

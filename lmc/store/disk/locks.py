@@ -1,4 +1,4 @@
-"""Who opens a folder, who uses it and who writes to it: flock on three files.
+"""Who opens a folder, uses it, writes to it and says what he computes: flock on four files.
 
 Locks of flock belong to the open file, which a forked child shares: it would keep what its dead
 parent held, and let go of what its parent holds. Those of `fcntl.lockf` do not survive a fork, but
@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 
-OPEN, USERS, WRITER = "open.lock", "users.lock", "writer.lock"
+OPEN, USERS, WRITER, FLIGHTS = "open.lock", "users.lock", "writer.lock", "flights.lock"
 
 _forking = threading.Lock()
 _forks = threading.local()
@@ -53,7 +53,7 @@ class Locks:
             if read_only:
                 return
             try:
-                for name in (OPEN, USERS, WRITER):
+                for name in (OPEN, USERS, WRITER, FLIGHTS):
                     self._fds[name] = self._open(name)
             except BaseException:
                 self._close()

@@ -16,6 +16,7 @@ from lmc.store.disk import header as fmt
 from lmc.store.disk.directory import Directory
 from lmc.store.disk.encode import Encoded, Encoder
 from lmc.store.disk.faults import FAULTS, kind_of
+from lmc.store.disk.flights import FolderFlights
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.guard import otherwise
 from lmc.store.disk.reader import Reader
@@ -101,6 +102,7 @@ class Disk:
         self._path = self.folder.root  # wherever the process goes
         identity = self.folder.identity
         self._encode = Encoder(identity, self._compression, self._label, self.counts)
+        self.flights = None if self.read_only else FolderFlights(self.folder, self.counts)
         self._bad: set[bytes] = set()  # what failed to verify, as far as this process knows
         self._directory = Directory(self.folder, self.layout, self._heads, self._bad)
         self._reader = Reader(self.folder, self.room, self._directory, self._bad)
@@ -341,6 +343,8 @@ class Disk:
     def close(self) -> None:
         """As `Tier.close`."""
         self._reads.close()
+        if self.flights is not None:
+            self.flights.close()
         if not self._closer.detach():  # it is closed, or somebody is closing it
             return
         if not self.read_only and not self.folder.forked:

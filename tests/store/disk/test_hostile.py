@@ -42,7 +42,16 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["segments", "index", "lmc-store.json", "open.lock", "users.lock", "writer.lock"]
+    "name",
+    [
+        "segments",
+        "index",
+        "lmc-store.json",
+        "open.lock",
+        "users.lock",
+        "writer.lock",
+        "flights.lock",
+    ],
 )
 def test_links_in_a_folder_are_not_followed(tmp_path: Path, name: str) -> None:
     disk = opened(tmp_path / "kv")
