@@ -1,4 +1,4 @@
-"""What it costs that an engine computes new chunks once more, alone (`context: isolated`).
+"""What it costs that an engine computes new spans once more, alone (`context: isolated`).
 
     python benchmarks/isolated.py
 

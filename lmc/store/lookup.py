@@ -152,6 +152,13 @@ class Known:
             behind = frozenset(record.context_after for record in known)
         return bool(behind)
 
+    def displaced(self, content: bytes, start: int, contexts: Contexts) -> bool:
+        """Whether a content is known, but not as it stands at `start` of a prompt."""
+        records = self._index.variants(self.namespace, content)
+        for tier in self._tiers:
+            records = records or tier.of(content)
+        return bool(records) and not any(exact_at(r, start, contexts) for r in records)
+
     def _serves(self, record: Record, place: Place) -> bool:
         if exact_at(record, place.start, place.contexts):
             return True

@@ -83,7 +83,8 @@ class LMCConfig(BaseModel):
             `shared_prefix`: text that the request begins with too, or `isolated`: nothing (but
             the token a prompt begins with). With `any`, who gets a text stored behind one of their
             own is read along with it by others of the same cache salt (docs/security.md). With
-            the others the engine computes chunks that came behind other text once more, alone.
+            the others the engine computes spans, and chunks that it meets a second time, once more,
+            alone.
         isolated_tokens: how many such tokens are computed a step, on average and at most; 0 leaves
             it to clients, who send documents alone.
         blend: the strategy of requests that name none.
@@ -147,8 +148,8 @@ class LMCConfig(BaseModel):
                 return "any: who stores a text says what stands in front of it when others read it"
             case policy if self.isolated_tokens:
                 return (
-                    f"{policy}: new chunks of a prompt are computed once more, alone, on average "
-                    f"at most {self.isolated_tokens} tokens a step"
+                    f"{policy}: new spans, and chunks met a second time, are computed once more, "
+                    f"alone, on average at most {self.isolated_tokens} tokens a step"
                 )
             case policy:
                 return f"{policy}: only documents that clients send alone can be moved"

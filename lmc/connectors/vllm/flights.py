@@ -57,8 +57,8 @@ class Flights:
         if waiting.over:
             return False
         now = time.monotonic()
-        if now < waiting.look:
-            return True
+        if waiting.waited and now < waiting.look:
+            return True  # else the tier answers any moment
         vain = now >= waiting.since + self._patience_s
         if not vain and self._still(tracked, waiting, now):
             waiting.look = now + max(LOOK_S, RESTS * (time.monotonic() - now))

@@ -1,10 +1,13 @@
 """Texts that came behind others, computed once more, alone, so that they may be moved.
 
 Where the store's context policy lets a chunk be moved only if nothing foreign stood before it, most
-of what prompts leave could be used as prefixes alone. So each new text of a prompt (a span, or a
-chunk where there are no spans) is computed a second time behind nothing: in blocks borrowed from
-vLLM's pool, a bounded number of tokens a step, while answers are decoded or nothing runs at all,
-and seldom beside other prompts. Its chunks follow each other when they are moved, as in the text.
+of what prompts leave could be used as prefixes alone. So texts that may come again are computed a
+second time behind nothing: in blocks borrowed from vLLM's pool, a bounded number of tokens a step,
+while answers are decoded or nothing runs at all, and seldom beside other prompts. Of a span the
+client says that it may come again. A chunk of any other text has to have done so: it is computed
+alone when it is met a second time, elsewhere than the first (as "cache on second hit" has it, Maggs
+and Sitaraman 2015), so that what never comes back costs nothing. The chunks of a span follow each
+other when they are moved, as in the text.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lmc.chunking.pieces import Piece, chunk_key, context_digests
+from lmc.chunking.pieces import Contexts, Piece, chunk_key, context_digests
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.messages import ChunkSave, Encode
 from lmc.store import Index
@@ -90,10 +93,10 @@ class Isolation:
         pieces: Sequence[Piece],
         spans: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Every text of a prompt that is not known in a way in which it could be moved.
+        """Every text of a prompt that may come again and is not known as one that could be moved.
 
         Args:
-            known: what the request's namespace has.
+            known: what the request's namespace had before it.
             tokens: `[T]`. pieces: its chunks. spans: texts of several chunks.
         """
         if not self._rate:
@@ -103,6 +106,8 @@ class Isolation:
         groups = self._texts(pieces, spans)
         # What the prompt begins with was computed behind nothing, or behind no more than it may be.
         anchored = groups[0][-1].end if self._policy == "shared_prefix" and groups else -1
+        contexts = Contexts(np.ascontiguousarray(tokens, "<i8").tobytes())
+        inside = _inside(pieces, spans)
         for group in groups:
             start, end = group[0].start, group[-1].end
             short = end - start < SHORTEST
@@ -112,6 +117,8 @@ class Isolation:
             key = chunk_key(known.namespace, content)
             parts = [tokens[p.start : p.end].astype("<i8").tobytes() for p in group]
             if key in self._waiting or known.alone(parts):
+                continue
+            if start not in inside and not known.displaced(parts[0], start, contexts):
                 continue
             ends = [piece.end - start for piece in group]
             self._waiting[key] = _Wanted(known.namespace, front, content, ends)
@@ -218,3 +225,16 @@ class Isolation:
         ids_of = [block.block_id for block in lent.blocks]
         saves = [ChunkSave(record, "", start, end, ids_of) for record, start, end in records]
         return Encode(tokens, saves)
+
+
+def _inside(pieces: Sequence[Piece], spans: Sequence[tuple[int, int]]) -> set[int]:
+    """Where those pieces start that lie in a span."""
+    out: set[int] = set()
+    left = iter(spans)
+    start, end = next(left, (0, 0))
+    for piece in pieces:
+        while end <= piece.start and (span := next(left, None)) is not None:
+            start, end = span
+        if start <= piece.start < end:
+            out.add(piece.start)
+    return out

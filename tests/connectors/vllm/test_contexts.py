@@ -43,10 +43,10 @@ def test_the_policy_and_its_price_are_printed_at_start(isolated: Any) -> None:
     lines = [line.split(maxsplit=1) for said in isolated["said"] for line in said.splitlines()]
     assert [text for label, text in lines if label == "context"] == [
         "any: who stores a text says what stands in front of it when others read it",
-        "shared_prefix: new chunks of a prompt are computed once more, alone, on average at most "
-        "64 tokens a step",
-        "isolated: new chunks of a prompt are computed once more, alone, on average at most "
-        "64 tokens a step",
+        "shared_prefix: new spans, and chunks met a second time, are computed once more, alone, on "
+        "average at most 64 tokens a step",
+        "isolated: new spans, and chunks met a second time, are computed once more, alone, on "
+        "average at most 64 tokens a step",
     ]
 
 

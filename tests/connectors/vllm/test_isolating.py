@@ -50,11 +50,14 @@ class World:
         self.index, self.pool = Index(capacity), Pool()
         self.isolation = Isolation(self.config, self.index, BOS, 1, BLOCK, rows)
 
-    def prompt(self, *parts: np.ndarray, closed: bool = True, spans: Any = ()) -> None:
+    def prompt(self, *parts: np.ndarray, closed: bool = True, spans: Any = None) -> None:
+        """Each part is a span, unless others are given."""
         ends = np.cumsum([len(part) for part in parts]).tolist()
         pieces = [Piece(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         pieces[-1] = Piece(pieces[-1].start, pieces[-1].end, closed)
         tokens = np.concatenate(parts)
+        if spans is None:
+            spans = [(start, end) for start, end, whole in pieces if whole]
         known = Known(self.index, b"n", (), self.config.context, BOS)
         self.isolation.want(known, tokens, pieces, spans)
 
@@ -249,3 +252,27 @@ def test_what_waits_is_bounded_and_the_oldest_goes() -> None:
     assert world.isolation.pending == WAITING // 2000
     world.isolation.clear()
     assert world.step() == []
+
+
+def test_text_that_no_client_told_of_is_computed_alone_once_it_has_come_again() -> None:
+    world = World()
+    front, a, b, c = text(9, 32), text(1, 60), text(2, 50), text(3, 40)
+    world.prompt(front, a, b, c, spans=[])
+    assert not world.isolation.pending  # nobody knows whether it will come again
+    world.stored(front, a, b, c)
+    world.prompt(front, a, b, c, spans=[])
+    assert not world.isolation.pending  # it stands where it stood: a chat goes on
+    world.prompt(text(4, 32), b, a, spans=[])
+    assert world.isolation.pending == 2
+    world.done(encodes := world.step())
+    assert lengths(encodes) == [50, 60]
+    world.prompt(text(5, 16), c, b, spans=[])
+    assert world.isolation.pending == 1
+
+
+def test_of_a_span_every_chunk_counts_as_told_of() -> None:
+    world = World()
+    a, b, c, d = (text(i, 40) for i in range(4))
+    world.prompt(a, b, c, d, spans=[(40, 120)])
+    (encode,) = world.step()
+    assert len(encode.tokens) == 80
