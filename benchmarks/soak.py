@@ -8,11 +8,14 @@ small, so that chunks are evicted from both all the time, and plain vLLM as the 
 say where those are; conversations, streamed and not; prompts that come again; two sampled answers;
 log-probabilities; and some hang up. Meanwhile the disk goes through phases, over and over:
 
-corrupt   bytes of half of its segment files are changed every five seconds, and of its index once
+corrupt   bytes of half of its segment files are changed every five seconds; once a byte of every
+          header in its index
 full      no byte is left, and what the server frees is taken from it
-hung      no read, write or sync returns for as long as the phase lasts but its end; every other
-          time the file system is frozen as well, so that nothing in it can be changed
-calm      nothing; then the load stops for a while, and blended prompts are asked again, alone
+hung      no read, write or sync returns for half a minute; every other time the file system is
+          frozen as well, so that nothing in it can be changed; then ten seconds of nothing
+calm      nothing
+
+Behind each the load stops for some seconds, and blended prompts are asked again, alone.
 
 What is checked, and what makes the exit status 1: a request that fails; an answer that is not what
 `soak_checks.Checks` says it must be; something that was done to the disk of which no counter in
@@ -51,8 +54,9 @@ from lmc.results.rows import cpu_name, git_commit
 OUT = Path(__file__).parent / "results" / "soak.jsonl"
 MEMORY_BYTES, DISK_BYTES, IMAGE_BYTES = 256 << 20, 512 << 20, 1 << 30
 PHASES = {"corrupt": 30.0, "full": 30.0, "hung": 40.0, "calm": 30.0}  # seconds of load
+AT_ONCE = ("full", "hung")  # phases that are noticed while they last
 HUNG_S = 30.0
-AGAIN_S = 30.0  # for blended prompts that are asked again
+AGAIN_S = 8.0  # behind each phase, for blended prompts that are asked again
 AT_LEAST_S = 600.0  # of load, or memory is not judged
 GROWTH = 2.0  # MiB a minute
 MOST_FAILURES = 20
@@ -79,7 +83,6 @@ async def treat(disk: SickDisk, phase: str, cycle: int, seconds: float) -> None:
         while loop.time() < until:
             await asyncio.to_thread(disk.fill)
             await asyncio.sleep(min(0.5, max(0.0, until - loop.time())))
-        disk.empty()
     elif phase == "hung":
         try:
             await asyncio.to_thread(disk.hang, cycle % 2 == 1)
@@ -98,7 +101,7 @@ async def soak(
         for name, s in servers.items()
     }
     models = {name: json.loads(s.get("/v1/models"))["data"][0]["id"] for name, s in servers.items()}
-    checks = Checks(clients["lmc"], clients["plain"], models, options.seed)
+    checks = Checks(clients["lmc"], clients["plain"], models)
     load = Load(
         clients["lmc"], models["lmc"], tokenizer, options.clients, options.seed, checks.heard
     )
@@ -116,19 +119,22 @@ async def soak(
             load.phase = phase
             load.go_on()
             await treat(disk, phase, cycle, seconds)
+            await load.pause()
+            await checks.again(servers["lmc"].url, AGAIN_S)
+            disk.empty()
             after = await asyncio.to_thread(counters, servers["lmc"])
             grown[phase], before = moved(before, after), after
             loaded += seconds
-            print(f"{loaded / 60:5.1f} min  {phase:8} {len(load.failures)} failed, "
-                  f"{len(checks.wrong)} wrong, {checks.waiting} to compare", flush=True)  # fmt: skip
-        await load.pause()
+            print(
+                f"{loaded / 60:5.1f} min  {phase:8} {len(load.failures)} failed, "
+                f"{len(checks.wrong)} wrong, {checks.waiting} to compare",
+                flush=True,
+            )
         if not level(servers["lmc"], "tier_answers"):
             faults.append(f"cycle {cycle}: the disk is well, and left alone")
-        await checks.again(servers["lmc"].url, AGAIN_S)
-        last = await asyncio.to_thread(counters, servers["lmc"])
         for phase in TRACES:
             # What was damaged is noticed when it is read, which may be later.
-            told = traces(phase, moved(first, last) if phase == "corrupt" else grown[phase])
+            told = traces(phase, grown[phase] if phase in AT_ONCE else moved(first, before))
             if not told:
                 faults.append(f"cycle {cycle}: {phase}, and no counter tells of it")
             phases.append({"cycle": cycle, "phase": phase, "told": told})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections import Counter, deque
+from collections import Counter
+from itertools import zip_longest
 from typing import Any
 
 import httpx
@@ -15,7 +15,6 @@ from soak_load import TOPS, Answer, complete
 # is ahead of another by less than this may change places with it.
 TIE = 1e-3
 AT_ONCE = 2  # questions to plain vLLM
-KEPT = 64  # blended answers, to be asked for again
 
 
 class Checks:
@@ -41,15 +40,12 @@ class Checks:
         furthest: the greatest difference of a log-probability that both sides told.
     """
 
-    def __init__(
-        self, lmc: AsyncOpenAI, plain: AsyncOpenAI, models: dict[str, str], seed: int
-    ) -> None:
+    def __init__(self, lmc: AsyncOpenAI, plain: AsyncOpenAI, models: dict[str, str]) -> None:
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.furthest = 0.0
         self._lmc, self._plain, self._models = lmc, plain, models
-        self._rng = random.Random(f"checks {seed}")
-        self._blended: dict[str, deque[Answer]] = {}
+        self._blended: list[Answer] = []  # since they were asked again
         self._known: dict[str, Answer] = {}
         self._queue: asyncio.Queue[Answer] = asyncio.Queue()
 
@@ -60,7 +56,7 @@ class Checks:
             self._queue.put_nowait(answer)
         elif kinds:
             self.seen["blended"] += 1
-            self._blended.setdefault(answer.phase, deque(maxlen=KEPT)).append(answer)
+            self._blended.append(answer)
         else:
             self.seen["unreported"] += 1
             self.wrong.append(f"{answer.phase} {answer.kind}: no report: {answer.report}")
@@ -81,26 +77,24 @@ class Checks:
         await self._queue.join()
 
     async def again(self, url: str, seconds: float) -> None:
-        """Ask some of the blended prompts again; the caller sees to it that nobody else asks.
+        """Ask blended prompts again, the last ones first; the caller sees that nobody else asks.
 
         Args:
             url: of lmc's server. seconds: after which no more are begun.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
-        kept = [answer for answers in self._blended.values() for answer in answers]
-        self._blended.clear()
-        self._rng.shuffle(kept)
-        for first in kept:
+        kept, self._blended = self._blended, []
+        for first in reversed(kept):
             if loop.time() > until:
                 return
             await _drop_cache(url)
             lmc = first.lmc | {"explain": True, "save": False}
             options = first.options | {"logprobs": TOPS}
             alone = await complete(self._lmc, self._models["lmc"], first.prompt, options, lmc)
-            plan = _plan(first.report)
-            if plan is None or plan != _plan(alone.report):
+            if other := _other(_plan(first.report), _plan(alone.report)):
                 self.seen["blended_not_comparable"] += 1
+                self.seen[f"plan:{other}"] += 1
                 continue
             self.seen["blended_compared"] += 1
             self.seen[f"blended_compared:{first.phase}"] += 1
@@ -125,27 +119,25 @@ class Checks:
         if len(got.tokens) != len(want.tokens):
             self._say(got, want, 0, f"{len(got.tokens)} answers for {len(want.tokens)}")
         for i, (some, right) in enumerate(zip(got.tokens, want.tokens, strict=False)):
-            same = next(
-                (j for j, (a, b) in enumerate(zip(some, right, strict=False)) if a != b), None
-            )
-            if same is None and len(some) != len(right):
+            differ = (j for j, (a, b) in enumerate(zip(some, right, strict=False)) if a != b)
+            first = next(differ, None)
+            if first is None and len(some) != len(right):
                 self._say(got, want, i, "of another length")
             told = got.tops[i] if got.tops else []
-            end = len(right) if same is None else same + 1
-            apart = max(
-                (_apart(*pair) for pair in zip(told[:end], want.tops[i][:end], strict=False)),
-                default=0.0,
-            )
+            end = len(right) if first is None else first + 1  # behind it is another text
+            pairs = zip(told[:end], want.tops[i][:end], strict=False)
+            apart = max((_apart(a, b) for a, b in pairs), default=0.0)
             self.furthest = max(self.furthest, apart)
             if apart > TIE:
                 self._say(got, want, i, f"log-probabilities {apart:.2g} apart")
-            elif same is not None and (
-                (told and "seed" in got.options)
-                or _tie(want.tops[i][same], some[same], right[same])
-            ):
-                self.seen["ties"] += 1
-            elif same is not None:
-                self._say(got, want, i, f"another token {same}, {want.tops[i][same]}")
+            elif first is not None:
+                # Of what was drawn it is enough that it was drawn from the same.
+                drawn = told and "seed" in got.options
+                if drawn or _tie(want.tops[i][first], some[first], right[first]):
+                    self.seen["ties"] += 1
+                else:
+                    tops = want.tops[i][first]
+                    self._say(got, want, i, f"another token {first}, {tops}")
 
     def _say(self, got: Answer, want: Answer, i: int, what: str) -> None:
         kinds = (got.report or {}).get("kinds")
@@ -159,24 +151,29 @@ def _is_exact(kinds: dict[str, int]) -> bool:
     return kinds["moved"] == kinds["local_blended"] == 0
 
 
-def _plan(report: dict[str, Any] | None) -> list[tuple[str, int]] | None:
-    """What a blended answer depends on: ends of runs, in front of the first moved token all alike.
-
-    None where it is not known: what is local of an earlier blend may be anything.
-    """
-    runs = (report or {}).get("map")
-    if not runs or any(kind == "local_blended" for _, _, kind, _, _ in runs):
-        return None
+def _plan(report: dict[str, Any] | None) -> list[tuple[str, int]]:
+    """What a blended answer depends on: runs by their ends, true ones in front all alike."""
     plan: list[tuple[str, int]] = []
     moved = False
-    for _, end, kind, _, _ in runs:
-        moved = moved or kind == "moved"
-        what = "computed" if kind in ("new", "recomputed") else kind
-        what = ("true" if kind in ("local", "exact") else what) if moved else "true"
-        if plan and plan[-1][0] == what:
+    for _, end, kind, _, _ in (report or {}).get("map") or []:
+        moved = moved or kind in ("moved", "local_blended")
+        what = {"new": "computed", "recomputed": "computed", "exact": "true", "local": "true"}
+        said = what.get(kind, kind) if moved else "true"
+        if plan and plan[-1][0] == said:
             plan.pop()
-        plan.append((what, end))
+        plan.append((said, end))
     return plan
+
+
+def _other(first: list[tuple[str, int]], alone: list[tuple[str, int]]) -> str:
+    """Where two plans part, in words; "" where they are one that is known.
+
+    What is local of an earlier blend may be anything.
+    """
+    for a, b in zip_longest(first, alone, fillvalue=("nothing", 0)):
+        if a != b or a[0] == "local_blended":
+            return f"{a[0]}, {b[0]}"
+    return "" if first else "not told"
 
 
 def _apart(a: dict[str, float], b: dict[str, float]) -> float:

@@ -17,11 +17,13 @@ from lmc.experiment.vllm.servers import Server
 EVERY_S = 3.0
 # What must have moved in /metrics once it was done to the disk, by name and labels: one is enough.
 TRACES = {
-    "corrupt": r"tier_events.*(damaged:|index_condemned|index_faults|headers_unreadable)",
+    "index": r"tier_events.*index_(condemned|faults|rebuilt)",
+    "corrupt": r"tier_events.*(damaged:|headers_unreadable|records_torn)",
     "full": r"(write_failures.*outcome=full|tier_events.*(disk_full|no_room))",
     "hung": r"(tiers_left_alone|write_failures.*outcome=dropped|load_failures.*what=fetch)",
 }
 PREFIX = "vllm:lmc_"
+VLLMS = ("model_name", "engine")  # labels
 
 
 class Memory:
