@@ -3,10 +3,11 @@
     python benchmarks/soak.py --minutes 30 --clients 8
 
 Two servers with the same flags: `lmc serve` with little host memory before a disk tier that is
-small, so that chunks are evicted from both all the time, and plain vLLM as the reference. Clients
-(the `openai` package) ask in a closed loop: retrieval with documents in ever other orders, which
-say where those are; conversations, streamed and not; prompts that come again; two sampled answers;
-log-probabilities; and some hang up. Meanwhile the disk goes through phases, over and over:
+small, so that chunks are evicted from both all the time, and plain vLLM as the reference, each on
+one half of the cores. Clients (the `openai` package) ask in a closed loop: retrieval with documents
+in ever other orders, which say where those are; conversations, streamed and not; prompts that come
+again; two sampled answers; log-probabilities; and some hang up. Meanwhile the disk goes through
+phases, over and over:
 
 corrupt   bytes of half of its segment files are changed every five seconds; once a byte of every
           header in its index
@@ -29,6 +30,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -127,7 +129,8 @@ async def soak(
             loaded += seconds
             print(
                 f"{loaded / 60:5.1f} min  {phase:8} {len(load.failures)} failed, "
-                f"{len(checks.wrong)} wrong, {checks.waiting} to compare",
+                f"{len(checks.wrong)} wrong; compared {checks.seen['exact_compared']} exact, "
+                f"{checks.seen['blended_compared']} blended; {checks.waiting} wait",
                 flush=True,
             )
         if not level(servers["lmc"], "tier_answers"):
@@ -192,6 +195,8 @@ def table(got: dict[str, Any]) -> None:
     print(f"blended   {seen.get('blended', 0)}, asked again alone "
           f"{seen.get('blended_compared', 0) + seen.get('blended_not_comparable', 0)}, of the same "
           f"plan and compared {seen.get('blended_compared', 0)}")  # fmt: skip
+    parted = (f"{k[5:]} {n}" for k, n in seen.items() if k.startswith("plan:"))
+    print("          plans of the others part at", "; ".join(parted) or "nothing")
     print(f"ties      {seen.get('ties', 0)} answers took another token that was less than "
           f"{got['tie']} away; log-probabilities at most {got['furthest']:.1e} apart")  # fmt: skip
     print("\ndone to the disk:", ", ".join(f"{what} {n}" for what, n in got["done"].items()))
@@ -231,13 +236,16 @@ def main() -> None:
         tier = {"name": "disk", "path": str(disk.store), "capacity": DISK_BYTES}
         config = Path(work) / "lmc.json"
         config.write_text(json.dumps({"memory_bytes": MEMORY_BYTES, "tiers": [tier]}))
+        cores = sorted(os.sched_getaffinity(0))
+        half = len(cores) // 2
         commands = {"plain": vllm_serve(model), "lmc": disk.beneath(lmc_serve(model, config))}
-        servers = {
-            name: stack.enter_context(
-                running([*command, *FLAGS], logs / f"{name}.log", ENVIRONMENT)
+        bound = {"plain": cores[half:], "lmc": cores[:half] or cores}
+        servers = {}
+        for name, command in commands.items():
+            bind = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, bound[name]))}
+            servers[name] = stack.enter_context(
+                running([*command, *FLAGS], logs / f"{name}.log", ENVIRONMENT | bind)
             )
-            for name, command in commands.items()
-        }
         got, faults = asyncio.run(soak(servers, disk, tokenizer, options))
     table(got)
     verdict(faults)

@@ -26,7 +26,7 @@ TURNS = 4  # of a conversation
 TOPS = 5  # log-probabilities of a token
 REPEATED = 12  # prompts that are asked again and again
 CANCEL_S = 4.0  # at most, until a client loses its patience
-TIMEOUT_S = 180.0
+TIMEOUT_S = 300.0
 PAUSE_S = 1.0  # after a failure
 NEVER_MOVED = {"blend": "prefix"}
 
