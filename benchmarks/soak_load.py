@@ -18,12 +18,13 @@ from lmc.workloads.sample import Sample, corpus_of
 
 # How often each is asked.
 MIX = {
-    "rag": 35, "chat": 15, "chat_streamed": 15, "repeat": 15, "sampled": 6, "logprobs": 7,
-    "cancelled": 7,
+    "rag": 35, "document": 10, "chat": 13, "chat_streamed": 13, "repeat": 13, "sampled": 5,
+    "logprobs": 6, "cancelled": 5,
 }  # fmt: skip
 ANSWER = 16  # tokens
 TURNS = 4  # of a conversation
 TOPS = 5  # log-probabilities of a token
+SAVED = 0.2  # of retrieval prompts; their documents are stored by being sent alone
 REPEATED = 12  # prompts that are asked again and again
 CANCEL_S = 4.0  # at most, until a client loses its patience
 TIMEOUT_S = 300.0
@@ -108,7 +109,7 @@ class Load:
         self._busy = 0
         self._over = False
         rag = RagReorder(
-            seed=seed, documents=24, documents_per_prompt=4, document_tokens=192, prompts=4000
+            seed=seed, documents=12, documents_per_prompt=4, document_tokens=192, prompts=4000
         )
         self._samples = rag.samples(tokenizer)
         self._rag = iter(self._samples)
@@ -179,7 +180,12 @@ class Load:
             case "rag":
                 sample = self._next()
                 lmc = {"chunks": [list(s) for s in sample.reusable], "explain": True}
+                # Most prompts leave nothing behind: their plans are the same when they are asked
+                # again, where what they store themselves would be found.
+                lmc["save"] = self._rng.random() < SAVED
                 return await self._complete(sample.prompt.token_ids, {}, lmc)
+            case "document":
+                return await self._complete(self._rng.choice(self.corpus), {}, {"explain": True})
             case "repeat":
                 prompt = self._rng.choice(self._repeated)
                 return await self._complete(prompt, {}, {"explain": True})
