@@ -16,7 +16,8 @@ hung      no read, write or sync returns for half a minute; every other time the
           frozen as well, so that nothing in it can be changed; then ten seconds of nothing
 calm      nothing
 
-Behind each the load stops for some seconds, and blended prompts are asked again, alone.
+Behind each the load stops; each client asks one retrieval prompt more, all at once; then the last
+blended prompts are asked again, alone.
 
 What is checked, and what makes the exit status 1: a request that fails; an answer that is not what
 `soak_checks.Checks` says it must be; something that was done to the disk of which no counter in
@@ -122,6 +123,7 @@ async def soak(
             load.go_on()
             await treat(disk, phase, cycle, seconds)
             await load.pause()
+            await load.burst()
             await checks.again(servers["lmc"].url, AGAIN_S)
             disk.empty()
             after = await asyncio.to_thread(counters, servers["lmc"])

@@ -52,7 +52,6 @@ class Answer:
     tokens: list[list[int]]
     tops: list[list[dict[str, float]]] = field(default_factory=list)
     report: dict[str, Any] | None = None
-    seconds: float = 0.0
 
 
 async def complete(
@@ -145,6 +144,10 @@ class Load:
         self._over = True
         self._going.set()
 
+    async def burst(self) -> None:
+        """While paused: each client asks one retrieval prompt more, all at once."""
+        await asyncio.gather(*(self._request("rag", []) for _ in range(self._clients)))
+
     async def _one(self) -> None:
         """A client."""
         chat: list[dict[str, str]] = []
@@ -152,26 +155,28 @@ class Load:
             await self._going.wait()
             if self._over:
                 return
-            kind = self._rng.choices(list(MIX), list(MIX.values()))[0]
-            phase = self.phase
             self._busy += 1
-            self.asked[phase, kind] += 1
-            begun = time.monotonic()
             try:
-                answer = await self._ask(kind, chat)
-                self.seconds.setdefault(phase, []).append(time.monotonic() - begun)
-                if answer is not None:
-                    answer.kind, answer.phase = kind, phase
-                    answer.seconds = time.monotonic() - begun
-                    self._heard(answer)
-            except OpenAIError as error:
-                self.failures.append(f"{phase} {kind}: {type(error).__name__}: {error}"[:300])
-                chat.clear()
-                await asyncio.sleep(PAUSE_S)
+                await self._request(self._rng.choices(list(MIX), list(MIX.values()))[0], chat)
             finally:
                 async with self._idle:
                     self._busy -= 1
                     self._idle.notify_all()
+
+    async def _request(self, kind: str, chat: list[dict[str, str]]) -> None:
+        phase = self.phase
+        self.asked[phase, kind] += 1
+        begun = time.monotonic()
+        try:
+            answer = await self._ask(kind, chat)
+            self.seconds.setdefault(phase, []).append(time.monotonic() - begun)
+            if answer is not None:
+                answer.kind, answer.phase = kind, phase
+                self._heard(answer)
+        except OpenAIError as error:
+            self.failures.append(f"{phase} {kind}: {type(error).__name__}: {error}"[:300])
+            chat.clear()
+            await asyncio.sleep(PAUSE_S)
 
     async def _ask(self, kind: str, chat: list[dict[str, str]]) -> Answer | None:
         match kind:
