@@ -20,10 +20,11 @@ STOP_S = 60.0
 
 @dataclass(frozen=True)
 class Server:
-    """One that answers. log: all that it prints."""
+    """One that answers. log: all that it prints. pid: of the process that started all others."""
 
     url: str
     log: Path
+    pid: int
 
     def post(self, path: str) -> None:
         """Raises OSError where it does not answer with a 2xx."""
@@ -67,7 +68,7 @@ def running(
             stderr=subprocess.STDOUT, start_new_session=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),
         )  # fmt: skip
-    server = Server(f"http://127.0.0.1:{port}", log)
+    server = Server(f"http://127.0.0.1:{port}", log, child.pid)
     try:
         _wait(server, child)
         yield server
