@@ -74,9 +74,10 @@ def run_scenario(
     arguments = (name, model, lmc or {}, engine, given, environment, received, log)
     child = processes.Process(target=_run, args=arguments)
     child.start()
-    child.join(800 if interpret else timeout)
-    if child.exitcode is None:
-        child.kill()
+    try:
+        child.join(800 if interpret else timeout)
+    finally:
+        child.kill()  # unless it is over
         child.join()
     if child.exitcode:
         raise AssertionError(f"scenario {name}: {child.exitcode}\n{log.read_text()[-12000:]}")
