@@ -18,6 +18,9 @@ SIM := .venv-sim
 SIM_TESTS := tests/test_registry.py tests/test_rooms.py tests/model/test_times.py \
   tests/chunking tests/policies tests/sim tests/cli/test_sim.py
 
+# Hundreds of processes import the same sources, compiled once.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup lint test test-fast test-sim test-slow gpu-check demo clean
 
 help: ## list these targets

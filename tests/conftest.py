@@ -34,9 +34,16 @@ settings.load_profile("lmc")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes seconds first; the tests of a file in one process, unless they stand alone."""
-    long = ("engine", "heavy", "slow")
-    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in long))
+    """What takes seconds first, then engines; a file in one process, unless its tests stand alone.
+
+    What is short and heavy comes last: it fills the time in which one process is done already.
+    """
+
+    def place(item: pytest.Item) -> int:
+        engine, *others = map(item.get_closest_marker, ("engine", "heavy", "slow"))
+        return 1 if engine else 2 if any(others) else 0
+
+    items.sort(key=place)
     for item in items:
         alone = item.get_closest_marker("alone") is not None
         file = str(item.path.relative_to(REPO))

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import pytest
+
+from lmc.experiment.vllm.servers import free_port
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "deploy/Dockerfile.cpu"
@@ -164,9 +165,7 @@ def test_nothing_of_the_build_machine_is_in_the_image(buildah: Buildah, image: s
 @pytest.mark.timeout(1200)
 def test_it_serves_the_model_that_comes_with_it(buildah: Buildah, container: str) -> None:
     """The entry point as a user runs it, the loopback its only network that is asked."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     entry = json.loads(buildah("inspect", container))["Docker"]["config"]["Entrypoint"]
     command = buildah.command(
         "run", "--env", "VLLM_CPU_KVCACHE_SPACE=1", container, "--", *entry, "smollm2",

@@ -95,3 +95,10 @@ def test_ci_is_make_test() -> None:
     assert os.access(script, os.X_OK)
     lines = script.read_text().splitlines()
     assert [line for line in lines if line.startswith("make")] == ["make test"]
+
+
+def test_the_tests_of_a_file_share_a_process(request: pytest.FixtureRequest) -> None:
+    """Else each process starts the engines of each file: pytest-xdist reads it off the id."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("one process, or no --dist loadgroup")
+    assert request.node.nodeid.endswith("@tests/test_setup.py")

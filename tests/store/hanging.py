@@ -187,7 +187,8 @@ def end_while(call: str, folder: Path) -> None:
     tier = Hanging()
     tier.held[record(1).id] = rows(1.0)
     tiers = [Attached(tier, "through"), Attached(disk(folder), "through")]
-    chunks = Chunks(LAYOUT, 1 << 16, tiers, patience_s=0.1)
+    # On a busy machine what is wanted is not given up before the tier is asked for it.
+    chunks = Chunks(LAYOUT, 1 << 16, tiers, patience_s=60.0)
     tier.hang(call)
     filled(chunks, record(2), 2.0)
     if call == "get":

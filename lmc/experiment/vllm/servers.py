@@ -50,6 +50,13 @@ def vllm_serve(model: str | Path) -> list[str]:
     return [sys.executable, "-m", entry, "--model", str(model)]
 
 
+def free_port() -> int:
+    """A port of the loopback that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextmanager
 def running(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
@@ -59,9 +66,7 @@ def running(
     Raises:
         RuntimeError: it ended, or has not answered for ten minutes; with the end of its log.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with log.open("w") as out:
         child = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=out,

@@ -2,21 +2,29 @@
 
 vLLM keeps one worker connector per process, so engines with different settings cannot follow one
 another inside pytest. A scenario is a function of `scenarios.py`; what it returns comes back
-pickled, and the test asserts on it.
+pickled, and the test asserts on it. Processes are forks of one that has imported what every engine
+imports, which takes longer than to start an engine on a small model.
 """
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[3]
 BLOCK = 32
+# What every engine imports at its start anyway; none of it starts a thread.
+PRELOADED = [
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+    "lmc.connectors.vllm.worker",
+]
 # Nothing is refused for its quality, nobody is mistrusted, and two strategies are of the tests.
 OPEN: dict[str, Any] = {
     "memory_bytes": 64 << 20,
@@ -53,24 +61,48 @@ def run_scenario(
         name: of a function of `scenarios.py`, or `module:function`.
         given: what it takes beside the session.
     """
-    arguments = {"name": name, "model": str(model), "lmc": lmc or {}, "engine": engine}
-    arguments["given"] = given
     file = name.replace(":", ".")
-    sent, received = tmp_path / f"{file}-arguments", tmp_path / f"{file}-result"
-    sent.write_bytes(pickle.dumps(arguments))
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(separate_worker))}
+    received, log = tmp_path / f"{file}-result", tmp_path / f"{file}-log"
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(separate_worker))}
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
     if engine.get("tensor_parallel_size", 1) > 1:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # else it wants a NUMA node a rank
-    child = subprocess.run(
-        [sys.executable, __file__, str(sent), str(received)],
-        env=environment, capture_output=True, text=True, check=False,
-        timeout=800 if interpret else timeout,
-    )  # fmt: skip
-    if child.returncode:
-        raise AssertionError(f"scenario {name}:\n{child.stdout[-4000:]}\n{child.stderr[-8000:]}")
+    # Triton reads its variable when it is imported.
+    processes = multiprocessing.get_context("spawn" if interpret else "forkserver")
+    processes.set_forkserver_preload(PRELOADED)
+    arguments = (name, model, lmc or {}, engine, given, environment, received, log)
+    child = processes.Process(target=_run, args=arguments)
+    child.start()
+    try:
+        child.join(800 if interpret else timeout)
+    finally:
+        child.kill()  # unless it is over
+        child.join()
+    if child.exitcode:
+        raise AssertionError(f"scenario {name}: {child.exitcode}\n{log.read_text()[-12000:]}")
     return pickle.loads(received.read_bytes())
+
+
+def _run(
+    name: str, model: Path, lmc: dict[str, Any], engine: dict[str, Any], given: tuple[Any, ...],
+    environment: dict[str, str], received: Path, log: Path,
+) -> None:  # fmt: skip
+    """In the child: one scenario, what it says into `log`."""
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    from tests.connectors.vllm import scenarios
+
+    module, _, function = name.rpartition(":")
+    scenario = getattr(import_module(module) if module else scenarios, function)
+    try:
+        result = scenario(scenarios.Session(engine_of(str(model), lmc, engine)), *given)
+        received.write_bytes(pickle.dumps(result))
+    finally:
+        # multiprocessing leaves out what Python does at its end, as closing stores and engines.
+        atexit._run_exitfuncs()
 
 
 def engine_of(model: str, lmc: dict[str, Any], engine: dict[str, Any]) -> Any:
@@ -97,15 +129,3 @@ def engine_of(model: str, lmc: dict[str, Any], engine: dict[str, Any]) -> Any:
         ),
     }
     return LLM(model=model, **settings | engine)
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    from tests.connectors.vllm import scenarios
-
-    arguments = pickle.loads(Path(sys.argv[1]).read_bytes())
-    llm = engine_of(arguments["model"], arguments["lmc"], arguments["engine"])
-    module, _, function = arguments["name"].rpartition(":")
-    scenario = getattr(import_module(module) if module else scenarios, function)
-    result = scenario(scenarios.Session(llm), *arguments.get("given", ()))
-    Path(sys.argv[2]).write_bytes(pickle.dumps(result))

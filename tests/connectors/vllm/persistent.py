@@ -97,12 +97,15 @@ def slow_disk(session: Session, parts: list[list[int]]) -> dict[str, Any]:
     counts = counting(session)
     side = session.scheduler.connector._scheduler
     disk = session.lmc_worker.chunks.tiers[0].tier
-    get, hung = disk.get, []
+    get, hung, back = disk.get, [], []
 
     def hangs(*arguments: Any, **options: Any) -> Any:
         hung.append(time.monotonic())
         time.sleep(2.0)
-        return get(*arguments, **options)
+        try:
+            return get(*arguments, **options)
+        finally:
+            back.append(time.monotonic())
 
     disk.get = hangs
     forget_memory(session)
@@ -110,7 +113,8 @@ def slow_disk(session: Session, parts: list[list[int]]) -> dict[str, Any]:
     results["rests"] = not side.planner.directory.breakers[0].closed
     results["at_rest"] = session.fresh(parts, "full_recompute", save=False)
     results["gets"] = len(hung)
-    time.sleep(5.0)  # the threads that hung are back
+    while len(back) < len(hung):  # until the threads that hung are back
+        time.sleep(0.01)
     side.planner.directory.breakers[0].back()
     session.lmc_worker.chunks._breakers[0].back()
     forget_memory(session)

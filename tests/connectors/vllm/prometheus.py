@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lmc.experiment.vllm.servers import free_port
 
 ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"
@@ -39,13 +40,6 @@ def queries() -> list[tuple[str, str, str]]:
             assert "$" not in re.sub(r'"[^"]*"', "", expression), expression
             found.append((panel["title"], target["legendFormat"], expression))
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Prometheus:
