@@ -28,6 +28,10 @@ _Question = bytes | Behind
 class Answers:
     """What one tier said about one prompt; what it was not asked counts as not there.
 
+    Args:
+        missing: by id, `time.monotonic()` when the tier did not bring what it had told of: of what
+            it said before then that is not believed.
+
     Attributes:
         name: the tier's.
         unasked: what would have been asked of it.
@@ -35,8 +39,9 @@ class Answers:
         told: whether it answered at all.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, missing: Mapping[bytes, float]) -> None:
         self.name = name
+        self._missing, self._asked = missing, time.monotonic()
         self.unasked: set[_Question] = set()
         self.ids: set[bytes] = set()
         self.told = False
@@ -58,6 +63,7 @@ class Answers:
         """What it answered before."""
         self._known |= before._known
         self.ids |= before.ids
+        self._asked = before._asked
 
     def learn(self, answers: Mapping[_Question, list[Record]]) -> None:
         """What it answered."""
@@ -72,6 +78,8 @@ class Answers:
             if self.told:
                 self.unasked.add(question)
             return []
+        if self._missing and found:
+            return [r for r in found if self._missing.get(r.id, 0.0) < self._asked]
         return found
 
 
@@ -166,7 +174,7 @@ class Directory:
         asked = Asked(namespace, tokens, pieces, reached)
         answering = []
         for desk in self._desks:
-            answers = Answers(desk.name)
+            answers = Answers(desk.name, desk.missing)
             more: set[_Question] = set()
             if before is not None and before.namespace == namespace:
                 answers.keep(before.answers[len(asked.answers)])
@@ -178,6 +186,13 @@ class Directory:
         for desk, answers, more in answering:
             desk.submit(partial(desk.answer, asked, answers, more), asked)
         return asked
+
+    def disbelieve(self, tier: int, id: bytes) -> None:
+        """A tier, by its place, has not brought what it told of: it has to tell of it anew."""
+        missing = self._desks[tier].missing
+        if len(missing) >= REMEMBERED:
+            missing.clear()
+        missing[id] = time.monotonic()
 
     @property
     def pending(self) -> int:
@@ -202,6 +217,7 @@ class _Desk:
 
     def __init__(self, tier: Tier, breaker: Breaker) -> None:
         self.tier, self.breaker, self.name = tier, breaker, tier.name
+        self.missing: dict[bytes, float] = {}
         # By namespace; all of one epoch, or each with the time at which it was told.
         self._remembered: dict[bytes, dict[_Question, tuple[list[Record], float]]] = {}
         self._epoch: int | None = None
@@ -324,11 +340,11 @@ class _Desk:
         known: dict[_Question, list[Record]] = {
             keys[q] if isinstance(q, bytes) else q: remembered[q][0]
             for q in (*keys, *behind)
-            if q in remembered
+            if q in remembered and not self._missed(*remembered[q])
         }
         answers.learn(known)
-        new = [key for key in keys if key not in remembered]
-        behind = [question for question in behind if question not in remembered]
+        new = [key for key in keys if keys[key] not in known]
+        behind = [question for question in behind if question not in known]
         if not new and not behind:
             return
         found, after = self.tier.lookup_many(asked.namespace, new, behind, asked.deadline)
@@ -342,6 +358,10 @@ class _Desk:
         for key, records in zip(new, found, strict=True):
             told[keys[key]] = records
         answers.learn(told)
+
+    def _missed(self, records: list[Record], at: float) -> bool:
+        """Whether something was not brought since it was told of."""
+        return bool(self.missing) and any(self.missing.get(r.id, 0.0) >= at for r in records)
 
     def _held(self, namespace: bytes) -> dict[_Question, tuple[list[Record], float]]:
         """What was told of a namespace and still holds."""

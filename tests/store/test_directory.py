@@ -102,6 +102,19 @@ def test_a_whole_prompt_is_one_question(tier: Counting) -> None:
     directory.close(tiers=False)
 
 
+def test_what_did_not_come_is_believed_when_it_is_told_of_anew(tier: Counting) -> None:
+    directory = Directory([tier], 60.0)
+    first, *_ = hold(tier, TOKENS)
+    asked = answered(directory, TOKENS)
+    directory.disbelieve(0, first.id)
+    assert (0, 100, "exact") not in found(asked)
+    assert len(found(asked)) == 39  # of the rest nothing is doubted
+    tier.asked.clear()
+    again = answered(directory, TOKENS)
+    assert len(found(again)) == 40 and tier.asked == [(1, 1)]
+    directory.close(tiers=False)
+
+
 def test_what_was_cut_elsewhere_is_followed(tier: Counting) -> None:
     """By this prompt's cuts nothing of it is found; by what stands before each chunk all of it."""
     hold(tier, TOKENS, n=70)

@@ -172,7 +172,7 @@ def totals(folder: Folder) -> dict[str, Any]:
         "file_bytes": sum(use.end for use in used),
         "live_bytes": sum(use.live for use in used),
         "dead_bytes": sum(use.end - use.live for use in used),
-        "index_bytes": index.stat().st_size if index.exists() else 0,
+        "index_bytes": 512 * index.stat().st_blocks if index.exists() else 0,
         "codecs": [
             {
                 "codec": codec,

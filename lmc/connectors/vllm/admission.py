@@ -130,13 +130,13 @@ class Admission:
                 return "rows"
         if tracked.held:
             return None
+        if tracked.heard and self._flights.waits(tracked):
+            return "flight"
         lookup = tracked.lookup
         if not tracked.heard and lookup and not lookup.over:
             if time.monotonic() < lookup.deadline:
                 return "lookup"
             tracked.heard = True  # it is answered too late to be of use
-        if tracked.heard and self._flights.waits(tracked):
-            return "flight"
         patient = time.monotonic() - tracked.asked < self._patience_s
         if patient and self._planner.index.still_coming(tracked.plan.coming):
             return "save"

@@ -13,15 +13,16 @@ from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.planner import Planner
 from lmc.connectors.vllm.tracked import Tracked, Waiting
 from lmc.store.breaker import Breaker
-from lmc.store.flights import NAME_BYTES, Flight, SingleFlight
+from lmc.store.flights import NAME_BYTES, QUEUED_S, Flight, SingleFlight
 from lmc.store.record import id_of
 
 SHORTEST = 128  # tokens; less is computed before it is told of
 FAIR = 2  # times the tokens that waiting saves may be left to compute until they are there
 LOOK_S = 0.05
 ANSWER_S = 0.25  # a tier that does not say by then what others compute is not asked for a while
-RESTS = 9  # times as long as looking took it is not looked again
-LINGER_S = 5.0  # until what is computed is in the tiers
+RESTS = 9  # times as long as looking took, for each that waits, it is not looked again
+GLANCE_S = 0.003  # that a request waits for the tier, where no other one does
+LINGER_S = 2.0  # until what is computed is in the tiers
 
 
 class Flights:
@@ -31,7 +32,8 @@ class Flights:
     `single_flight_s` seconds, and only where what is left to compute until then is little beside
     what that saves. A document counts where it stands in the prompt exactly as in the other one,
     where the other computes it behind nothing, and, if the engine moves chunks out of any context,
-    wherever it stands.
+    wherever it stands. Whose wait ends for nothing takes the rest upon itself, or waits for who
+    has.
     """
 
     def __init__(self, config: LMCConfig, planner: Planner) -> None:
@@ -40,6 +42,7 @@ class Flights:
         self._any = config.context == "any"
         self._begins = planner.begins
         self._owners: dict[bytes, Tracked] = {}
+        self._following: set[int] = set()  # ids of those that wait
         self._breaker = Breaker()
         shared = planner.shared_flights
         self._others = SingleFlight(shared) if shared is not None and self._patience_s else None
@@ -50,25 +53,50 @@ class Flights:
         One that has waited is to be planned again: it asks the tiers anew.
         """
         if not self._patience_s or not tracked.saves:
-            return False
-        if tracked.waiting is None:
-            tracked.waiting = self._begun(tracked)
-        waiting = tracked.waiting
-        if waiting.over:
+            self.landed(tracked, stored=False)
             return False
         now = time.monotonic()
+        waiting = tracked.waiting
+        if waiting is None:
+            waiting = tracked.waiting = self._begun(tracked, now)
+        if waiting.over:
+            return False
         if waiting.waited and now < waiting.look:
             return True  # else the tier answers any moment
         vain = now >= waiting.since + self._patience_s
         if not vain and self._still(tracked, waiting, now):
-            waiting.look = now + max(LOOK_S, RESTS * (time.monotonic() - now))
+            took = time.monotonic() - now
+            rest = max(LOOK_S, RESTS * took * len(self._following))
+            waiting.look = min(now + rest, waiting.since + self._patience_s)
             return True
         waiting.over = True
+        self._following.discard(id(tracked))
         self.counts["flights_in_vain"] += vain
         if waiting.waited:
             self._planner.ask(tracked, tracked.local, anew=True)
             tracked.seen, tracked.rested, tracked.asked = -1, 0.0, now
+            if not vain:  # what is still not there is begun anew
+                self._let_go(tracked)
+                tracked.waiting = None
+                tracked.waits_since = waiting.since
         return False
+
+    def admitted(self, tracked: Tracked) -> None:
+        """A request is about to compute what it took upon itself."""
+        waiting = tracked.waiting
+        if waiting is None or waiting.landed or not waiting.ours:
+            return
+        self._take(tracked, waiting)  # what is free again, if it took too long
+        if self._others is None:
+            return
+        if waiting.told is not None and waiting.told.lapsed:
+            self._others.end(waiting.told)
+            waiting.told = None
+        if waiting.told is None and self._breaker.allows():
+            waiting.told = Flight({n: waiting.ours[n] for n in tracked.leads}, ())
+            self._others.begin(waiting.told)
+        if waiting.told is not None:
+            waiting.told.admitted = True
 
     def landed(self, tracked: Tracked, stored: bool) -> None:
         """A request has computed its prompt, or will not.
@@ -77,16 +105,10 @@ class Flights:
             stored: whether what it has computed is on its way into the store.
         """
         waiting = tracked.waiting
-        if waiting is None:
-            return
-        for name in tracked.leads:
-            if self._owners.get(name) is tracked:
-                del self._owners[name]
-        tracked.leads = []
-        waiting.over = True
-        if waiting.flight is not None and self._others is not None:
-            self._others.end(waiting.flight, LINGER_S if stored else 0.0)
-            waiting.flight = None
+        if waiting is not None and not waiting.landed:
+            waiting.over = waiting.landed = True
+            self._following.discard(id(tracked))
+            self._let_go(tracked, LINGER_S if stored else 0.0)
 
     def close(self) -> None:
         """Let go of the tier's."""
@@ -95,12 +117,12 @@ class Flights:
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _begun(self, tracked: Tracked) -> Waiting:
+    def _begun(self, tracked: Tracked, now: float) -> Waiting:
         """Take what nobody has taken of what a request must compute; see who has the rest."""
-        waiting = Waiting(since=time.monotonic(), over=True)
+        waiting = Waiting(begun=now, since=tracked.waits_since or now)
         pieces = _new(tracked)
-        missing = sum(piece.end - piece.start for piece in pieces)
-        if missing < SHORTEST:
+        if sum(piece.end - piece.start for piece in pieces) < SHORTEST:
+            waiting.over = True
             return waiting
         assert tracked.plan is not None and tracked.options is not None
         moves = tracked.options.strategy.moves and not tracked.refusal and not tracked.gate
@@ -114,28 +136,56 @@ class Flights:
         if moves:
             serving.append(by_content if self._any else self._alone(tracked, pieces, keys))
         waiting.contents = {p.start: content for p, content in zip(pieces, contents, strict=True)}
-        wanted = {
-            name: piece for names in serving for name, piece in zip(names, pieces, strict=True)
+        waiting.wanted = {
+            name: piece
+            for names in serving
+            for name, piece in zip(names, pieces, strict=True)
+            if name not in tracked.flown
         }
-        waiting.requests = self._ahead(tracked, wanted)
+        waiting.requests = self._ahead(tracked, waiting.wanted)
         # What is computed over moved chunks is exact for nobody, and stored for nobody else.
         until = len(tracked.tokens) if (first := tracked.plan.first_moved) is None else first
         left = len(tracked.tokens) - tracked.local
-        ours: dict[bytes, int] = {}
         for piece, *names in zip(pieces, exact, by_content, strict=True):
             if piece.end <= until:
-                ours |= {n: left for n in names if self._owners.setdefault(n, tracked) is tracked}
-        tracked.leads = list(ours)
-        waiting.wanted = wanted
-        waiting.waited = bool(waiting.requests)
+                waiting.ours |= dict.fromkeys(names, left)
+        self._take(tracked, waiting)
+        self._follows(tracked, waiting, bool(waiting.requests))
         waiting.over = not waiting.requests
-        self.counts["flights_followed"] += waiting.waited
         if self._others is not None and self._breaker.allows():
-            asked = [name for name in wanted if self._owners.get(name, tracked) is tracked]
-            waiting.flight = Flight(ours, asked)
+            owners, idle = self._owners, self._others.idle
+            asked = [name for name in waiting.wanted if owners.get(name, tracked) is tracked]
+            waiting.flight = waiting.told = Flight(dict.fromkeys(tracked.leads, left), asked)
             waiting.over = False
             self._others.begin(waiting.flight)
+            if idle:
+                waiting.flight.wait(GLANCE_S)
         return waiting
+
+    def _take(self, tracked: Tracked, waiting: Waiting) -> None:
+        owners = self._owners
+        for name in waiting.ours:
+            owner = owners.get(name)
+            if owner is None or not _flies(owner):
+                owners[name] = tracked
+        tracked.leads = [name for name in waiting.ours if owners[name] is tracked]
+
+    def _let_go(self, tracked: Tracked, linger_s: float = 0.0) -> None:
+        """Others may take what a request has taken upon itself."""
+        for name in tracked.leads:
+            if self._owners.get(name) is tracked:
+                del self._owners[name]
+        tracked.leads = []
+        waiting = tracked.waiting
+        if waiting is not None and waiting.told is not None and self._others is not None:
+            self._others.end(waiting.told, linger_s)
+            waiting.told = None
+
+    def _follows(self, tracked: Tracked, waiting: Waiting, does: bool) -> None:
+        if does and not waiting.waited:
+            waiting.waited = True
+            self._following.add(id(tracked))
+            self.counts["flights_followed"] += not tracked.waits_since
 
     def _alone(
         self, tracked: Tracked, pieces: Sequence[Piece], keys: Sequence[bytes]
@@ -169,7 +219,7 @@ class Flights:
         owners: dict[int, Tracked] = {}
         for name, piece in wanted.items():
             owner = self._owners.get(name)
-            if owner is not None and owner is not tracked:
+            if owner is not None and owner is not tracked and _flies(owner):
                 owners[id(owner)] = owner
                 saved.setdefault(id(owner), set()).add(piece)
         return [
@@ -180,7 +230,7 @@ class Flights:
 
     def _still(self, tracked: Tracked, waiting: Waiting, now: float) -> bool:
         """Whether anything is still to be waited for."""
-        waiting.requests = [r for r in waiting.requests if r.leads]
+        waiting.requests = [r for r in waiting.requests if r.leads and _flies(r)]
         return self._theirs(tracked, waiting, now) or bool(waiting.requests)
 
     def _theirs(self, tracked: Tracked, waiting: Waiting, now: float) -> bool:
@@ -196,12 +246,12 @@ class Flights:
             return not late
         self._breaker.answered()
         found = self._found(tracked, waiting)
+        tracked.flown |= {n for n in flight.others if waiting.wanted[n] in found}
         theirs = {n: p for n in flight.others if (p := waiting.wanted[n]) not in found}
         left = max((flight.others[name] for name in theirs), default=0)
         if not theirs or not _worth(set(theirs.values()), left):
             return False
-        self.counts["flights_followed"] += not waiting.waited
-        waiting.waited = True
+        self._follows(tracked, waiting, True)
         if tracked.lookup is None or tracked.lookup.over:
             self._others.look(flight)
             self._planner.ask(tracked, tracked.local, anew=True)
@@ -233,6 +283,14 @@ def _new(tracked: Tracked) -> list[Piece]:
         for piece in tracked.pieces
         if piece.closed and before[piece.end] - before[piece.start] < piece.end - piece.start
     ]
+
+
+def _flies(owner: Tracked) -> bool:
+    """Whether a request computes what it took, or will soon; not one that waits itself."""
+    waiting = owner.waiting
+    assert waiting is not None
+    begins = owner.report is not None or time.monotonic() <= waiting.begun + QUEUED_S
+    return owner.saves and begins and not waiting.landed
 
 
 def _worth(saved: set[Piece], left: int) -> bool:

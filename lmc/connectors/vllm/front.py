@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from lmc.connectors.vllm.config import Limits, LMCConfig, load_config
@@ -152,13 +153,19 @@ async def _rendered(state: Any, path: str, sent: dict[str, Any]) -> Sequence[Map
     if path == CHAT:
         chat = ChatCompletionRequest.model_validate(wanted)
         found = await state.openai_serving_chat.online_renderer.render_chat(chat)
-        return found[1]  # an answer that is an error has no items
-    if path == COMPLETION:
+        prompts = found[1]  # an answer that is an error has no items
+    elif path == COMPLETION:
         completion = CompletionRequest.model_validate(wanted)
-        return list(
-            await state.openai_serving_completion.online_renderer.render_completion(completion)
+        prompts = await state.openai_serving_completion.online_renderer.render_completion(
+            completion
         )
-    raise ValueError(f"{path} is rendered in other ways")
+    else:
+        raise ValueError(f"{path} is rendered in other ways")
+    if isinstance(prompts, ErrorResponse):
+        raise ValueError(prompts.error.message)
+    if any("prompt_token_ids" not in prompt for prompt in prompts):
+        raise ValueError("a prompt that is no tokens, as embeddings are")
+    return list(prompts)
 
 
 def _config(state: Any) -> LMCConfig | None:

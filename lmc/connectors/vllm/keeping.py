@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,19 @@ def given_out(scheduler_output: Any, encodes: list[Encode]) -> set[int]:
     new += [blocks for blocks in scheduler_output.scheduled_cached_reqs.new_block_ids if blocks]
     lent = [block for encode in encodes for block in encode.saves[0].blocks]
     return {block for groups in new for block in groups[0]}.union(lent)
+
+
+def prompts_done(
+    scheduler_output: Any, requests: dict[str, Tracked]
+) -> Iterator[tuple[str, Tracked]]:
+    """Requests whose prompts a step computes to their ends, and those that others wait for in vain
+    by now, since nothing of them is stored."""
+    for request_id, n in scheduler_output.num_scheduled_tokens.items():
+        tracked = requests.get(request_id)
+        if tracked is not None and not tracked.prompt_saved:
+            done = tracked.request.num_computed_tokens + n >= tracked.request.num_prompt_tokens
+            if done or (tracked.leads and not tracked.saves):
+                yield request_id, tracked
 
 
 def computes_prompts(scheduler_output: Any) -> bool:

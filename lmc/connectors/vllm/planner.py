@@ -66,7 +66,8 @@ class Planner:
         self._tiers = [tier for _, tier in opened]
         self.directory = Directory(self._tiers, min(LOOKUP_S, config.fetch_patience_s))
         self._left_alone = 0
-        self._sources: dict[int, int] = {}  # by slot on its way, the tier that told of it
+        # By slot on its way, the tier that told of it, and the record's id.
+        self._sources: dict[int, tuple[int, bytes]] = {}
         self._fetches: list[Record] = []
         self._counts: Counter[str] = Counter()
 
@@ -144,6 +145,7 @@ class Planner:
         assert tracked.plan is not None
         coming = self.index.arriving(s.record.slot for s in tracked.plan.found)
         if not coming or not others:
+            tracked.fetching = 0.0
             return None
         if time.monotonic() - tracked.fetching < self._config.fetch_patience_s:
             return "fetch"
@@ -155,8 +157,14 @@ class Planner:
 
     def late(self, slots: Iterable[int]) -> None:
         """Tiers that do not bring these are slow or gone: they are not asked for a while."""
-        for tier in {self._sources[slot] for slot in slots if slot in self._sources}:
+        for tier in {self._sources[slot][0] for slot in slots if slot in self._sources}:
             self.directory.breakers[tier].late()
+
+    def lost(self, slot: int) -> None:
+        """Workers do not have a chunk; a tier that was to bring it is not believed that it can."""
+        if slot in self._sources:
+            self.directory.disbelieve(*self._sources.pop(slot))
+        self.index.drop(slot)
 
     def still_held(self, tracked: Tracked) -> bool:
         """Whether all that the plan needs is there, on its way, or in a tier to be asked for."""
@@ -283,9 +291,9 @@ class Planner:
             for id, taken in here.items():
                 told_by = tracked.lookup.told_by(id) if tracked.lookup else None
                 if told_by is not None:
-                    self._sources[taken.slot] = told_by
+                    self._sources[taken.slot] = told_by, id
                     tracked.fetched.setdefault(taken.slot, self._tiers[told_by].name)
-        if self.index.arriving(tracked.leased):  # for it, or for another before
+        if not tracked.fetching and self.index.arriving(tracked.leased):  # or for another before
             tracked.fetching = time.monotonic()
         return True
 

@@ -56,7 +56,10 @@ def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
     if not isinstance(raw, Mapping):
         raise ValueError(f"lmc parameters must be an object, got {type(raw).__name__}")
     if unknown := [key for key in raw if key not in KEYS]:
-        raise ValueError(f"unknown lmc parameter {_shown(unknown[0])}; valid: {', '.join(KEYS)}")
+        raise ValueError(
+            f"unknown lmc parameter {_shown(unknown[0])}; valid: {', '.join(KEYS)}, "
+            "and of a server behind lmc's front texts"
+        )
     for key in FLAGS:
         if not isinstance(raw.get(key, True), bool):
             raise ValueError(f"lmc parameter {key} must be true or false, got {_shown(raw[key])}")

@@ -11,7 +11,7 @@ import numpy as np
 from vllm.logger import init_logger
 
 from lmc.blend.evidence import positions
-from lmc.connectors.vllm import identity, startup
+from lmc.connectors.vllm import identity, keeping, startup
 from lmc.connectors.vllm.admission import Admission
 from lmc.connectors.vllm.config import LMCConfig, check_memory
 from lmc.connectors.vllm.events import Events, published
@@ -19,7 +19,6 @@ from lmc.connectors.vllm.explaining import Explaining
 from lmc.connectors.vllm.flights import Flights
 from lmc.connectors.vllm.gate import QualityGate
 from lmc.connectors.vllm.isolating import Isolation
-from lmc.connectors.vllm.keeping import Keeping, computes_prompts, given_out, misadapted
 from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import (
     Claim,
@@ -75,7 +74,7 @@ class SchedulerSide:
         per_token = self.layout.bytes_per_token
         sizes = (per_token, self.block_size, rows)
         self.isolation = Isolation(config, self.index, begins, *sizes)
-        self.keeping = Keeping(config, self.index, per_token, self.block_size, self.ranks)
+        self.keeping = keeping.Keeping(config, self.index, per_token, self.block_size, self.ranks)
         self.requests: dict[str, Tracked] = {}
         self.begun: dict[str, Tracked] = {}  # those of them that were admitted
         self.flights = Flights(config, self.planner)
@@ -124,6 +123,7 @@ class SchedulerSide:
         if tracked is None:
             return
         self.begun[request.request_id] = tracked
+        self.flights.admitted(tracked)
         if tracked.local and self.local.mixed(request.lora_request):
             tracked.unsaved = True
         plan = tracked.admitted
@@ -193,20 +193,17 @@ class SchedulerSide:
         self._step += 1
         reset = self.local.stepped(self._step)
         leaving, read_before = self.keeping.take(), self.keeping.reading()
-        for wrong in misadapted(scheduler_output, self.requests):
+        for wrong in keeping.misadapted(scheduler_output, self.requests):
             wrong.unsaved = True
-        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
-            tracked = self.requests.get(request_id)
-            if tracked is None or tracked.prompt_saved or not tracked.saves:
-                continue
-            request = tracked.request
-            if request.num_computed_tokens + scheduled >= request.num_prompt_tokens:
-                self._save(tracked, request.num_prompt_tokens, self.local.blocks(request_id))
+        for request_id, tracked in keeping.prompts_done(scheduler_output, self.requests):
+            if tracked.saves:
+                n = tracked.request.num_prompt_tokens
+                self._save(tracked, n, self.local.blocks(request_id))
                 tracked.prompt_saved = True
-                self.flights.landed(tracked, stored=True)
+            self.flights.landed(tracked, tracked.saves)
         scheduled = scheduler_output.num_scheduled_tokens.values()
         rows = sum(scheduled) + self.admission.rows(self.claims)
-        pool, prompts = self.local.manager.block_pool, computes_prompts(scheduler_output)
+        pool, prompts = self.local.manager.block_pool, keeping.computes_prompts(scheduler_output)
         encodes = self.isolation.take(pool, rows, prompts)
         metadata = StepMetadata(
             number=self._step,
@@ -214,7 +211,7 @@ class SchedulerSide:
             fetches=self.planner.take_fetches(),
             claims=self.claims,
             leaving=leaving,
-            reused=not read_before.isdisjoint(given_out(scheduler_output, encodes)),
+            reused=not read_before.isdisjoint(keeping.given_out(scheduler_output, encodes)),
             saves=self.keeping.take(),
             encodes=encodes,
             encodes_left=self.isolation.pending,
@@ -244,17 +241,17 @@ class SchedulerSide:
             self.index.acknowledge(slot, rank)
         for slot in report.ended:
             self.index.returned(slot)
+        if report.late:
+            self.planner.late(report.lost)
         for slot in report.lost:
             self.counts["chunks_lost"] += 1
-            self.index.drop(slot)
+            self.planner.lost(slot)
         for slot in [*(slot for slot, _ in report.saved), *report.lost]:
             self.isolation.settle(slot, self.local.manager.block_pool)
             self.keeping.settle(slot)
         if self.events:
             self.events.kept(report.kept)
             self.events.removed(report.removed)
-        if report.late:
-            self.planner.late(report.lost)
         if report.failed:
             self._claims_failed(report.failed)
         for request_id, rows in report.recomputed.items():
@@ -285,7 +282,7 @@ class SchedulerSide:
         if tracked.blended_from is not None and not tracked.unsaved:
             self.local.leave_chain(tracked, computed)
         if tracked.report is None:
-            self._report(tracked)
+            self._report(tracked, admitted=False)
         return {"lmc": self.explaining.finished(tracked)}
 
     def reset(self) -> None:
@@ -391,9 +388,11 @@ class SchedulerSide:
             if tracked.report is not None:  # it has begun
                 tracked.unsaved = True
 
-    def _report(self, tracked: Tracked) -> None:
+    def _report(self, tracked: Tracked, admitted: bool = True) -> None:
         tracked.report = report_of(tracked, self.layout.bytes_per_token, self.cost)
         self.explaining.admitted(tracked)
+        if not admitted:  # nothing became of its prompt
+            return
         for kind, n in tracked.report["kinds"].items():
             self.counts[f"tokens:{kind}"] += n
         self.admission.observed.add("compute_fraction", tracked.report["compute_fraction"])

@@ -23,20 +23,26 @@ class Waiting:
     """What others compute that a request needs, and what it computes for others.
 
     Attributes:
-        since: `time.monotonic()` when it was first to be admitted.
-        over: whether it waits no more; waited: whether it ever did.
+        begun: `time.monotonic()` when it asked who computes what; since: when it first did.
+        over: whether it waits no more; waited: whether it ever did; landed: whether its prompt is
+            computed, or will not be.
         look: when to look next whether it must wait on.
-        flight: as the tier knows it; None where that is not asked.
+        flight: what the tier is asked of it, or None; told: what it was told and is still so.
+        ours: by name of what it computes, the tokens it computes until that is there.
         wanted: by name of what would serve, the chunk that it serves.
         contents: token ids' bytes of those chunks, by where they start.
         requests: of this engine that are waited for.
     """
 
+    begun: float
     since: float
-    over: bool
+    over: bool = False
     waited: bool = False
+    landed: bool = False
     look: float = 0.0
     flight: Flight | None = None
+    told: Flight | None = None
+    ours: dict[bytes, int] = field(default_factory=dict)
     wanted: dict[bytes, Piece] = field(default_factory=dict)
     contents: dict[int, bytes] = field(default_factory=dict)
     requests: list[Tracked] = field(default_factory=list)
@@ -66,10 +72,11 @@ class Tracked:
         needs: bytes of the plan's chunks.
         held: whether they are kept from eviction: those of the slots `leased`.
         fetched: of slots that came from a tier behind host memory for this request, its name.
-        fetching: `time.monotonic()` when those were last asked for.
+        fetching: `time.monotonic()` since when it waits for those, whatever becomes of them.
         blended_from: the first token whose KV is not exact, or None.
-        waiting: for what others compute, once that was looked at; leads: names of what it computes
-            for all.
+        waiting: for what others compute, once that was looked at.
+        waits_since: `time.monotonic()` when it began to; flown: names of what is there by now.
+        leads: names of what it computes for all.
         seen_to: chunks that end up to here have been kept, or were not to be.
         prompt_saved: whether the prompt's chunks have been given to the workers.
         unsaved: its KV is, or may be, of no use to others: nothing of it is stored any more.
@@ -103,6 +110,8 @@ class Tracked:
     fetching: float = 0.0
     blended_from: int | None = None
     waiting: Waiting | None = None
+    waits_since: float | None = None
+    flown: set[bytes] = field(default_factory=set)
     leads: list[bytes] = field(default_factory=list)
     seen_to: int = 0
     prompt_saved: bool = False

@@ -99,6 +99,7 @@ class Env:
             self._file = os.open(folder / "data.mdb", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             self.key = key_of(folder)
             self._page = self._opened().stat()["psize"]
+            self._extend()
             with self._env.begin(write=True) as txn:  # what one that reads opens is closed with it
                 for name in tables:
                     self.tables[name] = self._env.open_db(
@@ -149,10 +150,15 @@ class Env:
         with self.begin() as txn:
             return bytes(txn.get(_IDENTITY, b"", db=self.tables["meta"]))
 
+    @property
+    def nbytes(self) -> int:
+        """Of the file, as far as its last page."""
+        return (self.info()["last_pgno"] + 1) * self._page
+
     def whole(self) -> bool:
         """Whether the file reaches as far as its own last page: touching it would be fatal."""
         try:
-            return self._size() >= (self.info()["last_pgno"] + 1) * self._page
+            return self._size() >= self.nbytes
         except lmdb.CorruptedError:
             return False
 
@@ -249,6 +255,7 @@ class Env:
                 if not self._gate.wait_for(lambda: self._inside == 0, GATE_S):
                     raise TimeoutError("somebody has been reading the index all the time")
                 self._opened().set_mapsize(size)
+                self._extend()
             finally:
                 self._growing = False
                 self._gate.notify_all()
@@ -286,14 +293,14 @@ class Env:
 
     def _make_room(self) -> None:
         info = self.info()
-        if (info["last_pgno"] + 1) * self._page > FULL * info["map_size"]:
+        if self.nbytes > FULL * info["map_size"]:
             self.grow()
 
     def _extend(self) -> None:
-        # Pages that a transaction took and gave back may be the last ones, and not be in the file:
-        # who compares its size with its last page would take it for one that was cut short.
+        # What is mapped and not in the file is fatal to touch, and LMDB follows what it reads: a
+        # damaged page says that an entry ends far behind the last one. A hole takes no space.
         with contextlib.suppress(OSError):
-            end = (self.info()["last_pgno"] + 1) * self._page
+            end = self.info()["map_size"]
             if self._size() < end:
                 os.ftruncate(self._file, end)
             self._opened()

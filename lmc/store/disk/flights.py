@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import struct
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from lmc.store.disk import place
 from lmc.store.disk.faults import FAULTS, kind_of
@@ -24,7 +25,7 @@ from lmc.store.flights import LASTS_S, NAME_BYTES
 FOLDER = "flights"
 VERSION_BYTES = 16  # in front, anew whenever names change
 ENTRY = struct.Struct(f"<{NAME_BYTES}sI")
-MOST = 1 << 16  # names of one process: of some thirty prompts of 128,000 tokens
+MOST = 1 << 18  # names of one process: of some thirty prompts of 128,000 tokens
 GONE_S = 60.0  # the file of one that was not there for so long may be removed by anybody
 PATIENCE_S = 0.5
 FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -43,12 +44,14 @@ class FolderFlights:
     def __init__(self, folder: Folder, counts: Counter[str]) -> None:
         self._folder, self._counts = folder, counts
         self._file = os.urandom(8).hex()
-        self._ours: _Known = {}
+        self._ours: dict[bytes, tuple[int, int]] = {}  # how often it was begun, and tokens
         self._told = False
         self._read: dict[str, tuple[bytes, _Known]] = {}  # by file, its version and what is in it
         self._lock = threading.Lock()
 
-    def begin(self, names: Mapping[bytes, int], asked: Collection[bytes]) -> _Known:
+    def begin(
+        self, requests: Sequence[tuple[Mapping[bytes, int], Collection[bytes]]]
+    ) -> list[_Known]:
         """As `Flights.begin`."""
         others = _Known()
         with self._counted(), self._inside() as fd:
@@ -56,13 +59,14 @@ class FolderFlights:
                 raise TimeoutError
             try:
                 others = self._others(fd)
-                free = {n: tokens for n, tokens in names.items() if n not in others}
-                if len(self._ours) + len(free) <= MOST:
-                    self._ours |= free
-                    self._write(fd)
+                for names, _ in requests:
+                    self._take({n: tokens for n, tokens in names.items() if n not in others})
+                self._write(fd)
             finally:
                 self._folder.locks.drop(FLIGHTS)
-        return {name: others[name] for name in asked if name in others}
+        return [
+            {n: others[n] for n in {*names, *asked} if n in others} for names, asked in requests
+        ]
 
     def others(self, asked: Collection[bytes]) -> _Known:
         """As `Flights.others`."""
@@ -75,7 +79,9 @@ class FolderFlights:
         """As `Flights.end`."""
         with self._counted(), self._inside() as fd:
             for name in names:
-                self._ours.pop(name, None)
+                times, tokens = self._ours.pop(name, (0, 0))
+                if times > 1:
+                    self._ours[name] = times - 1, tokens
             self._write(fd)
 
     def renew(self) -> None:
@@ -114,8 +120,13 @@ class FolderFlights:
             finally:
                 os.close(fd)
 
+    def _take(self, names: _Known) -> None:
+        if len(self._ours) + len(names) <= MOST:
+            for name, tokens in names.items():
+                self._ours[name] = self._ours.get(name, (0, 0))[0] + 1, tokens
+
     def _write(self, fd: int) -> None:
-        names = b"".join([ENTRY.pack(name, tokens) for name, tokens in self._ours.items()])
+        names = b"".join([ENTRY.pack(name, tokens) for name, (_, tokens) in self._ours.items()])
         new = f"{self._file}.new"
         with open(os.open(new, NEW, 0o600, dir_fd=fd), "wb") as file:
             file.write(os.urandom(VERSION_BYTES) + names)
@@ -136,8 +147,11 @@ class FolderFlights:
             for entry in entries:
                 if entry.name.startswith(self._file):
                     continue
-                with contextlib.suppress(FileNotFoundError):
-                    age = now - entry.stat(follow_symlinks=False).st_mtime
+                with contextlib.suppress(OSError):  # of this one alone
+                    there = entry.stat(follow_symlinks=False)
+                    if not stat.S_ISREG(there.st_mode):
+                        continue
+                    age = abs(now - there.st_mtime)  # ahead of now, if a clock was set back
                     if age > GONE_S:
                         os.unlink(entry.name, dir_fd=fd)
                     elif age <= LASTS_S and "." not in entry.name:

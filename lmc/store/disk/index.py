@@ -197,8 +197,9 @@ class Index:
             self._counts["index_unsound"] += 1
             return
         env.sync()
+        nbytes = env.nbytes
         env.close()
-        seal.seal(self._path, self.identity)
+        seal.seal(self._path, self.identity, nbytes)
 
     def let_go(self) -> None:
         """It is used no more."""

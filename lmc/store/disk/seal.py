@@ -25,11 +25,16 @@ TABLES = 3  # version of what an index has: one that lacks a table is made again
 _SEAL_BYTES = 4096
 
 
-def seal(folder: Path, identity: bytes) -> None:
-    """Write down what the index file is, now that nobody has it open."""
+def seal(folder: Path, identity: bytes, nbytes: int) -> None:
+    """Write down what the index file is, now that nobody has it open.
+
+    Args:
+        nbytes: as far as its last page; behind it there is nothing but a hole.
+    """
     with _within(folder) as place:
-        fd = _open(place, "data.mdb")
+        fd = _open(place, "data.mdb", os.O_RDWR)
         try:
+            os.ftruncate(fd, nbytes)
             text = _text(identity, os.fstat(fd).st_size, _digest(fd))
         finally:
             os.close(fd)
@@ -128,9 +133,9 @@ def _within(folder: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _open(place: int, name: str) -> int:
+def _open(place: int, name: str, access: int = os.O_RDONLY) -> int:
     """A plain file of a folder, to be read."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(name, flags, dir_fd=place)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):

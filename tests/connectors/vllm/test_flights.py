@@ -232,3 +232,81 @@ def test_a_folder_that_hangs_makes_nobody_wait(
     assert time.monotonic() - start < 5
     assert ask(one, second) == 0  # it is left alone for a while
     assert one.side.flights.counts["flights_unanswered"] == 1
+
+
+def aborted(bench: Bench, request: Any) -> None:
+    """Its client has hung up."""
+    request.status = type(request.status).FINISHED_ABORTED
+    bench.side.finish(request, [])
+
+
+def test_when_the_first_one_hangs_up_one_of_those_that_wait_computes() -> None:
+    bench = Bench(12_000)
+    a = text(900)
+    first, *rest = (bench.arrive(moved(a), {"chunks": spans(a)}) for _ in range(6))
+    assert ask(bench, first) == 0
+    assert [ask(bench, request) for request in rest] == [None] * 5
+    aborted(bench, first)
+    time.sleep(0.06)
+    assert sum(ask(bench, request) == 0 for request in rest) == 1
+    assert ask(bench, bench.arrive(moved(a), {"chunks": spans(a)})) is None
+
+
+def test_one_whose_kv_is_not_stored_after_all_is_waited_for_no_more() -> None:
+    bench = Bench(4000)
+    a = text(900)
+    first, second = (bench.arrive(moved(a), {"chunks": spans(a)}) for _ in range(2))
+    assert ask(bench, first) == 0
+    assert ask(bench, second) is None
+    bench.side.requests[first.request_id].unsaved = True
+    bench.admit(first)  # its prompt is computed, and it decodes on
+    time.sleep(0.06)
+    assert ask(bench, second) == 0
+    assert not bench.side.requests[first.request_id].leads
+
+
+def test_one_that_cannot_begin_is_waited_for_no_more(two: tuple[Bench, Bench]) -> None:
+    one, other = two
+    a = text(900)
+    first, here = (one.arrive(moved(a), {"chunks": spans(a)}) for _ in range(2))
+    there = other.arrive(moved(a), {"chunks": spans(a)})
+    assert until(lambda: ask(one, first) == 0)  # and vLLM has no pages for it
+    settled(other, there)
+    assert ask(one, here) is None and ask(other, there) is None
+    begun = time.monotonic()
+    for bench, request in ((other, there), (one, here)):
+        assert until(lambda b=bench, r=request: ask(b, r) == 0)  # type: ignore[misc]
+    assert time.monotonic() - begun < 5
+    for bench, request in ((other, there), (one, here), (one, first)):
+        bench.admit(request)  # each takes its turn as it can
+    for bench, request in ((one, first), (one, here), (other, there)):
+        bench.finish(request)
+    assert not one.side.flights._owners
+
+
+def test_a_look_that_takes_long_puts_nobody_off_beyond_the_end_of_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(4000)
+    flights = bench.side.flights
+    flights._patience_s = 0.5
+    a = text(900)
+    first, second = (bench.arrive(moved(a), {"chunks": spans(a)}) for _ in range(2))
+    assert ask(bench, first) == 0
+    bench.side.requests[first.request_id].report = {}  # it runs
+    still = flights._still
+    monkeypatch.setattr(flights, "_still", lambda *of: time.sleep(0.2) or still(*of))
+    begun = time.monotonic()
+    assert until(lambda: ask(bench, second) == 0)
+    assert time.monotonic() - begun < 1.5  # and not the ninefold of a look
+
+
+def test_who_hangs_up_while_it_waits_counts_as_no_prompt() -> None:
+    bench = Bench(4000)
+    a = text(900)
+    first, second = (bench.arrive(moved(a), {"chunks": spans(a)}) for _ in range(2))
+    assert ask(bench, first) == 0 and ask(bench, second) is None
+    bench.side.take_stats()
+    aborted(bench, second)
+    counts = bench.side.take_stats().data.get("counts", {})
+    assert not [name for name in counts if name.startswith(("tokens", "misses"))], counts

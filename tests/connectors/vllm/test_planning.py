@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.planning import Bench, joined
+from lmc.connectors.vllm.messages import WorkerReport
 from lmc.store import Record
 
 RNG = np.random.default_rng(0)
@@ -216,3 +217,29 @@ def test_a_tier_is_asked_off_the_schedulers_thread_and_waited_for_with_a_limit()
     assert len(side.planner.take_fetches()) > 5
     assert {"lmc-ask-asking"} == ON_THREADS
     side.close()
+
+
+def test_what_a_tier_told_of_and_does_not_bring_is_done_without_at_once() -> None:
+    """A chunk that is damaged, or gone by the time that it is fetched, while others run."""
+    bench = Bench(4000, tiers=["tests.connectors.vllm.test_planning:Shelf"])
+    document, side = text(900), bench.side
+    bench.ask(document, {})
+    ON_SHELF[:] = [entry.record for entry in side.index._entries.values() if not entry.record.tail]
+    side.index.clear()
+    running = bench.arrive(text(50), {"save": False})
+    bench.admit(running)
+    request = bench.arrive([*document, *text(40)], {"save": False})
+    lookup = side.requests[request.request_id].lookup
+    assert lookup is not None and lookup.wait(time.monotonic() + 60)
+    gone, fetched, asked = ON_SHELF[0].id, Counter[bytes](), 0
+    while (claimed := bench.admit(request)) is None:
+        asked += 1
+        assert asked < 10
+        fetches = side.planner.take_fetches()
+        fetched.update(record.id for record in fetches)
+        lost = [record.slot for record in fetches if record.id == gone]
+        here = [(record.slot, 0) for record in fetches if record.id != gone]
+        side.heard(WorkerReport(saved=here, lost=lost))
+    assert claimed > 0 and fetched[gone] == 1
+    missing = side.planner.directory._desks[0].missing
+    assert set(missing) == {gone}

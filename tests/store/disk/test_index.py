@@ -154,7 +154,7 @@ def test_a_forged_seal_ends_nothing(tmp_path: Path, forge: str) -> None:
     else:
         data[:] = data[:8192].ljust(len(data), b"\xff")
     data_of(root).write_bytes(data)
-    seal.seal(root / "index", disk.folder.identity)
+    seal.seal(root / "index", disk.folder.identity, len(data))
 
     def opening(pipe: int) -> None:
         disk = opened(root)
