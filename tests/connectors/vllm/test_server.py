@@ -177,6 +177,18 @@ def test_what_is_wrong_is_said(server: Server, lmc: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "lmc", [{"texts": TEXTS[:1]}, {"chunks": [[0, 4]]}], ids=["texts", "chunks"]
+)
+def test_what_vllm_itself_refuses_it_says_itself(server: Server, lmc: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client(server).completions.create(
+            model=name(server), prompt="\n".join(TEXTS), max_tokens=1, suffix="no model does this",
+            extra_body={"kv_transfer_params": {"lmc": lmc}},
+        )  # fmt: skip
+    assert "suffix" in str(caught.value)
+
+
 def test_who_has_no_key_is_told_nothing(server: Server) -> None:
     stranger = client(server, "wrong")
     for lmc in ({"texts": TEXTS}, {"chunkz": []}):
