@@ -291,14 +291,8 @@ class Env:
             self._growing = False
             self._gate.notify_all()
 
-    def _make_room(self) -> None:
-        info = self.info()
-        if self.nbytes > FULL * info["map_size"]:
-            self.grow()
-
     def _extend(self) -> None:
-        # What is mapped and not in the file is fatal to touch, and LMDB follows what it reads: a
-        # damaged page says that an entry ends far behind the last one. A hole takes no space.
+        # LMDB believes damaged pages: what they may name must be there, and a hole takes no space.
         with contextlib.suppress(OSError):
             end = self.info()["map_size"]
             if self._size() < end:
@@ -315,8 +309,8 @@ class _Transaction:
 
     def __enter__(self) -> Any:
         env = self._env
-        if self._write:
-            env._make_room()
+        if self._write and env.nbytes > FULL * env.info()["map_size"]:
+            env.grow()
         for resized in (False, True):
             env._enter()
             try:
