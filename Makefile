@@ -62,7 +62,7 @@ lint: setup ## ruff and mypy
 # Two processes, a test file in one of them, so that engines are shared by the tests of a file.
 PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
-test: lint ## lint and every test that is not slow, in about 12 minutes on two cores
+test: lint ## lint and every test that is not slow, in about 19 minutes on two cores
 	$(PYTEST) $(PARALLEL) -m "not slow"
 
 test-fast: setup ## what takes seconds: no engine, no kernel compiled, no notebook; under 3 minutes

@@ -73,9 +73,9 @@ def main() -> None:
                 if arm == "lmc":
                     assert llm.reset_prefix_cache()
                 row[f"{arm}_s"], kinds = ask(ids)
-                assert kinds["new"] <= 32, kinds
+                # What vLLM's own hit lacks, the rest of a block, lmc brings in both.
                 found = "exact" if arm == "lmc" else "local"
-                assert kinds[found] >= T - 32, kinds
+                assert kinds["new"] <= 32 and kinds[found] >= T - 129, kinds
             row["bytes"] = (T - 1) * per_token
             row["memcpy_s"] = memcpy(row["bytes"])
             rows += [row] if i >= 0 else []
@@ -88,7 +88,7 @@ def main() -> None:
 
 def memcpy(nbytes: int) -> float:
     """Seconds of a copy into memory that is there already."""
-    source, to = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
+    source, to = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)  # with all of their pages
     np.ones(64 << 20, np.uint8).sum()  # what was in the caches is not any more
     begun = time.perf_counter()
     np.copyto(to, source)
