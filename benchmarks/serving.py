@@ -37,6 +37,7 @@ import numpy as np
 from openai import AsyncOpenAI
 from transformers import AutoTokenizer
 
+from lmc.chunking.prompt import Prompt
 from lmc.experiment.vllm.servers import Server, lmc_serve, running, vllm_serve
 from lmc.model import exports
 from lmc.results.rows import cpu_name, git_commit
@@ -72,12 +73,12 @@ class Ask:
     first: bool
 
 
-def block_of(workload: str, seed: int, tokenizer: Any) -> tuple[list[Ask], list[list[int]]]:
+def block_of(workload: str, seed: int, tokenizer: Any) -> tuple[list[Ask], list[Prompt]]:
     """What a block asks, and what is sent before it."""
     if workload == "rag":
         rag = RagReorder(seed=seed, documents=8, documents_per_prompt=6, prompts=REQUESTS)
         samples = rag.samples(tokenizer)
-        before = [list(p.token_ids) for p in corpus_of(rag, samples, tokenizer)]
+        before = corpus_of(rag, samples, tokenizer)
         return [Ask(s, i, None, False) for i, s in enumerate(samples)], before
     if workload == "nothing":
         return [Ask(s, i, None, False) for i, s in enumerate(strangers(seed, tokenizer))], []
@@ -121,12 +122,14 @@ async def ask(client: AsyncOpenAI, model: str, ids: Sequence[int], extra: dict[s
 
 async def run_block(
     client: AsyncOpenAI, model: str, arm: str, salt: str, asks: Sequence[Ask],
-    before: Sequence[list[int]], load: str, rate: float, rng: random.Random,
+    before: Sequence[Prompt], load: str, rate: float, rng: random.Random,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of all requests of a block."""
     extra: dict[str, Any] = {"cache_salt": salt}
-    for ids in before:
-        await ask(client, model, ids, extra)
+    for document in before:
+        said = {"lmc": {"chunks": [list(s) for s in document.spans]}} if arm == "spans" else {}
+        more = {"kv_transfer_params": said} if said else {}
+        await ask(client, model, document.token_ids, extra | more)
     if arm != "plain":
         await asyncio.sleep(1.0)  # what is computed once more, alone, is so by then
     done = [asyncio.Event() for _ in asks]

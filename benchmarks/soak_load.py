@@ -112,15 +112,17 @@ class Load:
         )
         self._samples = rag.samples(tokenizer)
         self._rag = iter(self._samples)
-        self.corpus = [p.token_ids for p in corpus_of(rag, self._samples[:1], tokenizer)]
+        self._documents = corpus_of(rag, self._samples[:1], tokenizer)
+        self.corpus = [document.token_ids for document in self._documents]
         self._topics = deque(d.ids for d in documents(320, tokenizer))
         random.Random(f"topics {seed}").shuffle(self._topics)
         self._repeated = [self._topic() + self._next().question for _ in range(REPEATED)]
 
     async def warm_up(self) -> None:
         """Documents alone, once each."""
-        for ids in self.corpus:
-            await complete(self._client, self._model, ids, {"max_tokens": 1}, {})
+        for document in self._documents:
+            lmc = {"chunks": [list(span) for span in document.spans]}
+            await complete(self._client, self._model, document.token_ids, {"max_tokens": 1}, lmc)
 
     async def run(self) -> None:
         """Until `end`."""
