@@ -2,7 +2,8 @@
 
 Single flight, as Go's package of this name has it: who comes first computes, who comes later waits
 for what is stored then. Names are digests of what will be stored. All that one request takes it
-takes in one go, before it waits for anybody, so that no two ever wait for each other.
+takes in one go, before it waits for anybody, and nobody waits for who has begun later: so no two
+ever wait for each other.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from lmc.blend.plan import Plan
 from lmc.connectors.vllm.config import LMCConfig
-from lmc.connectors.vllm.flights import Flights
+from lmc.connectors.vllm.flights import GLANCE_S, Flights
 from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import Claim, Observed
 from lmc.connectors.vllm.namespaces import Namespace
@@ -20,7 +20,6 @@ from lmc.connectors.vllm.taint import rechain, untaint
 from lmc.connectors.vllm.tracked import Tracked
 
 RESTS = 9  # times as long as planning it took a request is not planned again
-GLANCE_S = 0.003  # that a new request waits for what tiers have, before it is planned without
 
 
 class Admission:

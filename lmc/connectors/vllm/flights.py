@@ -21,7 +21,7 @@ FAIR = 2  # times the tokens that waiting saves may be left to compute until the
 LOOK_S = 0.05
 ANSWER_S = 0.25  # a tier that does not say by then what others compute is not asked for a while
 RESTS = 9  # times as long as looking took, for each that waits, it is not looked again
-GLANCE_S = 0.003  # that a request waits for the tier, where no other one does
+GLANCE_S = 0.003  # that a new request waits for what a tier says at once, if it does
 LINGER_S = 2.0  # until what is computed is in the tiers
 
 

@@ -105,10 +105,9 @@ class Isolation:
         front = (int(tokens[0]),) if begins else ()
         groups = self._texts(pieces, spans)
         # What the prompt begins with was computed behind nothing, or behind no more than it may be.
-        anchored = groups[0][-1].end if self._policy == "shared_prefix" and groups else -1
+        anchored = groups[0][0][-1].end if self._policy == "shared_prefix" and groups else -1
         contexts = Contexts(np.ascontiguousarray(tokens, "<i8").tobytes())
-        inside = _inside(pieces, spans)
-        for group in groups:
+        for group, told_of in groups:
             start, end = group[0].start, group[-1].end
             short = end - start < SHORTEST
             if short or not group[-1].closed or start in (0, len(front), anchored):
@@ -118,7 +117,7 @@ class Isolation:
             parts = [tokens[p.start : p.end].astype("<i8").tobytes() for p in group]
             if key in self._waiting or known.alone(parts):
                 continue
-            if start not in inside and not known.displaced(parts[0], start, contexts):
+            if not told_of and not known.displaced(parts[0], start, contexts):
                 continue
             ends = [piece.end - start for piece in group]
             self._waiting[key] = _Wanted(known.namespace, front, content, ends)
@@ -183,18 +182,19 @@ class Isolation:
 
     def _texts(
         self, pieces: Sequence[Piece], spans: Sequence[tuple[int, int]]
-    ) -> list[list[Piece]]:
-        """Chunks that are computed together: those of a span, as far as it is not too long."""
+    ) -> list[tuple[list[Piece], bool]]:
+        """Chunks that are computed together, those of a span as far as it is not too long; and
+        whether they are of one."""
         ends = dict(spans)
-        groups: list[list[Piece]] = []
+        groups: list[tuple[list[Piece], bool]] = []
         until = 0  # the end of the span that the last group is of
         for piece in pieces:
             inside = groups and piece.start not in ends and piece.end <= until
-            if inside and piece.end - groups[-1][0].start <= self._longest:
-                groups[-1].append(piece)
+            if inside and piece.end - groups[-1][0][0].start <= self._longest:
+                groups[-1][0].append(piece)
             else:
-                groups.append([piece])
                 until = ends.get(piece.start, until)
+                groups.append(([piece], piece.end <= until))
         return groups
 
     def _lend(self, key: bytes, wanted: _Wanted, pool: Any, blocks: int) -> Encode | None:
@@ -225,16 +225,3 @@ class Isolation:
         ids_of = [block.block_id for block in lent.blocks]
         saves = [ChunkSave(record, "", start, end, ids_of) for record, start, end in records]
         return Encode(tokens, saves)
-
-
-def _inside(pieces: Sequence[Piece], spans: Sequence[tuple[int, int]]) -> set[int]:
-    """Where those pieces start that lie in a span."""
-    out: set[int] = set()
-    left = iter(spans)
-    start, end = next(left, (0, 0))
-    for piece in pieces:
-        while end <= piece.start and (span := next(left, None)) is not None:
-            start, end = span
-        if start <= piece.start < end:
-            out.add(piece.start)
-    return out
