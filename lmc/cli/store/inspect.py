@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lmc.store.disk import header as fmt
-from lmc.store.disk.catalog import Located
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import Header, HeaderError
 from lmc.store.disk.order import Use
 from lmc.store.disk.read import Damaged
+from lmc.store.disk.segments import Located
 
 Read = TypeVar("Read")
 # What the records of one group have in common.

@@ -20,13 +20,12 @@ from lmc.cli.store.chunk_file import MOST_HEADER, MOST_TENSORS, Item, header_of,
 from lmc.cli.store.inspect import Entry, entries, settled
 from lmc.store import wire
 from lmc.store.disk import header as fmt
-from lmc.store.disk.catalog import Located
 from lmc.store.disk.encode import Encoded
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import Header, HeaderError
 from lmc.store.disk.read import Damaged, Part, known, read_part
 from lmc.store.disk.room import OCCUPANCY
-from lmc.store.disk.segments import aligned
+from lmc.store.disk.segments import Located, aligned
 from lmc.store.disk.tier import Disk
 from lmc.store.payload import encode
 from lmc.store.sections import Section

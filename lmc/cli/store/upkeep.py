@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lmc.cli.store.inspect import Entry, settled
-from lmc.store.disk.catalog import Located
 from lmc.store.disk.faults import FAULTS, kind_of
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.read import Damaged, verify
 from lmc.store.disk.room import SEGMENTS, Room
+from lmc.store.disk.segments import Located
 
 # What is forgotten in one go: others want to write, too.
 _BATCH = 1000

@@ -18,6 +18,7 @@ from lmc.store.disk import env, envs, order
 from lmc.store.disk import header as fmt
 from lmc.store.disk.header import Header
 from lmc.store.disk.order import Since, Use, use_of
+from lmc.store.disk.segments import Located
 from lmc.store.record import Record
 from lmc.store.sections import Form, complete
 
@@ -33,19 +34,6 @@ _AT_ONCE = 1024  # records of one transaction, where all are walked through
 BEHIND = 16  # of what continues a context with the same token, only so many of the latest are told
 _numbers = count(1)  # of catalogs in this process
 RECORD = slice(8, 40)  # where in a listing the id of the record is
-
-
-@dataclass(frozen=True)
-class Located:
-    """Where a record is: segment, offset, and its header's bytes."""
-
-    segment: int
-    at: int
-    header: bytes
-
-    def unpack(self) -> Header:
-        """Raises HeaderError where the index is damaged."""
-        return fmt.unpack(self.header)
 
 
 @dataclass
@@ -255,14 +243,18 @@ class Change:
         self._segments: dict[int, SegmentUse] = {}
         self._seq = 0
 
-    def add(self, header: Header, place: tuple[int, int], data: bytes) -> None:
+    def add(self, header: Header, place: tuple[int, int], data: bytes) -> list[Located]:
         """A part is at `place` from now on; one of its id that was elsewhere is dead there.
 
         So is a tail that another has taken the place of, whichever of them comes first: a crash may
         have kept it from being marked.
+
+        Returns:
+            What is dead now.
         """
         segment, at = place
-        self.remove(header.id, keep_use=True)
+        was = self.remove(header.id, keep_use=True)
+        dead = [] if was is None else [was]
         record, id = header.record, header.id
         tail, takes_over = record.namespace + record.context, False
         if record.tail:
@@ -270,8 +262,8 @@ class Change:
             takes_over = before in (None, record.id)
             if not takes_over and self._state(record.id, header.forms)[0]:
                 if self._state(before) > (True, header.seq):
-                    return
-                self.remove_records([before])
+                    return [*dead, Located(segment, at, data)]
+                dead += self.remove_records([before]).values()
                 takes_over = True
         self._txn.put(id, _AT.pack(segment, at) + data, db=self._db["records"])
         self._txn.put(_AT.pack(segment, at), id, db=self._db["places"])
@@ -289,6 +281,7 @@ class Change:
         use.live += header.record_bytes
         use.records += 1
         self._seq = max(self._seq, header.seq + 1)
+        return dead
 
     def remove_records(self, ids: Iterable[bytes]) -> dict[bytes, Located]:
         """Forget records, by their ids or those of their parts: all parts, and where they were."""

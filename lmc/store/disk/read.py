@@ -12,9 +12,8 @@ import numpy as np
 from xxhash import xxh3_128_digest
 
 from lmc.store.disk import header as fmt
-from lmc.store.disk.catalog import Located
 from lmc.store.disk.header import Header, digest_of
-from lmc.store.disk.segments import Segments, aligned
+from lmc.store.disk.segments import Located, Segments, aligned
 from lmc.store.payload import covered_by, decode_span, head_bytes
 from lmc.store.record import Record
 from lmc.store.rows import copy_rows

@@ -12,7 +12,7 @@ from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import Catalog
 from lmc.store.disk.env import ClosedError
 from lmc.store.disk.header import PAGE, Header, HeaderError
-from lmc.store.disk.segments import Segments
+from lmc.store.disk.segments import Located, Segments
 
 _SCAN_BYTES = 1 << 20
 # Headers of records up to this size are read together: they lie so close.
@@ -87,17 +87,24 @@ class Rebuild:
     def _add(
         self, catalog: Catalog, number: int, end: int, some: list[Found], found: dict[bytes, int]
     ) -> None:
+        dead: list[Located] = []
         with catalog.change() as change:
             for at, data, header in some:
                 if header.folder != self._identity:
                     self._counts["records_of_others"] += 1
                     continue
                 id = header.id
-                if data[fmt.STATE_AT] != fmt.LIVE or found.get(id, -1) > header.seq:
+                if data[fmt.STATE_AT] != fmt.LIVE:
+                    continue
+                if found.get(id, -1) > header.seq:
+                    dead.append(Located(number, at, data))
                     continue
                 found[id] = header.seq
-                change.add(header, (number, at), data)
+                dead += change.add(header, (number, at), data)
             change.segment_ends(number, end)
+        if not self._read_only:
+            # A writer was killed before it could: they would be alive again without the others.
+            self._segments.mark_all(dead, fmt.DEAD)
 
     def records(self, number: int, start: int = 0) -> Iterator[Found]:
         """Records of one segment, from `start` on, that are whole as far as their headers tell.

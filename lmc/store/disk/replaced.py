@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from lmc.store.disk import header as fmt
-from lmc.store.disk.catalog import Located, Reading
+from lmc.store.disk.catalog import Reading
 from lmc.store.disk.header import Header
+from lmc.store.disk.segments import Located
 from lmc.store.record import Record, superseded
 from lmc.store.sections import Form, complete, covered
 

@@ -11,12 +11,13 @@ from typing import Any
 from lmc.policies import POLICIES, Item, Policy
 from lmc.store.disk import header as fmt
 from lmc.store.disk import strays
-from lmc.store.disk.catalog import Located, SegmentUse
+from lmc.store.disk.catalog import SegmentUse
 from lmc.store.disk.faults import NoRoomError, kind_of
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.header import Header, HeaderError
 from lmc.store.disk.order import About, about, tick_of
 from lmc.store.disk.read import Damaged, verify
+from lmc.store.disk.segments import Located
 from lmc.store.disk.write import Place
 
 # Live bytes over capacity, and files of a full folder, at least. Measured: 1.4 to 2.0 bytes written
@@ -83,7 +84,9 @@ class Room:
                 raise HeaderError(f"the index is wrong about segment {number}: {use}")
         last: Place | None = self._tidy()  # before it is counted: what is found takes room
         used = self._folder.catalog.segments()
-        if sum(use.live for use in used.values()) + need > self.limit:
+        for _ in range(2):  # the first may find what a killed writer was about to mark as dead
+            if sum(use.live for use in used.values()) + need <= self.limit:
+                break
             self._evict_for(need)
             last = None
             used = self._folder.catalog.segments()
@@ -141,11 +144,8 @@ class Room:
 
         Only where the header is the one that the index has: it may be another folder's.
         """
-        for located in places:
-            with contextlib.suppress(OSError):  # else they come back: whole, and evicted again
-                segments, at = self._folder.segments, located.at
-                if not segments.mark(located.segment, at, state, located.header):
-                    self._counts["not_marked"] += 1
+        if others := self._folder.segments.mark_all(places, state):
+            self._counts["not_marked"] += others
 
     def give_up_a_segment(self) -> bool:
         """Where a disk is full and nothing can be copied: let the emptiest file go, live or not.
@@ -176,6 +176,7 @@ class Room:
         sparse = [number for number, use in used.items() if use.live < use.end]
         for number in sorted(sparse, key=lambda n: used[n].live / used[n].end):
             try:
+                self._adopt(number, 0, used[number].end)  # or they were removed with it
                 moved = self._whole(number)
             except OSError:  # one bad sector must not be the end of all puts
                 self._counts["io_error"] += 1
@@ -224,7 +225,6 @@ class Room:
                 for place, (located, header) in zip(places, moved, strict=True):
                     change.add(header, place, located.header)
                 change.drop_segment(number)
-        self._check(number)
         self._folder.segments.unlink(number)
         self._counts["segments_compacted"] += 1
         self._counts["bytes_compacted"] += sum(header.record_bytes for _, header in moved)
@@ -253,7 +253,7 @@ class Room:
         known = catalog.segments()
         there = set(segments.numbers()) - catalog.unreadable()
         for number in there - known.keys():
-            if not self._adopt(number, 0):
+            if not self._adopt(number):
                 segments.unlink(number)
         for number in known.keys() - there - catalog.unreadable():
             self._counts["evicted"] += self._drop(number)  # removed when the index was full
@@ -268,32 +268,26 @@ class Room:
             if size is None or size < end:
                 end = self.segment_bytes  # it is not ours alone, or was cut short: a new one
             else:
-                end = self._adopt(number, end)
+                end = self._adopt(number, end, end)
                 segments.truncate(number, end)
         return number, end
 
     def _drop_dead_segments(self) -> None:
         used = self._folder.catalog.segments()
-        dead = [number for number, use in used.items() if use.records == 0]
+        empty = [number for number, use in used.items() if use.records == 0]
+        dead = [number for number in empty if not self._adopt(number)]
         if not dead:
             return
-        for number in dead:
-            self._check(number)
         with self._folder.catalog.change() as change:
             for number in dead:
                 change.drop_segment(number)
         for number in dead:
             self._folder.segments.unlink(number)
 
-    def _check(self, number: int) -> None:
-        """Before a file is removed; raises as `strays.check`."""
+    def _adopt(self, number: int, start: int = 0, end: int = 0) -> int:
+        """Index what a file has from `start` on and is not known; as `strays.adopt`."""
         folder = self._folder
-        strays.check(folder.segments, folder.catalog, folder.identity, number)
-
-    def _adopt(self, number: int, end: int) -> int:
-        """Index what a file has from `end` on; where that ends. Raises as `strays.adopt`."""
-        folder = self._folder
-        return strays.adopt(folder.segments, folder.catalog, folder.identity, number, end)
+        return strays.adopt(folder.segments, folder.catalog, folder.identity, number, start, end)
 
     def _evict_for(self, need: int) -> None:
         """Evict until `need` bytes more are within the limit, and as many again."""

@@ -6,11 +6,13 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from lmc.store.disk import header as fmt
 from lmc.store.disk.files import File, Files, name
 from lmc.store.disk.header import PAGE, STATE_AT, same
 
@@ -20,6 +22,19 @@ READ_BYTES = (4 << 20) + 2 * PAGE
 COPY_BYTES = 256 << 10
 IOV_MAX = 512
 _NAME = re.compile(r"([0-9]{8})\.seg")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a record is: segment, offset, and its header's bytes."""
+
+    segment: int
+    at: int
+    header: bytes
+
+    def unpack(self) -> fmt.Header:
+        """Raises HeaderError where the index is damaged."""
+        return fmt.unpack(self.header)
 
 
 class Segments:
@@ -124,6 +139,17 @@ class Segments:
             return False
         os.pwrite(file.fd, bytes([state]), at + STATE_AT)
         return True
+
+    def mark_all(self, places: Iterable[Located], state: int) -> int:
+        """Mark records where they are what is known of them; of how many their headers are others.
+
+        What cannot be written stays as it is: an index made again has it, alive, once more.
+        """
+        others = 0
+        for located in places:
+            with contextlib.suppress(OSError):
+                others += not self.mark(located.segment, located.at, state, located.header)
+        return others
 
     def unlink(self, number: int) -> None:
         """Remove a file; who reads it goes on reading."""

@@ -18,7 +18,7 @@ from lmc.store.disk.segments import Segments
 WRITE_BYTES = 32 << 20
 FIRST_BYTES = 2 << 20  # what is written first, so that the disk is soon at work
 Place = tuple[int, int]  # segment, offset
-Told = Callable[[Header, Place, bytes], None]
+Told = Callable[[Header, Place, bytes], object]
 Call = Callable[[], None]
 Ends = SimpleQueue[BaseException | None]
 Jobs = SimpleQueue[tuple[Call, Ends] | None]

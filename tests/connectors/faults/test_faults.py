@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.connectors.faults.world import Case, cases, pairwise
+from tests.connectors.faults.world import PATIENCE_S, Case, cases, pairwise
 from tests.connectors.vllm.engine import run_scenario
 
 pytestmark = pytest.mark.engine
@@ -40,7 +40,7 @@ def ran(engine: str, which: list[Case], model: Path, tmp_path: Path, timeout: fl
         given=(which,),
         timeout=timeout,
         lmc={
-            "fetch_patience_s": 0.4,
+            "fetch_patience_s": PATIENCE_S,
             "tiers": [{"name": "disk", "path": str(tmp_path / "kv"), "capacity": "64MiB"}],
         },
         **settings | {"worker_cls": worker},

@@ -13,8 +13,7 @@ import torch
 import lmc.connectors.vllm.loading as loading
 from lmc.connectors.vllm.weights import WeightsWatch
 from lmc.connectors.vllm.worker_cls import LMCWorker, _side
-
-PATIENCE_S = 0.4  # of the engines under test
+from tests.connectors.faults.world import LATE_S
 
 
 class FaultyWorker(LMCWorker):
@@ -33,6 +32,10 @@ class FaultyWorker(LMCWorker):
         """What happens to the chunk of these tokens, on one rank or on all."""
         if rank in (None, _side().rank):
             self._mend = getattr(self, f"_{kind}")(tokens)
+
+    def patience(self, seconds: float) -> None:
+        """How long what a tier is to bring is waited for."""
+        _side().chunks.patience_s = seconds
 
     def mend(self) -> None:
         """All is well again; what hung goes on."""
@@ -62,7 +65,7 @@ class FaultyWorker(LMCWorker):
             for rows in into:
                 np.asarray(rows)[1:] = 77
             arrived(1)
-            time.sleep(PATIENCE_S / 8)
+            time.sleep(LATE_S / 16)
 
         return self._got(tokens, damaged)
 
@@ -70,7 +73,7 @@ class FaultyWorker(LMCWorker):
         """It comes, but too late: so does all that a tier is asked for."""
 
         def late(get: Any, *arguments: Any) -> Any:
-            time.sleep(2 * PATIENCE_S)
+            time.sleep(LATE_S)
             return get(*arguments)
 
         return self._got(None, late)

@@ -32,6 +32,9 @@ CLAIMS: dict[str, Any] = {
     "all_selective": "all_by_deviation",
 }
 SOURCES = ("memory", "disk")
+# What is on its way comes, however slow the machine is, unless it is the fault that it does not.
+PATIENCE_S, SHORT_S, LATE_S = 60.0, 0.4, 0.8
+SHORT = ("late", "hung")
 # Another one runs, or is admitted in the same step and fills blocks that this one is given too.
 COMPANY = ("alone", "beside another", "behind one that begins alike")
 OTHER, ALIKE = [s.text(70, 50)], [s.SYSTEM, s.text(71, 30)]
@@ -110,6 +113,7 @@ class World:
             for company, parts in zip(COMPANY[1:], (OTHER, ALIKE), strict=True)
         }
         self.plain = {claim: s.plain(session, self.parts(claim)) for claim in ORDERS}
+        self._patience(PATIENCE_S)
         self.rpc("noise", 0)
 
     def rpc(self, method: str, *arguments: Any) -> list[Any]:
@@ -201,6 +205,14 @@ class World:
         self.seed += 1
         self.rpc("noise", self.seed)
 
+    def _patience(self, seconds: float) -> None:
+        """How long tiers are waited for, by the scheduler and by workers."""
+        config = self.side.planner._config
+        self.side.planner._config = config.model_copy(update={"fetch_patience_s": seconds})
+        self.side.planner.directory.patience_s = seconds
+        self.side.admission._patience_s = seconds
+        self.rpc("patience", seconds)
+
     def _settle(self) -> None:
         """A request of nothing stored, so that the workers hear what was freed."""
         self.session.ask([s.text(9, 20)], enabled=False, tokens=1)
@@ -219,6 +231,8 @@ class World:
             other = session.add(ALIKE, enabled=False, tokens=24, salt=self.salt)
         if in_worker:
             self.rpc("fault", case.fault, lost, case.rank)
+        if case.fault in SHORT:
+            self._patience(SHORT_S)
         request = session.add(parts, blend, save=save, salt=self.salt)
         tracked = next(t for i, t in self.side.requests.items() if i.split("-")[0] == request)
         if case.fault == "evicted":
@@ -239,6 +253,7 @@ class World:
         if case.fault == "reset":
             scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
         answers = session.finish()
+        self._patience(PATIENCE_S)
         if in_worker:
             self.rpc("mend")
             time.sleep(0.05)

@@ -183,17 +183,21 @@ def put(disk: Disk, spec: Spec) -> bool:
 
 
 def held(disk: Disk) -> dict[bytes, Spec]:
-    """What the index has whole, in the order of the puts, by the id of the record."""
+    """What the index has whole, in the order of the puts, by the id of the record.
+
+    Where a writer died between the parts of two ranks, and who came next put them with another
+    origin, it is that of the part that was there first, as for the store.
+    """
     headers = [located.unpack() for _, located in disk.folder.catalog.records()]
     headers.sort(key=lambda header: header.seq)
     forms: dict[bytes, list[Form]] = {}
     for header in headers:
         forms.setdefault(header.record.id, []).extend(header.forms)
-    return {
-        header.record.id: Spec.of(header.record)
-        for header in headers
-        if complete(forms[header.record.id])
-    }
+    out: dict[bytes, Spec] = {}
+    for header in headers:
+        if complete(forms[header.record.id]):
+            out.setdefault(header.record.id, Spec.of(header.record))
+    return out
 
 
 def find(disk: Disk, record: Record) -> list[Record]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lmc.store.disk.segments import Segments
 from lmc.store.disk.sums import Summed
 from lmc.store.disk.tier import Disk
 from tests.store.disk.chunks import Spec, forked, live_bytes, opened, served
@@ -38,13 +41,21 @@ def all_there(disk: Disk, path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [10, 30, 50])
-def test_an_older_index_put_back_while_it_is_open(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved since"])
+def test_an_older_index_put_back_while_it_is_open(tmp_path: Path, kept: int, moved: bool) -> None:
     disk = opened(tmp_path / "kv", CAPACITY)
-    disk.put([spec.item() for spec in SPECS[:kept]])
+    passing = [Spec(3000 + i, 0, 40) for i in range(kept)]
+    for spec, other in zip(SPECS, passing, strict=False):
+        disk.put([spec.item(), other.item()])
     disk.close()
     shutil.copytree(tmp_path / "kv" / "index", tmp_path / "older")
     disk = opened(tmp_path / "kv", CAPACITY)
     disk.put([spec.item() for spec in SPECS[kept:]])
+    if moved:
+        disk.evict([spec.record() for spec in passing])
+        with disk.folder.writing():
+            while disk.room.compact_one(disk.folder.catalog.segments()):
+                pass
     for file in ("data.mdb", "lock.mdb"):
         (tmp_path / "kv" / "index" / file).unlink()
     shutil.copy(tmp_path / "older" / "data.mdb", tmp_path / "kv" / "index" / "data.mdb")
@@ -129,4 +140,77 @@ def test_what_a_dead_writer_left_takes_no_more_room_than_there_is(tmp_path: Path
         assert live_bytes(disk) <= disk.room.limit
         found += sum(served(disk, spec) is True for spec in some)
     assert found > 100 and disk.counts["evicted"] > 0
+    disk.close()
+
+
+def dying(disk: Disk, method: str, act: Callable[[Disk], object]) -> None:
+    """A child that has the folder open too, and dies as soon as it calls a method of its files."""
+
+    def child(pipe: int) -> None:
+        with disk_of(disk.folder.root) as own:
+            setattr(Segments, method, lambda *_: os._exit(7))
+            act(own)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(forked(child)[0], 0)[1]) == 7
+
+
+@contextlib.contextmanager
+def disk_of(root: Path) -> Iterator[Disk]:
+    disk = opened(root, CAPACITY)
+    try:
+        yield disk
+    finally:
+        disk.close()
+
+
+EVICTED = [spec.record() for spec in SPECS[:20]]
+# What a writer does, and what it does not come to do any more.
+DEATHS: dict[str, tuple[str, Callable[[Disk], object]]] = {
+    "evicts": ("mark", lambda disk: disk.evict(EVICTED)),
+    "puts in the place of others": (
+        "mark", lambda disk: disk.put([Spec(i, 1, 40, "isolated").item() for i in range(40)]),
+    ),
+    "grows a tail": ("mark", lambda disk: disk.put([Spec(70, 70, 50, tail=True).item()])),
+    "compacts": ("unlink", lambda disk: disk.room.compact_one(disk.folder.catalog.segments())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize("beside", [True, False], ids=["beside another", "alone"])
+def test_a_writer_dies_before_it_marks_or_removes_what_is_dead(
+    tmp_path: Path, death: str, beside: bool
+) -> None:
+    """Whoever comes next believes the index, loses nothing, and can let go of all of it."""
+    disk = opened(tmp_path / "kv", CAPACITY)
+    others = [Spec(i, 0, 40, "blended") for i in range(40)]
+    tail = Spec(70, 70, 30, tail=True)
+    some = SPECS if death in ("evicts", "compacts") else [*others, tail]
+    for i in range(0, len(some), 10):
+        assert {*disk.put([spec.item() for spec in some[i : i + 10]])} == {"stored"}
+    if death == "compacts":
+        disk.evict([spec.record() for spec in some[::2]])
+    before = {id for id, _ in disk.folder.catalog.records()}
+    if not beside:
+        disk.close()
+    else:
+        dying(disk, *DEATHS[death])
+    if not beside:
+        dying(disk, *DEATHS[death])
+        disk = opened(tmp_path / "kv", CAPACITY)
+    after = {id for id, _ in disk.folder.catalog.records()}
+    if death in ("evicts", "compacts"):
+        assert len(before - after) <= len(EVICTED) * (death == "evicts")
+    for _ in range(3):
+        held = list({id for id, _ in disk.folder.catalog.records()})
+        assert disk.put([Spec(500, 0, 40).item()]) == ["stored"]
+        disk.evict_ids([*held, Spec(500, 0, 40).record().id])
+        for spec in some:
+            assert served(disk, spec) is not False
+    assert disk.counts["index_condemned"] == disk.counts["put_failed:index"] == 0
+    assert len(disk.folder.catalog) == 0 and disk.size == 0
+    disk.close()
+    # Nor does it come back with an index made from the files.
+    (tmp_path / "kv" / "index" / "seal").unlink()
+    disk = opened(tmp_path / "kv", CAPACITY)
+    assert disk.counts["index_rebuilt"] == 1 and len(disk.folder.catalog) == 0
     disk.close()
