@@ -9,6 +9,7 @@ which the server finds among the tokens, where a client has no tokenizer.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -84,7 +85,8 @@ class Front:
             return body
         for prompt in prompts:
             if texts is not None:
-                rest["chunks"] = spans_of(texts, prompt, len(prompts))
+                placed = await asyncio.to_thread(with_places, prompt, _tokenizer(state, path))
+                rest["chunks"] = spans_of(texts, placed, len(prompts))
             parse_request(rest, len(prompt["prompt_token_ids"]), config)
         if texts is None:
             return body
@@ -145,6 +147,30 @@ def spans_of(texts: Sequence[str], prompt: Mapping[str, Any], prompts: int) -> l
             raise ValueError(f"lmc parameter texts[{i}]: got {wanted[:80]!r}, which is no token")
         spans.append([int(tokens[first]), int(tokens[last - 1]) + 1])
     return spans
+
+
+def with_places(prompt: Mapping[str, Any], tokenizer: Any) -> Mapping[str, Any]:
+    """A prompt with its text and the places of its tokens, where the tokenizer can tell them.
+
+    vLLM has tokens alone of a chat where clients may send embeddings (`--enable-prompt-embeds`),
+    and of a prompt that was sent so. Their text counts if its tokens are those of the prompt.
+    """
+    if prompt.get("prompt_token_offsets") is not None or not getattr(tokenizer, "is_fast", False):
+        return prompt
+    ids = prompt["prompt_token_ids"]
+    try:
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except Exception:  # ids that it does not have, of which vLLM says so
+        return prompt
+    if list(again["input_ids"]) != list(ids):
+        return prompt
+    return {**prompt, "prompt": text, "prompt_token_offsets": again["offset_mapping"]}
+
+
+def _tokenizer(state: Any, path: str) -> Any:
+    serving = state.openai_serving_chat if path == CHAT else state.openai_serving_completion
+    return serving.online_renderer.renderer.get_tokenizer()
 
 
 async def _rendered(state: Any, path: str, sent: dict[str, Any]) -> Sequence[Mapping[str, Any]]:

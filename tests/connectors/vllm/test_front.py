@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
-from lmc.connectors.vllm.front import Front, spans_of
+from lmc.connectors.vllm.front import Front, spans_of, with_places
 
 pytest.importorskip("vllm", reason="the front stands before vLLM's server")
 
@@ -65,6 +66,24 @@ def test_texts_that_are_not_there(tokenizer: Tokenizer, texts: list[str], messag
     with pytest.raises(ValueError, match="lmc parameter") as caught:
         spans_of(texts, rendered(tokenizer, "one\ntwo"), 1)
     assert message in str(caught.value)
+
+
+def test_the_text_of_a_prompt_that_came_as_tokens(smollm2_dir: Path) -> None:
+    """As of a server that takes embeddings too: vLLM tells neither text nor places then."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    text = "<|im_start|>user\nFirst: a b.\n\nSecond, 漢🙂é: c.<|im_end|>\n"
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    texts = ["First: a b.", "Second, 漢🙂é: c."]
+    told = {"prompt": text, "prompt_token_ids": ids,
+            "prompt_token_offsets": encoded["offset_mapping"]}  # fmt: skip
+    alone = with_places({"prompt_token_ids": ids}, tokenizer)
+    assert spans_of(texts, alone, 1) == spans_of(texts, told, 1)
+    assert with_places(told, None) is told
+    # Nobody can say where a text is in tokens that are no text's, or not those it is cut into.
+    for odd in ([*tokenizer.encode("a"), *tokenizer.encode("b")], [1 << 40], [-1], [49_999_999]):
+        prompt = {"prompt_token_ids": odd}
+        assert with_places(prompt, tokenizer) is prompt
 
 
 def test_a_prompt_that_is_no_text_or_several(tokenizer: Tokenizer) -> None:

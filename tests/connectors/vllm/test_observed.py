@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,41 @@ pytestmark = pytest.mark.engine
 TOKEN = 1536  # bytes
 
 
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
+def ranks(request: pytest.FixtureRequest) -> int:
+    """Each of which has its share of the heads, and of a chunk's bytes."""
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def result(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def result(ranks: int, tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from vllm.config import KVEventsConfig
 
     folder = tmp_path_factory.mktemp("observed")
     endpoint = f"ipc://{folder}/events"  # who publishes binds it, as it does tcp://*:5557
     events = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=endpoint)
+    lmc = {"memory_bytes": 1000 * TOKEN // ranks, "trace": {"path": str(folder / "trace")}}
     return run_scenario(
         "tests.connectors.vllm.observed:observed", tiny_llama_dir, folder, separate_worker=True,
-        lmc=disk(folder / "kv", capacity="4MiB") | {"memory_bytes": 1000 * TOKEN},
+        lmc=disk(folder / "kv", capacity="4MiB") | lmc, tensor_parallel_size=ranks,
         given=(endpoint,), kv_events_config=events, disable_log_stats=False,
-    )  # fmt: skip
+    ) | {"trace": folder / "trace"}  # fmt: skip
+
+
+def test_the_recorder_has_a_line_of_each_request(result: Any) -> None:
+    lines = [
+        json.loads(line)
+        for file in sorted(result["trace"].glob("trace-*.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
+    # One that a client keeps out of lmc is none of its business.
+    answers = [a for a in result["answers"] if a.report["reason"] != "disabled"]
+    assert len(lines) == len(answers) == len(result["answers"]) - 1
+    told, recorded = Counter[str](), Counter[str]()
+    for answer, line in zip(answers, lines, strict=True):
+        told.update(answer.report["kinds"])
+        recorded.update(line["kinds"])
+    assert recorded == told
 
 
 class Scrape:
@@ -70,7 +94,7 @@ def test_tokens_are_those_that_clients_are_told_of(result: Any, scrape: Scrape) 
     assert scrape.of("compute_fraction_sum")[()] == pytest.approx(sum(fractions), rel=0.005)
 
 
-def test_both_sides_of_the_engine_arrive(scrape: Scrape) -> None:
+def test_both_sides_of_the_engine_arrive(ranks: int, scrape: Scrape) -> None:
     assert scrape.of("plan_seconds_count")[()] >= 13
     assert scrape.of("rows_computed_total")["claim",] > 0
     stored = scrape.of("transfer_bytes_total", direction="store")
@@ -80,8 +104,9 @@ def test_both_sides_of_the_engine_arrive(scrape: Scrape) -> None:
     assert len(seconds) == 4 and all(0 < s < 30 for s in seconds.values())
     assert scrape.of("index_events_total")["evicted",] > 0
     assert scrape.of("tier_events_total", tier="disk")["puts",] > 0
-    assert scrape.of("host_memory_bytes")["capacity",] == 1000 * TOKEN
-    assert 0 < scrape.of("host_memory_bytes")["used",] <= 1000 * TOKEN
+    memory = scrape.of("host_memory_bytes")  # of one rank
+    assert memory["capacity",] == 1000 * TOKEN // ranks
+    assert 0 < memory["used",] <= memory["capacity",]
     assert scrape.of("tier_answers") == {("disk",): 1}
     for nothing in ("load_failures_total", "save_failures_total", "tiers_left_alone_total"):
         assert scrape.of(nothing).total() == 0
@@ -105,7 +130,7 @@ def test_every_metric_of_the_table_is_there(scrape: Scrape) -> None:
     assert absent <= {"vllm:lmc_write_failures"}
 
 
-def test_a_subscriber_sees_chunks_come_and_go(result: Any, scrape: Scrape) -> None:
+def test_a_subscriber_sees_chunks_come_and_go(result: Any, ranks: int, scrape: Scrape) -> None:
     here: dict[tuple[str, Any], dict[int, int]] = {}
     published: Counter[str] = Counter()
     went: Counter[str] = Counter()
@@ -124,7 +149,8 @@ def test_a_subscriber_sees_chunks_come_and_go(result: Any, scrape: Scrape) -> No
     assert set(here) == {("LMC_CPU", None), ("LMC_STORAGE", "disk")}
     assert min(went["LMC_CPU"], went["LMC_STORAGE"]) > 0
     # A follower who adds up knows what is where.
-    assert sum(here["LMC_CPU", None].values()) * TOKEN == scrape.of("host_memory_bytes")["used",]
+    used = scrape.of("host_memory_bytes")["used",] * ranks
+    assert sum(here["LMC_CPU", None].values()) * TOKEN == used
     stored = scrape.of("transfer_bytes_total", tier="host", direction="store")[()]
     fetched = scrape.of("transfer_bytes_total", tier="disk", direction="load")[()]
     assert published["LMC_CPU"] * TOKEN == stored + fetched
