@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engine import started
 
-from lmc.model import exports
 from lmc.results.rows import git_commit
 from lmc.results.statistics import bootstrap
 
@@ -88,23 +88,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 1600, 4000])
     parser.add_argument("--prompts", type=int, default=8, help="of each length")
     options = parser.parse_args()
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    from vllm import LLM, SamplingParams
-    from vllm.config import KVTransferConfig
+    from vllm import SamplingParams
 
     clock = Clock()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work, timed_methods(clock):
         tier = {"name": "disk", "path": f"{work}/kv", "capacity": "8GiB"}
-        llm = LLM(
-            str(exports.resolve(options.model)), dtype="float32", max_model_len=8192,
-            max_num_batched_tokens=2048, worker_cls="lmc.connectors.vllm.LMCWorker",
-            kv_transfer_config=KVTransferConfig(
-                kv_connector="LMCConnector", kv_connector_module_path="lmc.connectors.vllm",
-                kv_role="kv_both", kv_load_failure_policy="recompute",
-                kv_connector_extra_config={"lmc": {"memory_bytes": 2 << 30, "tiers": [tier]}},
-            ),
-        )  # fmt: skip
+        lmc = {"memory_bytes": 2 << 30, "tiers": [tier]}
+        llm = started(options.model, lmc, max_model_len=8192, max_num_batched_tokens=2048)
         rng = np.random.default_rng(0)
         for T in options.tokens:
             for i in range(-1, options.prompts):  # the first one warms up

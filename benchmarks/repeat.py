@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engine import started
 
-from lmc.model import exports
 from lmc.results.rows import git_commit
 from lmc.results.statistics import bootstrap
 
@@ -34,19 +33,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 1600, 4000])
     parser.add_argument("--pairs", type=int, default=8, help="of each length")
     options = parser.parse_args()
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    from vllm import LLM, SamplingParams
-    from vllm.config import KVTransferConfig
+    from vllm import SamplingParams
 
-    llm = LLM(
-        str(exports.resolve(options.model)), dtype="float32", max_model_len=8192,
-        max_num_batched_tokens=4096, worker_cls="lmc.connectors.vllm.LMCWorker",
-        kv_transfer_config=KVTransferConfig(
-            kv_connector="LMCConnector", kv_connector_module_path="lmc.connectors.vllm",
-            kv_role="kv_both", kv_load_failure_policy="recompute",
-            kv_connector_extra_config={"lmc": {"memory_bytes": 3 << 30}},
-        ),
-    )  # fmt: skip
+    lmc = {"memory_bytes": 3 << 30}
+    llm = started(options.model, lmc, max_model_len=8192, max_num_batched_tokens=4096)
 
     def ask(ids: list[int]) -> tuple[float, dict[str, int]]:
         begun = time.perf_counter()

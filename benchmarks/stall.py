@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engine import started
 from transformers import AutoTokenizer
 
 from lmc.model import exports
@@ -33,6 +33,7 @@ from lmc.workloads.sample import corpus_of
 
 OUT = Path(__file__).parent / "results" / "stall.jsonl"
 DECODED = 96  # tokens of an answer that runs
+BUDGET = 2048  # tokens that vLLM schedules a step
 
 
 def main() -> None:
@@ -45,8 +46,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[64, 128, 256, 512])
     parser.add_argument("--strategy", default="epic", help="a strategy's name or JSON")
     options = parser.parse_args()
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}
-    llm = started(str(exports.resolve(options.model)))
+    lmc = {"memory_bytes": 4 << 30, "uncalibrated": "allow"}
+    limits = {"max_model_len": 4096, "max_num_batched_tokens": BUDGET, "max_num_seqs": 16}
+    llm = started(options.model, lmc, **limits)
     tokenizer = AutoTokenizer.from_pretrained(exports.resolve(options.model))
     arms = ["alone", "plain", "none", *map(str, options.rows)]
     rows: list[dict[str, Any]] = []
@@ -61,23 +63,6 @@ def main() -> None:
     OUT.parent.mkdir(exist_ok=True)
     with OUT.open("a") as out:
         out.writelines(json.dumps(where | row) + "\n" for row in rows)
-
-
-def started(model: str) -> Any:
-    """The engine, which keeps nothing of its own of one prompt for the next."""
-    from vllm import LLM
-    from vllm.config import KVTransferConfig
-
-    settings = {"memory_bytes": 4 << 30, "uncalibrated": "allow"}
-    return LLM(
-        model, dtype="float32", max_model_len=4096, max_num_batched_tokens=2048, max_num_seqs=16,
-        worker_cls="lmc.connectors.vllm.LMCWorker",
-        kv_transfer_config=KVTransferConfig(
-            kv_connector="LMCConnector", kv_connector_module_path="lmc.connectors.vllm",
-            kv_role="kv_both", kv_load_failure_policy="recompute",
-            kv_connector_extra_config={"lmc": settings},
-        ),
-    )  # fmt: skip
 
 
 def one(
@@ -111,7 +96,7 @@ def one(
             while engine.has_unfinished_requests():
                 engine.step()
         drain(llm)
-        side.admission._rows = 2048 if arm == "none" else int(arm)
+        side.admission._rows = BUDGET if arm == "none" else int(arm)
     for i in range(options.decoding):
         ids = tokenizer.encode(f"Of {seed} {i} there is this to say: ")
         add(f"decoding {i}", ids, DECODED, {"enabled": False})

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engine import started
 
-from lmc.model import exports
 from lmc.results.rows import git_commit
 from lmc.results.statistics import bootstrap
 
@@ -35,8 +34,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[32, 128, 256], help="of a claim")
     parser.add_argument("--claims", type=int, nargs="*", default=[1, 2, 4, 8])
     options = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    _llm, worker = started(str(exports.resolve(options.model)), max(options.claims))
+    _llm, worker = engine_of(options.model, max(options.claims))
     measured = []
     for rows in options.rows:
         for claims in options.claims:
@@ -53,23 +51,15 @@ def main() -> None:
         out.writelines(json.dumps(row) + "\n" for row in measured)
 
 
-def started(model: str, claims: int) -> tuple[Any, Any]:
+def engine_of(model: str, claims: int) -> tuple[Any, Any]:
     """An engine whose pages hold so many prompts, and its worker's side."""
-    from vllm import LLM
-    from vllm.config import KVTransferConfig
+    llm = started(
+        model, {"memory_bytes": 1 << 26, "min_recovery": None}, enforce_eager=True,
+        max_model_len=2048, block_size=BLOCK, max_num_batched_tokens=4096, max_num_seqs=8,
+        kv_cache_memory_bytes=(claims * T // BLOCK + 64) * BLOCK * 46080,
+    )  # fmt: skip
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    llm = LLM(
-        model=model, dtype="float32", enforce_eager=True, max_model_len=2048, block_size=BLOCK,
-        kv_cache_memory_bytes=(claims * T // BLOCK + 64) * BLOCK * 46080,
-        max_num_batched_tokens=4096, max_num_seqs=8,
-        worker_cls="lmc.connectors.vllm.LMCWorker",
-        kv_transfer_config=KVTransferConfig(
-            kv_connector="LMCConnector", kv_connector_module_path="lmc.connectors.vllm",
-            kv_role="kv_both", kv_load_failure_policy="recompute",
-            kv_connector_extra_config={"lmc": {"memory_bytes": 1 << 26, "min_recovery": None}},
-        ),
-    )  # fmt: skip
     return llm, get_kv_transfer_group().worker
 
 
