@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lmc.chunking.prompt import prompt
+from lmc.chunking.prompt import begins, encode
 
 SYSTEM = (
     "You are a careful assistant. Answer with the exact words of the documents below, which "
@@ -45,12 +45,13 @@ def frame_of(tokenizer: Any) -> Frame:
 
 
 def system_prompt(frame: Frame, tokens: int, tokenizer: Any, text: str = SYSTEM) -> list[int]:
-    """Exactly `tokens` ids: the text is repeated and cut so that its frame fits.
+    """Exactly `tokens` ids, with the one that prompts begin with: the text is repeated and cut.
 
     Raises ValueError for fewer or more than that allows.
     """
     parts = (frame.before_system, text * 4, frame.after_system)
     head, body, tail = (encode(part, tokenizer) for part in parts)
+    head = front(head, tokenizer)
     least = len(head) + len(tail) + 1
     most = least - 1 + len(body)
     if not least <= tokens <= most:
@@ -58,6 +59,7 @@ def system_prompt(frame: Frame, tokens: int, tokenizer: Any, text: str = SYSTEM)
     return head + body[: tokens - least + 1] + tail
 
 
-def encode(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a text, without special tokens; of an empty one, none."""
-    return prompt([text], tokenizer).token_ids if text else []
+def front(ids: list[int], tokenizer: Any) -> list[int]:
+    """What a prompt begins with, behind the token that all prompts of the model do, if any."""
+    bos = begins(tokenizer)
+    return ids if ids[: len(bos)] == bos else bos + ids

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pydoc_data.topics import topics
 from typing import Any
 
-from lmc.workloads.frame import Frame, encode
+from lmc.chunking.prompt import encode
+from lmc.workloads.frame import Frame
 
 ASK = "\n\nContinue this sentence."
 MIN_QUOTE = 4  # tokens; a shorter quotation names no place in a document

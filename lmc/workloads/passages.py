@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lmc.workloads.frame import PLAIN, encode, frame_of
+from lmc.chunking.prompt import encode
+from lmc.workloads.frame import PLAIN, frame_of, front
 from lmc.workloads.sample import Sample, positive
 
 BRIEFLY = "Answer the question using only the passages below. Give only the answer, in a few words."
@@ -44,7 +45,8 @@ class Passages:
         """Raises ValueError for a file that cannot be read, naming the line and what is wrong."""
         positive(self, "tokens_per_passage", "chunks")
         frame = frame_of(tokenizer)
-        system = encode(frame.before_system + BRIEFLY + frame.after_system, tokenizer)
+        around = frame.before_system + BRIEFLY + frame.after_system
+        system = front(encode(around, tokenizer), tokenizer)
         samples = []
         for number, line in _lines(self.path):
             where = f"{self.path}, line {number}"

@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from lmc.workloads.frame import encode, frame_of, system_prompt
+from lmc.chunking.prompt import encode
+from lmc.workloads.frame import frame_of, system_prompt
 from lmc.workloads.manual import ASK, MIN_QUOTE, documents
 from lmc.workloads.sample import Sample, positive
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmc.chunking.prompt import Prompt, join
-from lmc.workloads.frame import encode, frame_of, system_prompt
+from lmc.chunking.prompt import Prompt, encode, join
+from lmc.workloads.frame import frame_of, system_prompt
 from lmc.workloads.library import sources
 from lmc.workloads.manual import ask_about, documents
 from lmc.workloads.sample import Sample, positive

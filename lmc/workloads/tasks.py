@@ -16,7 +16,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lmc.workloads.frame import encode
+from lmc.chunking.prompt import encode
+from lmc.workloads.frame import front
 from lmc.workloads.sample import Sample, positive
 
 NAMES = [
@@ -110,7 +111,7 @@ class Task:
             system, chunks, question, answer = texts
             samples.append(
                 Sample(
-                    _encode(system, tokenizer),
+                    front(_encode(system, tokenizer), tokenizer),
                     [_encode(chunk, tokenizer) for chunk in chunks],
                     _encode(question, tokenizer),
                     _encode(answer, tokenizer),

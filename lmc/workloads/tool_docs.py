@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from lmc.chunking.prompt import Prompt, join
-from lmc.workloads.frame import encode, frame_of, system_prompt
+from lmc.chunking.prompt import Prompt, encode, join
+from lmc.workloads.frame import frame_of, system_prompt
 from lmc.workloads.library import descriptions
 from lmc.workloads.manual import ask_about
 from lmc.workloads.sample import Sample, positive

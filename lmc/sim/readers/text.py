@@ -31,6 +31,8 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as e:  # the library raises no narrower class
             raise ValueError(f"tokenizer {path}: {e}") from e
+        self._tokenizer.no_truncation()  # as its file may have it
+        self._tokenizer.no_padding()
         self._framing = framing
         self._known: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
         self._size = 0
