@@ -102,14 +102,14 @@ def test_a_bug_keeps_its_traceback(experiment: Any) -> None:
 
 
 def test_model_export_prints_the_path_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exports, "export", lambda name: tmp_path / name)
+    monkeypatch.setattr(exports, "export", lambda name, download: tmp_path / name)
     assert invoke("model", "export", "smollm2") == (0, f"{tmp_path / 'smollm2'}\n", "")
 
 
 def test_model_export_of_an_unknown_model() -> None:
     code, out, err = invoke("model", "export", "gpt-5")
     assert (code, out) == (2, "")
-    assert err == "lmc: model: got 'gpt-5'; valid: smollm2\n"
+    assert err == "lmc: model: got 'gpt-5'; valid: smollm2, gemma3-270m, qwen2.5-coder-0.5b\n"
 
 
 def test_the_installed_command() -> None:
