@@ -88,3 +88,44 @@ def export(
             if not yes:
                 typer.confirm("Fetch it?", abort=True, err=True)
         typer.echo(exports.export(name, download=True))
+
+
+@model_app.command()
+def check(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a name of the hub, or a model of `lmc model export`.")
+    ] = "",
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="Look at its config, and load no weights.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="Of the KV; by default the model's.")] = None,
+    families: Annotated[
+        bool, typer.Option("--families", help="The table of docs/models.md, in place of a model.")
+    ] = False,
+) -> None:
+    """What of a model's KV is reused exactly, moved, or not, and why."""
+    with errors_in_one_line():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from lmc.connectors.hf import check
+        from lmc.model import exports
+
+        if families:
+            typer.echo(check.families(), nl=False)
+            return
+        if not model:
+            raise ValueError("model: got none, want a folder, a name or --families")
+        folder = exports.resolve(model)
+        got = check.check(AutoConfig.from_pretrained(folder), dtype)
+        sizes = ", ".join(f"{n:,} in {kind} layers" for kind, n in got["bytes"].items())
+        typer.echo(f"layers      {got['layers']}")
+        typer.echo(f"KV          {sum(got['bytes'].values()):,} bytes a token, {got['dtype']}"
+                   f"{f': {sizes}' if sizes else ''}")  # fmt: skip
+        for what, where in (("exact", "the same text in front"), ("moved", "text anywhere")):
+            typer.echo(f"{what:12}{where}: {f'no, {got[what]}' if got[what] else 'reused'}")
+        if config_only or got["moved"]:
+            return
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+        refusal = check.apart(loaded)
+        found = f"no, {refusal}" if refusal else "its layers run one by one, and its keys move"
+        typer.echo(f"tried       on Hugging Face: {found}")

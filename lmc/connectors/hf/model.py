@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lmc.connectors.hf.adapter import HFAdapter, Pages, Watch
 from lmc.connectors.hf.weights import identity_of
 from lmc.kernels.rerotate import rerotate
 from lmc.model.identity import namespace_of
+from lmc.model.reuse import moved_refusal
 from lmc.model.rope import from_config
 from lmc.model.shape import shape_of
 
@@ -49,8 +50,8 @@ class HFModel:
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
-        if reason := _windows(config):
-            raise ValueError(f"{type(model).__name__}: {reason}; full attention in every layer is")
+        if reason := moved_refusal(config):
+            raise ValueError(f"{type(model).__name__}: {reason}")
         self.rope = from_config(config)
         self.model = model
         self.inner: Any = getattr(model, "model", None)
@@ -58,10 +59,6 @@ class HFModel:
             if not hasattr(self.inner, part):
                 raise ValueError(f"{type(model).__name__} has no model.{part}: not supported")
         self.shape = shape_of(config)
-        if self.shape.latent:
-            raise ValueError(
-                f"{type(model).__name__}: latent attention (MLA) is not supported; K and V are"
-            )
         self.L: int = self.shape.L
         self.dtype, self.device = model.dtype, model.device
         self.vocabulary: int = config.vocab_size
@@ -184,6 +181,13 @@ class HFModel:
         pairs = {"logits": (whole.logits[0].float(), ours.logits)}
         # A text that is moved as a whole is the same to every layer but for its keys' rotation.
         here, there = (prefill.pages.rows(0, T)[:, 0] for prefill in (ours, moved))
+        # Which elements make a pair no config says: GLM and Ernie have neighbours.
+        self.rope = min(
+            (replace(self.rope, interleaved=pairing) for pairing in (False, True)),
+            key=lambda rope: float(
+                (rerotate(here[0], cos, sin, interleaved=rope.interleaved) - there[0]).abs().max()
+            ),
+        )
         for layer, keys in enumerate(here):
             turned = rerotate(keys, cos, sin, interleaved=self.rope.interleaved)
             pairs[f"re-rotated keys of layer {layer}"] = (there[layer], turned)
@@ -195,14 +199,3 @@ class HFModel:
                     f"{type(self.model).__name__}: {name} differ from the model's own by "
                     f"{worst:.1e} (at most {tolerance:.1e}), so its rows cannot be recomputed"
                 )
-
-
-def _windows(config: Any) -> str | None:
-    """Why not every layer attends to everything before it, or None if every one does."""
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
-        return f"layers of kind {', '.join(sorted(kinds))} are not supported"
-    # Qwen2 and its kin carry a width that `use_sliding_window: false` switches off.
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"a sliding window of {config.sliding_window} is not supported"
-    return None

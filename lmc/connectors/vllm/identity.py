@@ -13,6 +13,7 @@ from vllm import envs
 from lmc.connectors.vllm.config import TESTED_VLLM, LMCConfig
 from lmc.model import identity
 from lmc.model.layout import KVLayout
+from lmc.model.reuse import exact_refusal, moved_refusal
 from lmc.model.rope import Rope, from_config
 from lmc.model.weights import folder_of, weights_digest
 from lmc.store.sections import Heads
@@ -45,10 +46,8 @@ def layout_of(vllm_config: Any, kv_cache_config: Any) -> KVLayout:
 
 def rope_of(vllm_config: Any) -> Rope | str:
     """The model's rotation, or why its keys cannot be moved."""
-    try:
-        return from_config(vllm_config.model_config.hf_text_config)
-    except ValueError as error:
-        return str(error)
+    config = vllm_config.model_config.hf_text_config
+    return moved_refusal(config) or from_config(config)
 
 
 def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
@@ -64,6 +63,8 @@ def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
             f"speculative decoding by {drafts.method}: what drafts may have KV of its own, which "
             f"nobody fills for tokens that are loaded; allowed: {', '.join(DRAFTS_OF_TEXT)}"
         )
+    if reason := exact_refusal(vllm_config.model_config.hf_text_config):
+        return reason
     if len(kv_cache_config.kv_cache_groups) != 1:
         return "several kv cache groups (hybrid or sliding-window layers)"
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
