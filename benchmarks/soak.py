@@ -70,6 +70,9 @@ FLAGS = (
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
     "VLLM_SERVER_DEV_MODE": "1",
+    # oneDNN keeps a kernel for each number of rows that it has seen, of 1,024 by default: memory of
+    # both servers would grow for hours, whoever asks.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
 }  # fmt: skip
 
 

@@ -69,7 +69,8 @@ def check(engine: str, result: Any) -> None:
         pairs = [("got", "expected"), ("beside", "other"), ("after", "plain"), ("stored", "plain")]
         for got, expected in pairs:
             if outcome[got] is not None and (difference := apart(outcome[got], outcome[expected])):
-                wrong.append(f"{name}: {got} is not {expected}: {difference}")
+                how = [told(outcome[one]) for one in (got, expected)]
+                wrong.append(f"{name}: {got} is not {expected}: {difference}; {how}")
         if not aborted:
             kinds = outcome["got"].report["kinds"]
             if (
@@ -80,6 +81,11 @@ def check(engine: str, result: Any) -> None:
     assert not wrong, f"{engine}:\n" + "\n".join(wrong)
     assert [tokens > 0 for tokens in result["alone"]] == [False, engine != "no model"]
     assert result["agree"]
+
+
+def told(answer: Any) -> dict[str, Any]:
+    """Of a report, what came of the claim."""
+    return {key: answer.report[key] for key in ("kinds", "reason", "bytes") if key in answer.report}
 
 
 def apart(got: Any, expected: Any) -> str:

@@ -38,10 +38,16 @@ class FaultyWorker(LMCWorker):
         _side().chunks.patience_s = seconds
 
     def mend(self) -> None:
-        """All is well again; what hung goes on."""
+        """All is well again; what hung goes on, and tiers are not left alone for it any more."""
         if self._mend is not None:
             self._mend()
         self._mend = None
+        chunks, until = _side().chunks, time.monotonic() + 60
+        while any(fetcher._running for fetcher in chunks._fetchers):
+            assert time.monotonic() < until, "a read has not come back"
+            time.sleep(0.01)
+        for breaker in chunks._breakers:  # what is late when it returns opens them
+            breaker.back()
 
     def held(self) -> list[int]:
         """Slots that host memory holds."""
