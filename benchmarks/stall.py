@@ -57,6 +57,7 @@ def main() -> None:
         for arm in order:
             got = one(llm, tokenizer, arm, round_ + 1, options)
             rows += [{"arm": arm, "round": round_} | got] if round_ >= 0 else []
+        print(f"round {round_ + 1} of {options.rounds}", flush=True)
     show(rows, arms)
     where = {"benchmark": "stall", "time": time.time(), "commit": git_commit()}
     where |= {"strategy": options.strategy, "model": options.model}
