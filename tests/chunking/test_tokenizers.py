@@ -117,9 +117,7 @@ def test_prompts_begin_as_the_tokenizer_has_them_begin(kind: Tokenizer, eos: boo
 
 
 @pytest.mark.parametrize("setting", ["truncation", "padding"])
-def test_files_that_cut_or_pad(
-    kind: Tokenizer, setting: str, tmp_path: Path, smollm2_dir: Path
-) -> None:
+def test_files_that_cut_or_pad(kind: Tokenizer, setting: str, tmp_path: Path) -> None:
     sick = with_bos(kind)
     if setting == "truncation":
         sick.enable_truncation(4)
