@@ -50,10 +50,8 @@ def prompt(segments: Sequence[str | Sequence[int]], tokenizer: Any) -> Prompt:
         parts.append(ids)
     if not parts:
         raise ValueError("segments: got none, want at least one")
-    front = begins(tokenizer)
     made = join(parts)
-    if not front or made.token_ids[: len(front)] == front:
-        return made
+    front = lacking(made.token_ids, tokenizer)
     n = len(front)
     return Prompt(front + made.token_ids, [(start + n, end + n) for start, end in made.spans])
 
@@ -96,6 +94,12 @@ def begins(tokenizer: Any) -> list[int]:
         if full[i : i + len(bare)] == bare:
             return full[:i]
     return []
+
+
+def lacking(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """What `begins` says, for a prompt that does not begin with it yet."""
+    front = begins(tokenizer)
+    return [] if list(ids[: len(front)]) == front else front
 
 
 def _ids(text: str, tokenizer: Any, special: bool = False) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmc.model.layers import layers_of
+from lmc.model.layers import layers_of, summary
 from lmc.model.rope import from_config
 
 # Kinds of layers whose KV is stored and put back; what a query sees of others is not built yet.
@@ -24,14 +24,8 @@ def exact_refusal(config: Any) -> str | None:
         layers = layers_of(config)
     except ValueError as e:
         return str(e)
-    other: dict[str, int] = {}
-    for layer in layers:
-        if layer.kind not in EXACT:
-            name = layer.kind + (f" (window {layer.window:,})" if layer.window else "")
-            other[name] = other.get(name, 0) + 1
-    if other:
-        kinds = ", ".join(f"{n} {name}" for name, n in other.items())
-        return f"layers that are not full attention: {kinds}"
+    if other := tuple(layer for layer in layers if layer.kind not in EXACT):
+        return f"layers that are not full attention: {summary(other)}"
     if any(layer.shared is not None for layer in layers):
         return "layers that use the KV of others"
     return None

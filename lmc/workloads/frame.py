@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lmc.chunking.prompt import begins, encode
+from lmc.chunking.prompt import encode, lacking
 
 SYSTEM = (
     "You are a careful assistant. Answer with the exact words of the documents below, which "
@@ -61,5 +61,4 @@ def system_prompt(frame: Frame, tokens: int, tokenizer: Any, text: str = SYSTEM)
 
 def front(ids: list[int], tokenizer: Any) -> list[int]:
     """What a prompt begins with, behind the token that all prompts of the model do, if any."""
-    bos = begins(tokenizer)
-    return ids if ids[: len(bos)] == bos else bos + ids
+    return lacking(ids, tokenizer) + ids

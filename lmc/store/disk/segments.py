@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lmc.store.disk import header as fmt
 from lmc.store.disk.files import File, Files, name
-from lmc.store.disk.header import PAGE, STATE_AT, same
+from lmc.store.disk.header import PAGE, STATE_AT, Header, same, unpack
 
 # What one system call reads: large enough for any disk, small enough to look up between two. What
 # is copied out of the page cache is checked while it is still in the processor's own.
@@ -32,9 +31,9 @@ class Located:
     at: int
     header: bytes
 
-    def unpack(self) -> fmt.Header:
+    def unpack(self) -> Header:
         """Raises HeaderError where the index is damaged."""
-        return fmt.unpack(self.header)
+        return unpack(self.header)
 
 
 class Segments:

@@ -192,10 +192,8 @@ def test_a_writer_dies_before_it_marks_or_removes_what_is_dead(
     before = {id for id, _ in disk.folder.catalog.records()}
     if not beside:
         disk.close()
-    else:
-        dying(disk, *DEATHS[death])
+    dying(disk, *DEATHS[death])
     if not beside:
-        dying(disk, *DEATHS[death])
         disk = opened(tmp_path / "kv", CAPACITY)
     after = {id for id, _ in disk.folder.catalog.records()}
     if death in ("evicts", "compacts"):
