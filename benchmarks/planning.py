@@ -82,6 +82,7 @@ class Bench:
         """One request from its arrival to its end; seconds of each part."""
         self.seconds = {}
         request = self.arrive(tokens, lmc)
+        self.answered(request)
         claimed = self.admit(request)
         assert claimed is not None
         self.finish(request)
@@ -96,6 +97,13 @@ class Bench:
             f"{self.requests}", tokens, sampling, None, block_hasher=self.hasher))  # fmt: skip
         self.timed("plan", lambda: self.side.on_new_request(request))
         return request
+
+    def answered(self, request: Request) -> None:
+        """The tiers have said what they have of it."""
+        lookup = self.side.requests[request.request_id].lookup
+        if lookup is not None:
+            lookup.wait(time.monotonic() + 60)
+            assert lookup.over
 
     def admit(self, request: Request) -> int | None:
         """vLLM wants to admit it: what is claimed, or None if it must wait."""

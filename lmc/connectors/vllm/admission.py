@@ -19,6 +19,7 @@ from lmc.connectors.vllm.reading import Reader
 from lmc.connectors.vllm.taint import rechain, untaint
 from lmc.connectors.vllm.tracked import Tracked
 
+PAUSE_S = 0.005  # of an engine in which all wait for others
 RESTS = 9  # times as long as planning it took a request is not planned again
 
 
@@ -57,6 +58,7 @@ class Admission:
         self._local, self._flights, self._begun = local, flights, begun
         self._block_size = local.block_size
         self._first_in_line: Tracked | None = None
+        self._deferred = False  # whether a request was, since the last step
 
     def arrived(self, tracked: Tracked, refusal: str | None) -> None:
         """Plan a new request, and taint it, before vLLM looks into its own cache.
@@ -88,6 +90,28 @@ class Admission:
         Args:
             claims: of those that were admitted in this step.
         """
+        tokens = self._claimed(tracked, local, claims)
+        self._deferred |= tokens is None
+        return tokens
+
+    def pause(self, scheduled: int) -> None:
+        """Where a step computes nothing, since all wait for others, it waits a moment as well.
+
+        Else steps would follow each other at once, in several processes, and take the processor
+        from those that are waited for: engines beside this one, and threads that read and copy.
+        """
+        if self._deferred and not scheduled:
+            time.sleep(PAUSE_S)
+        self._deferred = False
+
+    def rows(self, claims: Sequence[Claim]) -> int:
+        """Rows that these claims have computed, as many whole ones."""
+        plans = [self._begun[claim.request_id].admitted for claim in claims]
+        return sum(plan.computed for plan in plans if plan is not None)
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _claimed(self, tracked: Tracked, local: int, claims: Sequence[Claim]) -> int | None:
         if tracked.plan is None:
             return 0
         tracked.asked = tracked.asked or time.monotonic()
@@ -112,13 +136,6 @@ class Admission:
             recipes = plan.recipes(self._block_size, nonce=os.urandom(16))
             rechain(tracked.request, self._block_size, local // self._block_size, [], recipes)
         return plan.claimed
-
-    def rows(self, claims: Sequence[Claim]) -> int:
-        """Rows that these claims have computed, as many whole ones."""
-        plans = [self._begun[claim.request_id].admitted for claim in claims]
-        return sum(plan.computed for plan in plans if plan is not None)
-
-    # -- parts -------------------------------------------------------------------------------
 
     def _waits_first(self, tracked: Tracked, claims: Sequence[Claim]) -> str | None:
         """What is ahead of a request, if anything is; costs nothing."""

@@ -105,8 +105,9 @@ class LMCConfig(BaseModel):
         min_gain_tokens: rows that blending must save beyond the rows it computes only to
             close gaps; a request that would gain less is served without blending.
         rows_per_step: rows that blending may compute in one step of the engine, all requests
-            together, beside what vLLM schedules; a claim of more goes alone. By default as many
-            as vLLM schedules at most (`max_num_batched_tokens`).
+            together, beside what vLLM schedules; a claim of more goes alone. By default a
+            sixteenth of what vLLM schedules at most (`max_num_batched_tokens`): docs/serve.md has
+            what that costs, and whom.
         trace: where requests are recorded; by default nowhere.
     """
 

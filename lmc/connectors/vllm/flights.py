@@ -22,7 +22,7 @@ LOOK_S = 0.05
 ANSWER_S = 0.25  # a tier that does not say by then what others compute is not asked for a while
 RESTS = 9  # times as long as looking took, for each that waits, it is not looked again
 GLANCE_S = 0.003  # that a new request waits for what a tier says at once, if it does
-LINGER_S = 2.0  # until what is computed is in the tiers
+LINGER_S = 2.0  # until what the workers have stored is in the tiers
 
 
 class Flights:
@@ -43,6 +43,7 @@ class Flights:
         self._begins = planner.begins
         self._owners: dict[bytes, Tracked] = {}
         self._following: set[int] = set()  # ids of those that wait
+        self._storing: dict[int, Tracked] = {}  # by slot, who has computed it
         self._breaker = Breaker()
         shared = planner.shared_flights
         self._others = SingleFlight(shared) if shared is not None and self._patience_s else None
@@ -53,7 +54,7 @@ class Flights:
         One that has waited is to be planned again: it asks the tiers anew.
         """
         if not self._patience_s or not tracked.saves:
-            self.landed(tracked, stored=False)
+            self.landed(tracked)
             return False
         now = time.monotonic()
         waiting = tracked.waiting
@@ -98,17 +99,34 @@ class Flights:
         if waiting.told is not None:
             waiting.told.admitted = True
 
-    def landed(self, tracked: Tracked, stored: bool) -> None:
-        """A request has computed its prompt, or will not.
+    def landed(self, tracked: Tracked, slots: Sequence[int] = ()) -> None:
+        """A request computes its prompt to the end in this step, or will not.
 
         Args:
-            stored: whether what it has computed is on its way into the store.
+            slots: of what is stored of it. The step may take long: who waits does so until the
+                workers have them.
         """
         waiting = tracked.waiting
-        if waiting is not None and not waiting.landed:
-            waiting.over = waiting.landed = True
-            self._following.discard(id(tracked))
-            self._let_go(tracked, LINGER_S if stored else 0.0)
+        if waiting is None or waiting.landed or waiting.storing:
+            return
+        waiting.over = True
+        self._following.discard(id(tracked))
+        waiting.storing = len(slots)
+        self._storing |= dict.fromkeys(slots, tracked)
+        if not slots:
+            waiting.landed = True
+            self._let_go(tracked)
+
+    def stored(self, slot: int) -> None:
+        """All workers have a chunk, or have said that they will not."""
+        tracked = self._storing.pop(slot, None)
+        if tracked is None or tracked.waiting is None:
+            return
+        waiting = tracked.waiting
+        waiting.storing -= 1
+        if not waiting.storing:
+            waiting.landed = True
+            self._let_go(tracked, LINGER_S)
 
     def close(self) -> None:
         """Let go of the tier's."""
@@ -249,7 +267,7 @@ class Flights:
         tracked.flown |= {n for n in flight.others if waiting.wanted[n] in found}
         theirs = {n: p for n in flight.others if (p := waiting.wanted[n]) not in found}
         left = max((flight.others[name] for name in theirs), default=0)
-        if not theirs or not _worth(set(theirs.values()), left):
+        if not theirs or not _worth(found | set(theirs.values()), left):  # they come one by one
             return False
         self._follows(tracked, waiting, True)
         if tracked.lookup is None or tracked.lookup.over:

@@ -44,11 +44,14 @@ class Keeping:
         """Whether anything is on its way."""
         return bool(self._missing)
 
-    def keep(self, tracked: Tracked, computed: int, blocks: list[int]) -> None:
+    def keep(self, tracked: Tracked, computed: int, blocks: list[int]) -> list[int]:
         """Have the workers keep every chunk of the first `computed` tokens that is not stored.
 
         Args:
             blocks: the request's block ids, in order.
+
+        Returns:
+            Their slots.
         """
         assert tracked.options is not None
         tokens = np.asarray(tracked.request.all_token_ids[:computed], "<i8")
@@ -69,6 +72,7 @@ class Keeping:
             self._missing[record.slot] = self._ranks
             first, end = piece.start // self._block_size, -(-piece.end // self._block_size)
             self._reads[record.slot] = blocks[first:end]
+        return [record.slot for _, record in kept]
 
     def take(self) -> list[ChunkSave]:
         """What the workers must copy, each told once."""
@@ -79,12 +83,15 @@ class Keeping:
         """Blocks that are still to be copied from."""
         return {block for blocks in self._reads.values() for block in blocks}
 
-    def settle(self, slot: int) -> None:
-        """One more rank has saved `slot`, or failed to; behind the last one nobody reads pages."""
-        if slot in self._missing:
-            self._missing[slot] -= 1
-            if self._missing[slot] == 0:
-                del self._missing[slot], self._reads[slot]
+    def settle(self, slot: int) -> bool:
+        """One more rank has saved `slot`, or failed to; True of the last: nobody reads pages."""
+        if slot not in self._missing:
+            return False
+        self._missing[slot] -= 1
+        if self._missing[slot]:
+            return False
+        del self._missing[slot], self._reads[slot]
+        return True
 
 
 def given_out(scheduler_output: Any, encodes: list[Encode]) -> set[int]:

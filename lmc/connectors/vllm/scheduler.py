@@ -36,6 +36,7 @@ from lmc.connectors.vllm.tracked import Tracked, recompute, report_of, served
 from lmc.model.identity import first_token
 from lmc.model.shape import shape_of
 
+BLENDING = 16  # of what vLLM computes in a step, the part that blending may add unless told
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
 
@@ -79,8 +80,8 @@ class SchedulerSide:
         self.begun: dict[str, Tracked] = {}  # those of them that were admitted
         self.flights = Flights(config, self.planner)
         self.admission = Admission(
-            config, config.rows_per_step or rows, self.planner, self.reader, self.namespace,
-            self.local, self.flights, self.begun,
+            config, config.rows_per_step or rows // BLENDING, self.planner, self.reader,
+            self.namespace, self.local, self.flights, self.begun,
         )  # fmt: skip
         publishes = published(vllm_config)
         self.events = Events(self.index, self.ranks, self.block_size) if publishes else None
@@ -159,8 +160,7 @@ class SchedulerSide:
     def _claim(self, tracked: Tracked, blocks: list[int], claimed: int) -> Claim:
         """What the workers do for it; what vLLM counts on is there, whatever goes wrong here."""
         request_id, start = tracked.request.request_id, tracked.local
-        adapter = tracked.request.lora_request
-        lora = 0 if adapter is None else adapter.lora_int_id
+        lora = getattr(tracked.request.lora_request, "lora_int_id", 0)
         try:
             plan = tracked.admitted
             assert plan is not None and plan.claimed == claimed, (plan, claimed)
@@ -181,7 +181,7 @@ class SchedulerSide:
         if tracked is None:
             tracked = self.requests[request.request_id] = Tracked(request, None, None)
         self.planner.release(tracked)
-        self.flights.landed(tracked, stored=False)
+        self.flights.landed(tracked)
         tracked.options = tracked.plan = tracked.admitted = None
         tracked.reason = f"failed:{type(error).__name__}"
         untaint(request, self.block_size, block)
@@ -196,13 +196,12 @@ class SchedulerSide:
         for wrong in keeping.misadapted(scheduler_output, self.requests):
             wrong.unsaved = True
         for request_id, tracked in keeping.prompts_done(scheduler_output, self.requests):
-            if tracked.saves:
-                n = tracked.request.num_prompt_tokens
-                self._save(tracked, n, self.local.blocks(request_id))
-                tracked.prompt_saved = True
-            self.flights.landed(tracked, tracked.saves)
-        scheduled = scheduler_output.num_scheduled_tokens.values()
-        rows = sum(scheduled) + self.admission.rows(self.claims)
+            n, saves = tracked.request.num_prompt_tokens, tracked.saves
+            slots = self._save(tracked, n, self.local.blocks(request_id)) if saves else []
+            tracked.prompt_saved |= saves
+            self.flights.landed(tracked, slots)
+        scheduled = sum(scheduler_output.num_scheduled_tokens.values())
+        rows = scheduled + self.admission.rows(self.claims)
         pool, prompts = self.local.manager.block_pool, keeping.computes_prompts(scheduler_output)
         encodes = self.isolation.take(pool, rows, prompts)
         metadata = StepMetadata(
@@ -224,10 +223,9 @@ class SchedulerSide:
         # A slot that is freed from now on is freed behind these loads: their leases may end.
         for claim in self.claims:
             self.planner.release(self.requests[claim.request_id])
-        self.claims = []
-        self.forgiven = set()
-        self.just_finished = {}
+        self.claims, self.forgiven, self.just_finished = [], set(), {}
         self.explaining.stepped()
+        self.admission.pause(scheduled)
         return metadata
 
     @property
@@ -248,7 +246,8 @@ class SchedulerSide:
             self.planner.lost(slot)
         for slot in [*(slot for slot, _ in report.saved), *report.lost]:
             self.isolation.settle(slot, self.local.manager.block_pool)
-            self.keeping.settle(slot)
+            if self.keeping.settle(slot):
+                self.flights.stored(slot)
         if self.events:
             self.events.kept(report.kept)
             self.events.removed(report.removed)
@@ -274,7 +273,7 @@ class SchedulerSide:
         self.begun.pop(request.request_id, None)
         self.just_finished[request.request_id] = tracked
         self.planner.release(tracked)
-        self.flights.landed(tracked, stored=False)
+        self.flights.landed(tracked)
         self.claims = [c for c in self.claims if c.request_id != request.request_id]
         computed = request.num_computed_tokens - request.num_in_flight_tokens
         if tracked.saves and computed >= request.num_prompt_tokens:
@@ -321,21 +320,23 @@ class SchedulerSide:
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _save(self, tracked: Tracked, computed: int, blocks: list[int]) -> None:
+    def _save(self, tracked: Tracked, computed: int, blocks: list[int]) -> list[int]:
         """Have the workers keep every chunk of the first `computed` tokens that is not stored."""
         assert tracked.options is not None
         try:
-            self.keeping.keep(tracked, computed, blocks)
+            slots = self.keeping.keep(tracked, computed, blocks)
             moves = tracked.options.strategy.moves or self.gate.moves_by_default
             base = tracked.request.lora_request is None  # nothing is computed alone under others
             if base and moves and self.blend_refusal is None and not tracked.prompt_saved:
                 known = self.planner.known(tracked)
                 spans = tracked.options.chunks or ()
                 self.isolation.want(known, tracked.tokens, tracked.pieces, spans)
+            return slots
         except BaseException as error:
             survive(error)
             self.counts["saves_given_up"] += 1
             tracked.unsaved = True
+            return []
 
     def _retaint_after_loss(self, tracked: Tracked, rows: list[int]) -> None:
         """Rows that a lost chunk made computed are not what the recipe's hashes say."""

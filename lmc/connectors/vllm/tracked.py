@@ -24,8 +24,9 @@ class Waiting:
 
     Attributes:
         begun: `time.monotonic()` when it asked who computes what; since: when it first did.
-        over: whether it waits no more; waited: whether it ever did; landed: whether its prompt is
-            computed, or will not be.
+        over: whether it waits no more; waited: whether it ever did.
+        storing: chunks of its prompt that are computed, and yet to be stored; landed: whether all
+            of them are, or its prompt will not be computed.
         look: when to look next whether it must wait on.
         flight: what the tier is asked of it, or None; told: what it was told and is still so.
         ours: by name of what it computes, the tokens it computes until that is there.
@@ -38,6 +39,7 @@ class Waiting:
     since: float
     over: bool = False
     waited: bool = False
+    storing: int = 0
     landed: bool = False
     look: float = 0.0
     flight: Flight | None = None

@@ -25,12 +25,14 @@ PRELOADED = [
     "vllm.model_executor.models.llama",
     "lmc.connectors.vllm.worker",
 ]
-# Nothing is refused for its quality, nobody is mistrusted, and two strategies are of the tests.
+# Nothing is refused for its quality, nobody is mistrusted, claims of any size go together, and two
+# strategies are of the tests.
 OPEN: dict[str, Any] = {
     "memory_bytes": 64 << 20,
     "min_recovery": None,
     "context": "any",
     "controls": True,
+    "rows_per_step": 1 << 20,
     "blends": {
         "all_by_deviation": {
             "name": "tests.connectors.vllm.selective:CheckedCacheBlend",

@@ -17,6 +17,22 @@ from lmc.store.sections import Section, full_attention
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What must be done within some time may take the machine longer, where that is not tested."""
+    hasty(monkeypatch, 20.0)
+
+
+def hasty(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.25) -> None:
+    """As engines are: who does not answer, or begin, by then is not waited for."""
+    for name in (
+        "lmc.connectors.vllm.flights.ANSWER_S",
+        "lmc.connectors.vllm.flights.QUEUED_S",
+        "lmc.store.flights.QUEUED_S",
+    ):
+        monkeypatch.setattr(name, seconds)
+
+
 def text(n: int) -> list[int]:
     return RNG.integers(0, 100_000, n).tolist()  # type: ignore[no-any-return]
 
@@ -174,6 +190,37 @@ def test_an_engine_waits_for_what_another_computes(
     assert +other.side.flights.counts == {"flights_followed": 1}
 
 
+@pytest.mark.parametrize("here", [True, False], ids=["one_engine", "two_engines"])
+def test_a_step_may_take_longer_than_anything_else_that_is_waited_for(
+    two: tuple[Bench, Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
+) -> None:
+    """Who needs the same documents meanwhile waits until the workers have stored them."""
+    monkeypatch.setattr("lmc.connectors.vllm.flights.LINGER_S", 0.1)
+    one, other = two[0], two[0 if here else 1]
+    other.side.admission._patience_s = 0.1
+    a = text(600)
+    first = one.arrive(moved(a), {"chunks": spans(a)})
+    second = other.arrive(moved(a), {"chunks": spans(a)})
+    assert until(lambda: ask(one, first) == 0)
+    reports: list[Any] = []
+    with monkeypatch.context() as computing:
+        computing.setattr(one.side, "heard", reports.append)
+        one.admit(first)
+    settled(other, second)
+    ends = time.monotonic() + 1.5
+    while time.monotonic() < ends:
+        assert ask(other, second) is None
+        time.sleep(0.02)
+    put(one, tmp_path / "kv")
+    for report in reports:
+        one.side.heard(report)
+    found: list[int | None] = []
+    assert until(lambda: found.append(ask(other, second)) or found[-1] is not None)
+    assert found[-1] is not None and found[-1] >= 500
+    assert +other.side.flights.counts == {"flights_followed": 1}
+    assert not one.side.flights._storing and not one.side.flights._owners
+
+
 def test_an_engine_that_is_gone_or_gives_up_is_waited_for_no_more(
     two: tuple[Bench, Bench],
 ) -> None:
@@ -222,6 +269,7 @@ def test_of_two_that_come_at_once_one_computes_and_nobody_waits_for_each_other(
 def test_a_folder_that_hangs_makes_nobody_wait(
     two: tuple[Bench, Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hasty(monkeypatch)
     one, _ = two
     shared = one.side.planner.shared_flights
     assert shared is not None
@@ -265,7 +313,10 @@ def test_one_whose_kv_is_not_stored_after_all_is_waited_for_no_more() -> None:
     assert not bench.side.requests[first.request_id].leads
 
 
-def test_one_that_cannot_begin_is_waited_for_no_more(two: tuple[Bench, Bench]) -> None:
+def test_one_that_cannot_begin_is_waited_for_no_more(
+    two: tuple[Bench, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasty(monkeypatch, 1.0)
     one, other = two
     a = text(900)
     first, here = (one.arrive(moved(a), {"chunks": spans(a)}) for _ in range(2))
@@ -276,7 +327,7 @@ def test_one_that_cannot_begin_is_waited_for_no_more(two: tuple[Bench, Bench]) -
     begun = time.monotonic()
     for bench, request in ((other, there), (one, here)):
         assert until(lambda b=bench, r=request: ask(b, r) == 0)  # type: ignore[misc]
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 8
     for bench, request in ((other, there), (one, here), (one, first)):
         bench.admit(request)  # each takes its turn as it can
     for bench, request in ((one, first), (one, here), (other, there)):
