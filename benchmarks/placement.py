@@ -31,7 +31,7 @@ from lmc.connectors.vllm.messages import ChunkLoad
 from lmc.kernels.host import scatter_runs_host
 from lmc.kernels.paged import PagedKV
 from lmc.model.layout import KVLayout
-from lmc.model.rope import Rope
+from lmc.model.rope import Rope, Rotations
 from lmc.results.rows import git_commit
 from lmc.store.chunks import Chunks
 
@@ -97,7 +97,8 @@ class Claimed:
         self.blocks = rng.permutation(N).tolist()
         k, v = torch.zeros(2, N, P, LAYOUT.G, LAYOUT.D).unbind()
         self.pages = PagedKV((k,), (v,))
-        self.rope = Rope(np.logspace(0, -4, LAYOUT.D // 2), False, "default")
+        rope = Rope(np.logspace(0, -4, LAYOUT.D // 2), False, "default")
+        self.rope = Rotations((rope,), (0,) * LAYOUT.L)
 
     def place(self) -> tuple[float, float]:
         """Seconds to place them as a worker does, and what their bytes alone take of it."""

@@ -95,17 +95,20 @@ def scatter_runs_host(
     cos: Tensor | None,
     sin: Tensor | None,
     *,
+    by_layer: Tensor | None,
     interleaved: bool,
     layers: tuple[int, int],
 ) -> None:
     """`scatter_runs` for checked float32 arguments, as `scatter_host`."""
     angles = [_NO_ANGLES if x is None else x.numpy() for x in (cos, sin)]
     rows, new, table = slots.numpy(), buffer.numpy(), runs.numpy()
+    before = [0] * paged.L if by_layer is None else by_layer.tolist()
     scatter_layer = _compiled()
 
     def put(i: int) -> None:
         k, v = paged.k[i].numpy(), paged.v[i].numpy()
-        scatter_layer(k, v, new, new, rows, table, i, *angles, interleaved)
+        here = [_NO_ANGLES if before[i] < 0 else x[before[i] :] for x in angles]
+        scatter_layer(k, v, new, new, rows, table, i, *here, interleaved)
 
     _by_layer(put, *layers)
 

@@ -1,8 +1,10 @@
 """How much attention some query rows pay to each key: the attention matrix's columns, reduced.
 
 Shapes:  q [M, H, D], positions [M], k [N, P, G, D] and table [pages] of one request -> [T] fp32.
-Formula: A[i, h] = softmax(scale q[i, h] K^T) over keys j <= positions[i]; out[j] is the mean or
-         the largest over h, then over i the sum, the largest or the L2 norm, of A[i, h, j].
+Formula: A[i, h] = softmax(scale q[i, h] K^T) over keys first[i] <= j <= positions[i]; out[j] is
+         the mean or the largest over h, then over i the sum, the largest or the L2 norm, of
+         A[i, h, j]. Logits may be capped, and a learned sink may stand beside the keys, as in
+         attention.
 Bytes:   reads keys twice, 2*T*G*D*b (once with an lse given), and q and positions as often. Keys
          are read again for every tile of q, and q for every tile of keys, but out of L2.
 Source:  InfoFlow, arXiv 2603.05353 (mean, L2); QCFuse, 2606.05875 (max, max); ProphetKV, 2602.02579
@@ -18,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmc.kernels.cases import Case, make_paged, poison
+from lmc.kernels.logits import lse_kernel, row_logits, rows_seen, sees
 from lmc.kernels.paged import DTYPES, describe
 from lmc.kernels.spec import ROUNDED, KernelSpec, interpreted, use_kernel
 
@@ -35,15 +38,21 @@ FILL, SPLIT_KEYS, MOST_SPLITS = 256, 256, 32
 
 
 def _masked_logits(
-    q: Tensor, k: Tensor, table: Tensor, positions: Tensor, T: int, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, table: Tensor, positions: Tensor, T: int, scale: float,
+    first: Tensor | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """[M, H, T] in fp32, or float64 for float64; -inf where a row may not look."""
     wide = torch.promote_types(q.dtype, torch.float32)
     (M, H, D), (P, G) = q.shape, k.shape[1:3]
     key = torch.arange(T, device=q.device)
     keys = k[table[key // P].long(), key % P].to(wide)
     logits = torch.einsum("mghd,tgd->mght", q.to(wide).view(M, G, H // G, D), keys) * scale
-    return logits.flatten(1, 2).masked_fill_((key > positions[:, None])[:, None], -torch.inf)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    unseen = key > positions[:, None]
+    if first is not None:
+        unseen |= key < first[:, None]
+    return logits.flatten(1, 2).masked_fill_(unseen[:, None], -torch.inf)
 
 
 def importance_reference(
@@ -56,14 +65,19 @@ def importance_reference(
     *,
     heads: Heads = "mean",
     queries: Queries = "sum",
+    first: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     lse: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    logits = _masked_logits(q, k, table, positions, T, scale)
+    logits = _masked_logits(q, k, table, positions, T, scale, first, softcap)
     out = logits.new_empty(T) if out is None else out
     if not len(q):
         return out.zero_()
     total = logits.logsumexp(dim=2) if lse is None else lse
+    if sinks is not None and lse is None:
+        total = torch.logaddexp(total, sinks.to(total.dtype))
     # A row that sees nothing pays nothing: exp(-inf + inf) would be NaN.
     weights = (logits - total[:, :, None]).exp().masked_fill_(logits == -torch.inf, 0)
     weights = weights.mean(dim=1) if heads == "mean" else weights.amax(dim=1)
@@ -77,77 +91,13 @@ def importance_reference(
 
 
 @triton.jit
-def _logits(
-    q, k, m_r, m_n, q_d: tl.constexpr, k_d: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """The products of the rows at q, pointers [R], with those at k, pointers [BLOCK_N], over D.
-
-    Whole rows would be plainer, but for fp32 the compiler unrolls a dot into more registers than
-    there are.
-    """
-    b_s = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        o_d = d + tl.arange(0, BLOCK_D)
-        m_d = o_d < D
-        b_q = tl.load(q[:, None] + (o_d * q_d)[None, :], mask=m_r[:, None] & m_d[None, :], other=0)
-        b_k = tl.load((o_d * k_d)[:, None] + k[None, :], mask=m_d[:, None] & m_n[None, :], other=0)
-        if UPCAST:
-            b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
-        b_s = tl.dot(b_q, b_k, b_s, input_precision="ieee")
-    return b_s
-
-
-@triton.jit
-def _rows(positions, i_m, i_g, M, T, GROUP: tl.constexpr, PAD: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Queries i_m.. by the heads of kv head i_g, PAD a query: rows, heads, mask, last keys seen.
-
-    A row that is padding sees up to key -1, so none.
-    """
-    o_r = tl.arange(0, BLOCK_M * PAD)
-    o_m, o_h = i_m + o_r // PAD, i_g * GROUP + o_r % PAD
-    m_r = (o_m < M) & (o_r % PAD < GROUP)
-    b_last = tl.minimum(tl.load(positions + o_m, mask=m_r, other=-1), T - 1).to(tl.int32)
-    return o_m.to(tl.int64), o_h, m_r, b_last
-
-
-@triton.jit
-def _lse_kernel(
-    q, k, table, positions, lse, M, T, share, scale, q_m, q_h, k_n, k_p, k_g, l_s, l_m,
-    Q_D: tl.constexpr, K_D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
-    PAD: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """log2 of sum exp2 of the rows' logits times scale, over one split's share of the keys."""
-    i_m = tl.program_id(0) // G * BLOCK_M
-    i_g = tl.program_id(0).to(tl.int64) % G
-    i_s = tl.program_id(1)
-    o_m, o_h, m_r, b_last = _rows(positions, i_m, i_g, M, T, GROUP, PAD, BLOCK_M)
-    p_q = q + o_m * q_m + o_h * q_h
-    b_max = tl.full(b_last.shape, -1e30, tl.float32)  # finite: the difference of two is a number
-    b_sum = tl.zeros(b_last.shape, tl.float32)
-    begin = i_s * share
-    for n in range(begin, tl.minimum(begin + share, tl.max(b_last, 0) + 1), BLOCK_N):
-        o_n = n + tl.arange(0, BLOCK_N)
-        b_page = tl.load(table + o_n // P, mask=o_n < T, other=0).to(tl.int64)
-        p_k = k + i_g * k_g + b_page * k_n + (o_n % P).to(tl.int64) * k_p
-        b_s = _logits(p_q, p_k, m_r, o_n < T, Q_D, K_D, D, BLOCK_D, UPCAST) * scale
-        b_s = tl.where(o_n[None, :] <= b_last[:, None], b_s, -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), 1)
-        b_max = b_new
-    # Where a row saw no key here, the next to nothing that b_max is.
-    b_lse = b_max + tl.log2(tl.where(b_sum == 0, 1, b_sum))
-    tl.store(lse + i_s.to(tl.int64) * l_s + o_m * l_m + o_h, b_lse, mask=m_r)
-
-
-@triton.jit
 def _importance_kernel(
-    q, k, table, positions, lse, out, M, T, scale, unit, q_m, q_h, k_n, k_p, k_g, l_s, l_m,
+    q, k, table, positions, first, sinks, lse, out, M, T, scale, softcap, unit,
+    q_m, q_h, k_n, k_p, k_g, l_s, l_m,
     Q_D: tl.constexpr, K_D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
     PAD: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
-    SPLITS: tl.constexpr, MEAN: tl.constexpr, QUERIES: tl.constexpr,
+    BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, SOFTCAP: tl.constexpr, FIRST: tl.constexpr,
+    SINKS: tl.constexpr, SPLITS: tl.constexpr, MEAN: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys against all rows; lse [SPLITS, M, H] counts in 1/unit of a power of 2."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -159,15 +109,24 @@ def _importance_kernel(
         b_heads = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         p_k = p_n
         for i_g in range(G):
-            o_m, o_h, m_r, b_last = _rows(positions, i_m, i_g, M, T, GROUP, PAD, BLOCK_M)
+            o_m, o_h, m_r, b_first, b_last = rows_seen(
+                positions, first, i_m, i_g, M, T, GROUP, PAD, BLOCK_M, FIRST
+            )
             p_q = q + o_m * q_m + o_h * q_h
-            b_s = _logits(p_q, p_k, m_r, o_n < T, Q_D, K_D, D, BLOCK_D, UPCAST) * scale
+            b_s = row_logits(
+                p_q, p_k, m_r, o_n < T, scale, softcap, Q_D, K_D, D, BLOCK_D, UPCAST, SOFTCAP
+            )
             p_k += k_g
             p_lse = (lse + o_m * l_m + o_h)[None, :] + (o_s * l_s)[:, None]
             b_parts = tl.load(p_lse, mask=m_r[None, :], other=0) * unit
             b_max = tl.max(b_parts, 0)
             b_lse = b_max + tl.log2(tl.sum(tl.exp2(b_parts - b_max[None, :]), 0))
-            b_a = tl.where(o_n[None, :] <= b_last[:, None], tl.exp2(b_s - b_lse[:, None]), 0)
+            if SINKS:
+                b_sink = tl.load(sinks + o_h, mask=m_r, other=0) * 1.4426950408889634
+                b_max = tl.maximum(b_lse, b_sink)
+                b_lse = b_max + tl.log2(tl.exp2(b_lse - b_max) + tl.exp2(b_sink - b_max))
+            m_s = sees(o_n, b_first, b_last, FIRST)
+            b_a = tl.where(m_s, tl.exp2(b_s - b_lse[:, None]), 0)
             b_a = tl.reshape(b_a, (BLOCK_M, PAD, BLOCK_N))
             b_heads = b_heads + tl.sum(b_a, 1) if MEAN else tl.maximum(b_heads, tl.max(b_a, 1))
         if MEAN:
@@ -187,6 +146,8 @@ def _check(
     T: int,
     heads: Heads,
     queries: Queries,
+    first: Tensor | None,
+    sinks: Tensor | None,
     lse: Tensor | None,
     out: Tensor | None,
 ) -> None:
@@ -204,6 +165,8 @@ def _check(
     M, H, _ = q.shape
     wanted: list[tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]] = [
         ("positions", positions, torch.int64, (M,)),
+        ("first", first, torch.int64, (M,)),
+        ("sinks", sinks, torch.float32, (H,)),
         ("lse", lse, torch.float32, (M, H)),
         ("out", out, torch.float32, (T,)),
     ]
@@ -252,19 +215,25 @@ def importance(
     *,
     heads: Heads = "mean",
     queries: Queries = "sum",
+    first: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     lse: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attention that the query rows pay to each of the keys 0..T-1 of one request, fp32 [T].
 
-    k is one layer's pages, any strides; row i sees the keys at or before positions[i]. lse [M, H],
-    natural logarithms as attention leaves them, saves the first of two passes over the keys.
+    k is one layer's pages, any strides; row i sees the keys at or before positions[i], of layers
+    with a window only those from first[i] on. softcap c makes c tanh(x / c) of a logit x. sinks
+    [H] fp32 are logits that every row sees beside its keys. lse [M, H], natural logarithms as
+    attention leaves them, sinks included, saves the first of two passes over the keys.
     """
-    _check(q, k, table, positions, T, heads, queries, lse, out)
+    _check(q, k, table, positions, T, heads, queries, first, sinks, lse, out)
     if not use_kernel(q):
         return importance_reference(
-            q, k, table, positions, T, scale, heads=heads, queries=queries, lse=lse, out=out
-        )
+            q, k, table, positions, T, scale, heads=heads, queries=queries, first=first,
+            softcap=softcap, sinks=sinks, lse=lse, out=out,
+        )  # fmt: skip
     out = torch.empty(T, dtype=torch.float32, device=q.device) if out is None else out
     (M, H, D), (P, G) = q.shape, k.shape[1:3]
     if not M or not T:
@@ -274,29 +243,35 @@ def importance(
         **_shape(H // G),
         # Triton 3.9's interpreter multiplies bf16 as integers.
         "UPCAST": int(interpreted() and q.dtype != torch.float32),
+        "SOFTCAP": int(bool(softcap)), "FIRST": int(first is not None),
     }  # fmt: skip
     strides = (*q.stride()[:2], *k.stride()[:3])
+    seen = positions if first is None else first
+    others = q if sinks is None else sinks
+    capping = (scale, softcap) if softcap else (scale * LOG2E, 0.0)
     programs = triton.cdiv(M, shape["BLOCK_M"]) * G
     splits = _splits(programs, T) if lse is None else 1
     with torch.cuda.device_of(q):
         parts = lse[None] if lse is not None else q.new_empty((splits, M, H), dtype=torch.float32)
         if lse is None:
             share = triton.cdiv(T, splits * shape["BLOCK_N"]) * shape["BLOCK_N"]
-            _lse_kernel[(programs, splits)](
-                q, k, table, positions, parts, M, T, share, scale * LOG2E, *strides,
+            lse_kernel[(programs, splits)](
+                q, k, table, positions, seen, parts, M, T, share, *capping, *strides,
                 *parts.stride()[:2], **shape,
             )  # fmt: skip
         _importance_kernel[(triton.cdiv(T, shape["BLOCK_N"]),)](
-            q, k, table, positions, parts, out, M, T, scale * LOG2E, 1.0 if lse is None else LOG2E,
-            *strides, *parts.stride()[:2], **shape,
-            SPLITS=splits, MEAN=int(heads == "mean"), QUERIES=QUERIES[queries],
+            q, k, table, positions, seen, others, parts, out, M, T, *capping,
+            1.0 if lse is None else LOG2E, *strides, *parts.stride()[:2], **shape,
+            SINKS=int(sinks is not None and lse is None), SPLITS=splits,
+            MEAN=int(heads == "mean"), QUERIES=QUERIES[queries],
         )  # fmt: skip
     return out
 
 
 @dataclass(frozen=True)
 class Probe(Case):
-    """M query rows, the last of T (suffix) or any of them; given: with log-sum-exps."""
+    """M query rows, the last of T (suffix) or any of them, that see the last `window` keys or, with
+    0, all; given: with log-sum-exps."""
 
     L: int = 1
     rotate: bool = False
@@ -306,6 +281,9 @@ class Probe(Case):
     queries: Queries = "sum"
     suffix: bool = False
     given: bool = False
+    window: int = 0
+    softcap: float | None = None
+    sinks: bool = False
 
     def __str__(self) -> str:
         rows = f"M{self.M}-H{self.H}-{'suffix' if self.suffix else 'anywhere'}"
@@ -313,7 +291,7 @@ class Probe(Case):
 
 
 def make_inputs(case: Probe, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Keys that no row may see are NaN, as all is that lies in no page of the table."""
+    """Keys behind the last that a row may see are NaN, as what no page of the table holds is."""
     random = torch.Generator().manual_seed(case.T * 1009 + case.M)
     positions = torch.randperm(case.T, generator=random)[: case.M].sort().values
     if case.suffix:
@@ -326,11 +304,13 @@ def make_inputs(case: Probe, dtype: torch.dtype, device: str) -> dict[str, Any]:
     q = torch.randn((case.M, case.H, case.D), generator=random).to(device, dtype)
     call = {
         "q": q, "k": paged.k[0], "table": table, "positions": positions.to(device), "T": case.T,
-        "scale": case.D**-0.5,
+        "scale": case.D**-0.5, "softcap": case.softcap,
+        "first": (positions - case.window + 1).clamp(min=0).to(device) if case.window else None,
     }  # fmt: skip
+    sinks = torch.randn(case.H, generator=random).to(device) if case.sinks else None
     lse = _masked_logits(**{**call, "q": q.double(), "k": paged.k[0].double()}).logsumexp(dim=2)
     return {
-        **call, "heads": case.heads, "queries": case.queries,
+        **call, "heads": case.heads, "queries": case.queries, "sinks": sinks,
         "lse": lse.float() if case.given else None,
         "out": poison(torch.Size((case.T,)), torch.float32, device),
     }  # fmt: skip
@@ -343,14 +323,25 @@ def _bytes(c: Probe, b: int) -> int:
 
 
 def _signature(
-    D: int, group: int, heads: Heads = "mean", queries: Queries = "sum"
+    D: int,
+    group: int,
+    heads: Heads = "mean",
+    queries: Queries = "sum",
+    *,
+    window: int = 0,
+    softcap: bool = False,
+    sinks: bool = False,
 ) -> dict[str, str | int]:
-    pointers = {"table": "*i32:16", "positions": "*i64:16", "lse": "*fp32:16", "out": "*fp32:16"}
+    pointers: dict[str, str | int] = {
+        "table": "*i32:16", "positions": "*i64:16", "first": "*i64:16", "FIRST": int(bool(window)),
+        "SOFTCAP": int(softcap), "sinks": "*fp32:16", "SINKS": int(sinks),
+        "lse": "*fp32:16", "out": "*fp32:16",
+    }  # fmt: skip
     strides = dict.fromkeys(("q_m", "q_h", "k_n", "k_p", "k_g", "l_s", "l_m"), "i32:16")
     return {
         "q": "*b:16", "k": "*b:16", **pointers, "M": "i32", "T": "i32", "share": "i32:16",
-        "scale": "fp32", "unit": "fp32", **strides, "Q_D": 1, "K_D": 1, "P": 16, "G": 8,
-        "GROUP": group, "D": D, **_shape(group), "UPCAST": 0,
+        "scale": "fp32", "softcap": "fp32", "unit": "fp32", **strides,
+        "Q_D": 1, "K_D": 1, "P": 16, "G": 8, "GROUP": group, "D": D, **_shape(group), "UPCAST": 0,
         "SPLITS": 4, "MEAN": int(heads == "mean"), "QUERIES": QUERIES[queries],
     }  # fmt: skip
 
@@ -368,6 +359,10 @@ SPEC = KernelSpec(
         Probe(T=330, G=1, D=128, P=8, M=65, H=2, layout="cpu", heads="max", suffix=True),
         Probe(T=200, G=2, D=256, P=32, M=7, H=2, heads="max", queries="l2"),
         Probe(T=530, G=2, D=64, P=128, M=9, H=14, suffix=True),
+        Probe(T=301, G=1, D=64, M=9, H=4, layout="cpu", window=50),
+        Probe(T=233, G=1, D=80, M=5, H=4, heads="max", window=7, softcap=2.0, given=True),
+        Probe(T=333, G=1, D=64, M=6, H=2, queries="l2", suffix=True, softcap=30.0),
+        Probe(T=90, G=1, D=64, M=6, H=4, suffix=True, window=30, sinks=True),
         Probe(T=20, G=2, D=64, M=0, H=4),
         Probe(T=0, G=2, D=64, M=0, H=4),
     ),
@@ -377,13 +372,16 @@ SPEC = KernelSpec(
     check=ROUNDED,
     moves=False,
     flops=lambda c: 4 * c.M * c.H * c.D * c.T,
-    kernels=dict.fromkeys(("lse", "lse-D80"), _lse_kernel),
+    kernels=dict.fromkeys(("lse", "lse-D80", "lse-window-softcap"), lse_kernel),
     aot={
         "lse": _signature(128, 4),
         "lse-D80": _signature(80, 8),
+        "lse-window-softcap": _signature(128, 4, window=4096, softcap=True),
         "mean-sum": _signature(128, 4),
         "max-max": _signature(64, 7, "max", "max"),
         "mean-l2": _signature(80, 8, "mean", "l2"),
+        "window-softcap": _signature(128, 4, window=4096, softcap=True),
+        "window-sinks": _signature(64, 8, window=128, sinks=True),
     },
     traffic={
         "lse": Probe(T=512, G=2, D=128, M=16, H=8, suffix=True),

@@ -1,10 +1,10 @@
 """Put rows that lie in runs anywhere in one buffer into the paged KV cache, each run turned alone.
 
-Shapes: buffer [U, G, D], slots [M], runs [n, 5], cos and sin [C, R/2]
+Shapes: buffer [U, G, D], slots [M], runs [n, 5], cos and sin [C, R/2], by_layer [L]
          -> pages L x [N, P, G, D] of K and of V.
 Formula: that of lmc.kernels.scatter for each run (first, T, base, stride, turn): its row i goes to
          slots[first + i] and is, of layer l and side s, buffer[base + (2*l + s) * stride + i].
-         Keys turn by cos[turn] and sin[turn]; turn -1 is the plain copy.
+         Keys turn by cos[t] and sin[t], t = by_layer[l] + turn; where either is -1, not at all.
 Bytes:   reads and writes 2*L*M*G*D*b each, and reads the slots.
 Source:  a claim is many chunks: a launch for each would cost more than its bytes. vLLM's
          reshape_and_cache has an index per row for the target, here is one per run for the source.
@@ -35,29 +35,36 @@ def scatter_runs_reference(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     *,
+    by_layer: Tensor | None = None,
     interleaved: bool = False,
     layers: tuple[int, int] | None = None,
 ) -> None:
-    low, high = layers or (0, paged.L)
-    some = PagedKV(paged.k[low:high], paged.v[low:high])
     G, D = paged.G, paged.D
-    for first, T, base, stride, turn in runs.tolist():
-        strides = (2 * stride * G * D, stride * G * D, G * D, D, 1)
-        chunk = buffer[base + 2 * low * stride :].as_strided((high - low, 2, T, G, D), strides)
-        angles = (cos[turn], sin[turn]) if cos is not None and sin is not None and turn >= 0 else ()
-        scatter_reference(chunk, some, slots[first : first + T], *angles, interleaved=interleaved)
+    before = [0] * paged.L if by_layer is None else by_layer.tolist()
+    for i in range(*(layers or (0, paged.L))):
+        one = PagedKV(paged.k[i : i + 1], paged.v[i : i + 1])
+        for first, T, base, stride, turn in runs.tolist():
+            strides = (2 * stride * G * D, stride * G * D, G * D, D, 1)
+            chunk = buffer[base + 2 * i * stride :].as_strided((1, 2, T, G, D), strides)
+            angles: tuple[Tensor, ...] = ()
+            if cos is not None and sin is not None and min(turn, before[i]) >= 0:
+                angles = cos[before[i] + turn], sin[before[i] + turn]
+            scatter_reference(
+                chunk, one, slots[first : first + T], *angles, interleaved=interleaved
+            )
 
 
 # Numbers that differ from claim to claim, and where an index begins, must not compile it anew.
 @triton.jit(
     do_not_specialize=["U", "M", "C", "first_layer"],
-    do_not_specialize_on_alignment=["slots", "runs"],
+    do_not_specialize_on_alignment=["slots", "runs", "by_layer"],
 )
 def _scatter_runs_kernel(
-    buffer, slots, runs, cos, sin, U, M, C, first_layer,
+    buffer, slots, runs, cos, sin, by_layer, U, M, C, first_layer,
     table, L, limit, k_n, k_p, k_g, v_n, v_p, v_g,
     K_D: tl.constexpr, V_D: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BY_LAYER: tl.constexpr,
     R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     p_run = runs + tl.program_id(0).to(tl.int64) * 5
@@ -65,6 +72,9 @@ def _scatter_runs_kernel(
     i_l = first_layer + tl.program_id(2).to(tl.int64) // 2
     i_kv = tl.program_id(2).to(tl.int64) % 2
     first, T, turn = tl.load(p_run), tl.load(p_run + 1), tl.load(p_run + 4)
+    if BY_LAYER:
+        before = tl.load(by_layer + i_l)
+        turn = tl.where((turn < 0) | (before < 0), -1, before + turn)
     at = tl.load(p_run + 2) + (2 * i_l + i_kv) * tl.load(p_run + 3)
     # On a GPU nobody checked them: what is out of range is left alone.
     inside = (first >= 0) & (first + T <= M) & (at >= 0) & (at + T <= U) & (turn < C)
@@ -101,12 +111,14 @@ def scatter_runs(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     *,
+    by_layer: Tensor | None = None,
     interleaved: bool = False,
     layers: tuple[int, int] | None = None,
 ) -> None:
     """Write rows out of buffer [U, G, D] to `slots` int64 [M], as `runs` int64 [n, 5] have them.
 
     A run is (first, T, base, stride, turn): see the module. Slots must be distinct; -1 skips a row.
+    by_layer: int64 [L], what each layer adds to its turns, or -1; None: nothing, in all of them.
     layers: the first and the one behind the last, of all of which `runs` speak; None: all.
 
     With pages on a GPU the buffer lies there too, or in pinned host memory: then the kernel reads
@@ -131,6 +143,7 @@ def scatter_runs(
     if (cos is None) != (sin is None):
         raise ValueError(f"cos and sin go together, got cos={cos!r}, sin={sin!r}")
     R = C = 0
+    n = _rotations(by_layer, paged.L)
     if cos is not None and sin is not None:
         for name, x in (("cos", cos), ("sin", sin)):
             if x.ndim != 2 or x.dtype != torch.float32 or not 2 <= 2 * x.shape[1] <= paged.D:
@@ -141,20 +154,37 @@ def scatter_runs(
             raise ValueError(f"cos and sin must be alike, got {describe(cos)}, {describe(sin)}")
         C, R = len(cos), 2 * cos.shape[1]
         cos, sin = (x.to(paged.device, non_blocking=True).contiguous() for x in (cos, sin))
-    _check_runs(runs, len(slots), len(buffer), C, paged.L)
-    slots, runs = (x.to(paged.device, non_blocking=True).contiguous() for x in (slots, runs))
+    _check_runs(runs, len(slots), len(buffer), C - n, paged.L)
+    slots, runs, offsets = (
+        x.to(paged.device, non_blocking=True).contiguous()
+        for x in (slots, runs, slots if by_layer is None else by_layer)
+    )
     if not use_kernel(paged.k[0]):
         put = scatter_runs_host if paged.dtype == torch.float32 else scatter_runs_reference
-        put(buffer, paged, slots, runs, cos, sin, interleaved=interleaved, layers=(low, high))
+        how: dict[str, Any] = {"by_layer": by_layer, "interleaved": interleaved}
+        put(buffer, paged, slots, runs, cos, sin, layers=(low, high), **how)
     elif len(runs):
         grid = (len(runs), paged.G, 2 * (high - low))
         with torch.cuda.device_of(paged.k[0]):
             _scatter_runs_kernel[grid](
-                buffer, slots, runs, cos, sin, len(buffer), len(slots), C, low,
+                buffer, slots, runs, cos, sin, offsets, len(buffer), len(slots), C, low,
                 **paged.kernel_args, G=paged.G, D=paged.D,
                 BLOCK_T=block_rows(len(slots), paged.D), BLOCK_D=triton.next_power_of_2(paged.D),
-                **rotate_args(R, paged.D, interleaved),
+                BY_LAYER=int(by_layer is not None), **rotate_args(R, paged.D, interleaved),
             )  # fmt: skip
+
+
+def _rotations(by_layer: Tensor | None, L: int) -> int:
+    """The furthest that a layer's turns lie behind the first; raise unless it is int64 [L]."""
+    if by_layer is None:
+        return 0
+    if by_layer.shape != (L,) or by_layer.dtype != torch.int64:
+        raise ValueError(f"by_layer must be int64 [{L}], got {describe(by_layer)}")
+    if by_layer.device.type != "cpu":
+        return 0
+    if int(by_layer.min()) < -1:
+        raise ValueError(f"by_layer must be -1 or more, got {int(by_layer.min())}")
+    return max(0, int(by_layer.max()))
 
 
 def _check_runs(runs: Tensor, M: int, U: int, C: int, L: int) -> None:
@@ -181,11 +211,13 @@ def _check_runs(runs: Tensor, M: int, U: int, C: int, L: int) -> None:
 class RunsCase(Case):
     """T rows out of runs of at most `run`, in any order; the first is copied, two turns follow.
 
-    first: the first layer that is put.
+    first: the first layer that is put. apart: layers turn by other rotations than their
+    neighbours, and one in three not at all.
     """
 
     run: int = 5
     first: int = 0
+    apart: bool = False
 
 
 def make_inputs(case: RunsCase, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -202,7 +234,9 @@ def make_inputs(case: RunsCase, dtype: torch.dtype, device: str) -> dict[str, An
     if case.rotate:
         R = case.R or case.D
         turns = torch.tensor([[123.0], [-4567.0]], dtype=torch.float64)
-        angle = turns * 1e4 ** (-torch.arange(0, R, 2, dtype=torch.float64) / R)
+        bases = (1e4, 1e6) if case.apart else (1e4,)
+        exponent = -torch.arange(0, R, 2, dtype=torch.float64) / R
+        angle = torch.cat([turns * base**exponent for base in bases])
         angles = {"cos": angle.cos().float().to(device), "sin": angle.sin().float().to(device)}
     return {
         "buffer": buffer.to(device, dtype),
@@ -210,14 +244,20 @@ def make_inputs(case: RunsCase, dtype: torch.dtype, device: str) -> dict[str, An
         "slots": make_slots(case, device),
         "runs": torch.tensor(runs, dtype=torch.int64, device=device).view(-1, 5),
         **angles,
+        "by_layer": torch.tensor([(-1, 0, 2)[i % 3] for i in range(case.L)], device=device)
+        if case.apart
+        else None,
         "interleaved": case.interleaved,
         "layers": (case.first, case.L),
     }
 
 
-def _signature(D: int, R: int, interleaved: bool = False) -> dict[str, str | int]:
+def _signature(
+    D: int, R: int, interleaved: bool = False, apart: bool = False
+) -> dict[str, str | int]:
     return {
         "buffer": "*b:16", "slots": "*i64", "runs": "*i64", "cos": "*fp32:16", "sin": "*fp32:16",
+        "by_layer": "*i64", "BY_LAYER": int(apart),
         "U": "i64", "M": "i32", "C": "i32", "first_layer": "i32", **AOT_ARGS,
         "G": 8, "D": D, "BLOCK_T": block_rows(8192, D), "BLOCK_D": triton.next_power_of_2(D),
         **rotate_args(R, D, interleaved),
@@ -238,6 +278,8 @@ SPEC = KernelSpec(
         RunsCase(T=90, G=1, D=128, P=8, layout="cpu", slots="shuffled", run=80),
         RunsCase(T=20, G=2, D=256, L=3, slots="holes", first=2),
         RunsCase(T=21, G=2, D=64, rotate=False, layout="hnd", slots="shuffled"),
+        RunsCase(T=21, G=1, D=64, L=5, layout="cpu", apart=True),
+        RunsCase(T=33, G=2, D=80, R=32, L=4, slots="shuffled", apart=True, first=1),
         RunsCase(T=7, G=2, D=64, slots="none"),
         RunsCase(T=0, G=2, D=64),
     ),
@@ -250,6 +292,7 @@ SPEC = KernelSpec(
         "neox": _signature(128, 128),
         "interleaved": _signature(128, 128, interleaved=True),
         "partial": _signature(80, 32),
+        "apart": _signature(128, 128, apart=True),
     },
     traffic={
         "copy": RunsCase(L=1, T=256, G=2, D=128, rotate=False, run=64),

@@ -77,7 +77,7 @@ def _pairs(bits, BLOCK_M):
 
 
 @triton.jit
-def _capped(x, softcap):
+def capped(x, softcap):
     # softcap * tanh(x / softcap). 1 - 2/(e^2y + 1) cancels near 0; there Lambert's continued
     # fraction is exact to fp32.
     b_y = x / softcap
@@ -161,7 +161,7 @@ def _attention_kernel(
                     b_q = tl.load(p_q + o_c[None, :], mask=m_pair[:, None] & m_c, other=0.0)
                 b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision="ieee")
             if SOFTCAP:
-                b_s = _capped(b_s * scale, softcap)
+                b_s = capped(b_s * scale, softcap)
             if MASKED:
                 b_behind = b_pos[:, None] - o_n[None, :]
                 m_s = b_behind >= 0

@@ -88,7 +88,7 @@ def calibrate(
                     model=model if model in EXPORTS else Path(folder).resolve().name,
                     weights=weights.hex(),
                     dtype=str(hf.dtype).removeprefix("torch."),
-                    rope=hf.rope.fingerprint.hex(),
+                    rope=hf.rotations.fingerprint.hex(),
                     lmc_version=lmc.__version__,
                     git_commit=git_commit(),
                     workloads=workloads,

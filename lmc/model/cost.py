@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from lmc.model.layers import Layer
 
 
 @dataclass(frozen=True)
@@ -14,11 +18,13 @@ class PrefillCost:
 
     Attributes:
         linear: FLOPs of the projections and the MLP, per row.
-        attention: FLOPs of QK and PV, per row and key attended to.
+        attention: FLOPs of QK and PV, per row and key attended to in all layers.
+        layers: which say how many keys a row attends to; none: all up to itself.
     """
 
     linear: float
     attention: float
+    layers: tuple[Layer, ...] = ()
 
     def fraction(self, computed: Sequence[tuple[int, int, float]], T: int) -> float:
         """Share of the FLOPs of a full prefill of T tokens that runs of rows cost.
@@ -26,12 +32,22 @@ class PrefillCost:
         computed: `(start, end, share)`: rows `[start, end)`, of whose layers a share is computed.
         """
         start, end, share = np.array(computed, np.float64).reshape(-1, 3).T
-        keys = (end * (end + 1) - start * (start + 1)) / 2
-        flops = self.linear * (end - start) + self.attention * keys
-        return float((share * flops).sum()) / self.flops(0, T)
+        return float((share * self.flops(start, end)).sum() / self.flops(0, T))
 
-    def flops(self, start: int, end: int) -> float:
-        """FLOPs of rows `[start, end)`, each of which attends to itself and all before it."""
-        # A row at position p attends to p + 1 keys; the sum over rows is closed form.
-        keys = (end * (end + 1) - start * (start + 1)) / 2
-        return self.linear * (end - start) + self.attention * keys
+    def flops(self, start: Any, end: Any) -> Any:
+        """FLOPs of rows `[start, end)`, ints or arrays of them; each attends to itself too."""
+        return self.linear * (end - start) + self.attention * (self._keys(end) - self._keys(start))
+
+    def of_layer(self, index: int, rows: np.ndarray, L: int) -> float:
+        """FLOPs of rows at positions `[M]` in one of L layers, alike but for keys."""
+        first = self.layers[index].first_key(rows) if self.layers else 0
+        keys = int((rows + 1 - first).sum())
+        return (self.linear * len(rows) + self.attention * keys) / L
+
+    def _keys(self, n: Any) -> Any:
+        """Keys that rows 0..n - 1 attend to, all together, in a layer: the mean over layers."""
+        if not self.layers:
+            return n * (n + 1) / 2
+        kinds = Counter((layer.kind, layer.window) for layer in self.layers)
+        seen = sum(Layer(k, w).keys_seen(n) * times for (k, w), times in kinds.items())
+        return seen / len(self.layers)

@@ -6,7 +6,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from lmc.model.rope import Rope
+from lmc.model.rope import Rotations
 
 FORMAT_VERSION = 1  # of stored KV; a change makes all that was stored before unfindable
 
@@ -21,7 +21,7 @@ def namespace_of(
     config_json: str,
     weights: bytes,
     dtype: str,
-    rope: Rope | None,
+    rope: Rotations | None,
     *,
     computed_in: str | None = None,
     engine: str = "",

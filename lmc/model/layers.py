@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 Kind = Literal["full", "sliding", "chunked", "latent", "indexed", "linear", "none"]
 
 # Of `layer_types`; what is not here is nobody's that lmc knows.
@@ -57,6 +59,20 @@ class Layer:
     sinks: bool = False
     cap: float = 0.0
     shared: int | None = None
+
+    def first_key(self, rows: Any) -> Any:
+        """The first position that queries at positions `rows`, an int or an array, see."""
+        if self.kind == "sliding":
+            return np.maximum(rows - self.window + 1, 0)
+        return rows // self.window * self.window if self.kind == "chunked" else rows * 0
+
+    def keys_seen(self, n: Any) -> Any:
+        """Keys that the queries at positions 0..n - 1 see, all together; n as `rows`."""
+        if self.kind == "chunked":
+            whole, rest = n // self.window, n % self.window
+            return (whole * self.window * (self.window + 1) + rest * (rest + 1)) / 2
+        near = np.minimum(n, self.window) if self.kind == "sliding" else n
+        return near * (near + 1) / 2 + (n - near) * self.window
 
     @property
     def elements(self) -> int:

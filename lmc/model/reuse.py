@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from lmc.model.layers import layers_of, summary
-from lmc.model.rope import from_config
+from lmc.model.rope import rotations_of
 
-# Kinds of layers whose KV is stored and put back; what a query sees of others is not built yet.
-EXACT = ("full",)
+# Kinds of layers that keep keys and values of every token, which are stored and put back.
+KEYS = ("full", "sliding")
 
 
 def exact_refusal(config: Any) -> str | None:
@@ -24,11 +24,25 @@ def exact_refusal(config: Any) -> str | None:
         layers = layers_of(config)
     except ValueError as e:
         return str(e)
-    if other := tuple(layer for layer in layers if layer.kind not in EXACT):
-        return f"layers that are not full attention: {summary(other)}"
+    if other := tuple(layer for layer in layers if layer.kind not in KEYS):
+        return f"layers whose KV is not reused yet: {summary(other)}"
     if any(layer.shared is not None for layer in layers):
         return "layers that use the KV of others"
+    if len({(layer.heads, layer.key, layer.value) for layer in layers}) > 1:
+        return "layers whose KV has different sizes"
+    if any(layer.key != layer.value for layer in layers):
+        return f"keys of {layers[0].key} elements a head beside values of {layers[0].value}"
     return None
+
+
+def mixes_windows(config: Any) -> bool:
+    """Whether some layers have windows and others see all: such a model is reused where one cache
+    keeps the KV of all layers alike (in vLLM `--disable-hybrid-kv-cache-manager`). Args as above,
+    or the dict of a config.json."""
+    try:
+        return {layer.kind for layer in layers_of(config)} == set(KEYS)
+    except ValueError:
+        return False
 
 
 def moved_refusal(config: Any) -> str | None:
@@ -36,11 +50,7 @@ def moved_refusal(config: Any) -> str | None:
     if reason := exact_refusal(config):
         return reason
     try:
-        from_config(config)
+        rotations_of(config)
     except ValueError as e:
         return str(e)
-    layers = layers_of(config)
-    unturned = sum(layer.rope is None for layer in layers)
-    if unturned:
-        return f"RoPE in {len(layers) - unturned} layers and none in {unturned}"
     return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmc.model.cost import PrefillCost
+from lmc.model.layers import Layer, layers_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
@@ -94,9 +95,20 @@ def shape_of(config: Any) -> ModelShape:
         latent=latent,
         dtype=str(value("dtype") or value("torch_dtype") or "float32").removeprefix("torch."),
         cost=PrefillCost(
-            linear=2.0 * L * (attention + 3 * hidden * inner), attention=2.0 * L * pair
+            linear=2.0 * L * (attention + 3 * hidden * inner),
+            attention=2.0 * L * pair,
+            layers=_seen(text),
         ),
     )
+
+
+def _seen(config: Any) -> tuple[Layer, ...]:
+    """Layers, where some see less than all keys; none where it is not known."""
+    try:
+        layers = layers_of(config)
+    except ValueError:
+        return ()
+    return layers if any(layer.window for layer in layers) else ()
 
 
 def shape(model: str) -> ModelShape:

@@ -227,9 +227,8 @@ def store_sweep(
 
 def block_costs(accesses: Accesses, model: ModelShape) -> np.ndarray:
     """[A] FLOPs of prefilling each block at its position."""
-    start, T = accesses.starts(), accesses.tokens
-    keys = T * (2 * start + T + 1) / 2
-    return np.asarray(model.cost.linear * T + model.cost.attention * keys)
+    start = accesses.starts()
+    return np.asarray(model.cost.flops(start, start + accesses.tokens))
 
 
 def parse_capacity(text: str) -> tuple[float, ...]:

@@ -19,7 +19,7 @@ from lmc.blend.evidence import Deviation, Importance, Need, Outline, Seen
 from lmc.blend.forward import Outcome
 from lmc.blend.query import Query
 from lmc.blend.strategy import NOTHING, Strategy
-from lmc.connectors.hf.adapter import HFAdapter, Pages
+from lmc.connectors.hf.adapter import Pages
 from lmc.kernels.gather import gather
 from tests.connectors.hf.tiny import END, TOKENS, T, decoder, far, tiny
 
@@ -53,7 +53,7 @@ def run(
     max_rows: int | None = None,
     **options: Any,
 ) -> Outcome:
-    adapter = HFAdapter(tiny().inner, np.array(tokens), pages, outline=outline, **options)
+    adapter = tiny().adapter(np.array(tokens), pages, outline=outline, **options)
     adapter.max_rows = max_rows or adapter.max_rows
     return tiny().run(adapter, forced, strategy, outline)
 
@@ -109,7 +109,7 @@ def test_slices_change_nothing(make: Any) -> None:
 def test_recorded_attention_outputs_of_slices_are_joined() -> None:
     found = []
     for max_rows in (T, 7):
-        adapter = HFAdapter(tiny().inner, np.array(TOKENS), tiny().pages(T))
+        adapter = tiny().adapter(np.array(TOKENS), tiny().pages(T))
         adapter.max_rows, adapter.outputs = max_rows, []
         tiny().run(adapter, np.arange(T))
         found.append(torch.stack(adapter.outputs))
@@ -224,8 +224,8 @@ def test_a_bottom_right_mask_is_right_when_all_rows_are_computed_and_does_not_go
         results.append(pages.buffer)
     assert far(*results) < 1e-5
     long = [*TOKENS] * 30
-    assert HFAdapter(tiny().inner, np.array(long), stale()).max_rows < len(long)
-    masked = HFAdapter(tiny().inner, np.array(long), stale(), mask="bottom_right")
+    assert tiny().adapter(np.array(long), stale()).max_rows < len(long)
+    masked = tiny().adapter(np.array(long), stale(), mask="bottom_right")
     assert masked.max_rows == len(long)
 
 
@@ -257,9 +257,9 @@ def test_shifting_every_position_equally_changes_nothing(shift: int, name: str) 
     strategy = STRATEGIES.build(name)
     forced = NEW if name != "epic" else np.union1d(NEW, strategy.rows(OUTLINE))
     one, other = stale(), stale()
-    cos, sin = (torch.from_numpy(x) for x in tiny().rope.angles(shift))
+    cos, sin = (torch.from_numpy(x) for x in tiny().rotations.angles(shift))
     for layer in other.rows(0, T):
-        layer[0] = rerotate(layer[0].contiguous(), cos, sin, interleaved=False)
+        layer[0] = rerotate(layer[0].contiguous(), cos[0], sin[0], interleaved=False)
     expected = run(strategy, one, forced=forced)
     got = run(strategy, other, forced=forced, positions=np.arange(T) + shift)
     assert [r.tolist() for r in expected.rows] == [r.tolist() for r in got.rows]

@@ -149,9 +149,9 @@ def test_a_calibrated_model_is_found_again(smollm2_dir: Path, cache: Path) -> No
 
     from transformers import AutoConfig
 
-    from lmc.model.rope import from_config
+    from lmc.model.rope import rotations_of
 
-    rope = from_config(AutoConfig.from_pretrained(smollm2_dir)).fingerprint
+    rope = rotations_of(AutoConfig.from_pretrained(smollm2_dir)).fingerprint
     assert find_profile(weights_digest(smollm2_dir), "float32", rope, "anchored") == profile
 
 

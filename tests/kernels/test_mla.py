@@ -26,7 +26,7 @@ from lmc.kernels.gather import LatentCase, PagedLatents, gather, make_latents
 from lmc.kernels.rerotate import rerotate
 from lmc.kernels.scatter import SPEC, scatter
 from lmc.kernels.spec import interpreted, verify
-from lmc.model.rope import Rope, from_config
+from lmc.model.rope import Rope, rotations_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LATENT, ROPE = 512, 64
@@ -60,7 +60,7 @@ def embedding(kind: str) -> tuple[DeepseekV3RotaryEmbedding, Rope]:
         max_position_embeddings=4096,
         rope_parameters={"rope_type": kind, "rope_theta": 1e4, **SCALINGS[kind]},
     )
-    return DeepseekV3RotaryEmbedding(config), from_config(config)
+    return DeepseekV3RotaryEmbedding(config), rotations_of(config).ropes[0]
 
 
 def latents_at(model: DeepseekV3RotaryEmbedding, raw: Tensor, position: int) -> Tensor:

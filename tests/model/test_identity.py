@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from lmc.model.identity import namespace_of
-from lmc.model.rope import Rope
+from lmc.model.rope import Rope, Rotations
 
-ROPE = Rope(np.array([1.0, 0.1]), interleaved=False, kind="default")
+
+def turning(*inv_freq: float, interleaved: bool = False) -> Rotations:
+    """Two layers, by one rotation."""
+    rope = Rope(np.array(inv_freq), interleaved=interleaved, kind="default")
+    return Rotations((rope,), (0, 0))
+
+
+ROPE = turning(1.0, 0.1)
 GIVEN = ('{"a": 1}', bytes(32), "float32", ROPE)
 
 
@@ -24,10 +33,12 @@ def test_whatever_makes_kv_another_changes_it() -> None:
         (GIVEN[0], b"1" * 32, *GIVEN[2:]),
         (*GIVEN[:2], "bfloat16", ROPE),
         (*GIVEN[:3], None),
-        (*GIVEN[:3], Rope(np.array([1.0, 0.2]), interleaved=False, kind="default")),
-        (*GIVEN[:3], Rope(np.array([1.0, 0.1]), interleaved=True, kind="default")),
+        (*GIVEN[:3], turning(1.0, 0.2)),
+        (*GIVEN[:3], turning(1.0, 0.1, interleaved=True)),
+        (*GIVEN[:3], replace(ROPE, of=(0, -1))),
+        (*GIVEN[:3], replace(ROPE, ropes=(*ROPE.ropes, *turning(1.0, 0.2).ropes), of=(0, 1))),
     ]
-    assert len({namespace_of(*GIVEN), *(namespace_of(*other) for other in others)}) == 7
+    assert len({namespace_of(*GIVEN), *(namespace_of(*other) for other in others)}) == 9
 
 
 def test_how_an_engine_computes_changes_it() -> None:

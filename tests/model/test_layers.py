@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from lmc.model.layers import bytes_by_kind, layers_of, summary
+from lmc.model.cost import PrefillCost
+from lmc.model.layers import Layer, bytes_by_kind, layers_of, summary
 from lmc.model.reuse import exact_refusal, moved_refusal
 from lmc.model.shape import KNOWN, shape_of
 
@@ -101,9 +103,29 @@ def test_what_is_refused_is_refused_for_that_alone() -> None:
         return exact_refusal(config), moved_refusal(config)
 
     assert refusals() == (None, None)
-    assert refusals(no_rope_layers=[1, 1, 0] * 2) == (None, "RoPE in 4 layers and none in 2")
+    assert refusals(no_rope_layers=[1, 1, 0] * 2) == (None, None)
+    assert refusals(sliding_window=8) == (None, None)
     dynamic = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
     exact, moved = refusals(rope_parameters=dynamic)
     assert exact is None and "RoPE type 'dynamic' cannot be re-rotated" in str(moved)
-    exact, moved = refusals(sliding_window=8)
-    assert exact == moved == "layers that are not full attention: 6 sliding (window 8)"
+    exact, moved = refusals(layer_types=["linear_attention"] * 6)
+    assert exact == moved == "layers whose KV is not reused yet: 6 linear"
+
+
+@pytest.mark.parametrize("layer", [Layer("full"), Layer("sliding", 7), Layer("chunked", 5)])
+def test_what_rows_see_adds_up(layer: Layer) -> None:
+    """A row sees keys from the first to itself; a window's own width is the most that it sees."""
+    rows = np.arange(40)
+    seen = rows + 1 - layer.first_key(rows)
+    assert (seen >= 1).all() and seen.max() <= (layer.window or 40)
+    assert [layer.keys_seen(n) for n in range(41)] == [0, *np.cumsum(seen)]
+    assert layer.keys_seen(np.arange(41)).tolist() == [0, *np.cumsum(seen)]
+
+
+def test_windows_make_late_rows_cheap() -> None:
+    layers = (Layer("sliding", 10), Layer("full"))
+    cost = PrefillCost(linear=0.0, attention=1.0, layers=layers)
+    assert cost.flops(30, 31) == (10 + 31) / 2
+    assert cost.of_layer(0, np.array([30, 31]), 2) == 10
+    assert cost.fraction([(0, 40, 1.0)], 40) == 1.0
+    assert PrefillCost(0.0, 1.0).flops(30, 31) == 31

@@ -7,6 +7,7 @@ masks by position.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -25,13 +26,14 @@ from lmc.kernels.gather import gather
 from lmc.kernels.importance import importance
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.scatter import scatter
+from lmc.model.layers import Layer
 
 PAGE = 16
 NAME = "lmc"
 # Rows that one call may carry: activations of a small model, and a mask of this many rows.
 MAX_ROWS = 4096
-# Is shown every attention: rows [M], query [1, H, M, D], key [1, G, T, D], scale.
-Watch = Callable[[np.ndarray, torch.Tensor, torch.Tensor, float], None]
+# Is shown every attention: rows [M], query [1, H, M, D], key [1, G, T, D], scale, and the layer.
+Watch = Callable[[np.ndarray, torch.Tensor, torch.Tensor, float, Layer], None]
 
 
 class Pages:
@@ -65,6 +67,7 @@ class HFAdapter:
         inner: the decoder: `embed_tokens`, `rotary_emb`, `layers`.
         tokens: `[T']` token ids; those behind the prompt's T are an answer that is forced.
         pages: what is reused lies there already; fresh rows go there.
+        layers: what each of its layers lets a row see.
         positions: `[T']` RoPE positions, where they are not 0..T'-1. The mask goes by rows.
         outline: of the request, for rows that ask and for the ablation of the mask.
         mask: see `Strategy.mask`.
@@ -76,6 +79,7 @@ class HFAdapter:
         inner: Any,
         tokens: np.ndarray,
         pages: Pages,
+        layers: Sequence[Layer],
         positions: np.ndarray | None = None,
         *,
         outline: Outline | None = None,
@@ -91,7 +95,10 @@ class HFAdapter:
         # Attention outputs `[M, H * D]` of the last call of each layer, by layer, if recorded.
         self.outputs: list[torch.Tensor] | None = None
         self.watch: Watch | None = None
-        self._inner = inner
+        self._inner, self._kinds = inner, layers
+        self._types: Sequence[str] | None = None  # of layers, where each type turns by its own
+        if "layer_type" in inspect.signature(inner.rotary_emb.forward).parameters:
+            self._types = inner.config.layer_types
         self._tokens = torch.from_numpy(np.asarray(tokens, np.int64)).to(self.device)
         at = np.arange(len(tokens)) if positions is None else positions
         self._positions = torch.from_numpy(np.asarray(at, np.int64)).to(self.device)
@@ -99,7 +106,10 @@ class HFAdapter:
         self._rows = np.empty(0, np.int64)
         self._needs: Sequence[Need] = ()
         self._scores: dict[Need, torch.Tensor] = {}
-        self._prepared: tuple[bytes, Any] = (b"", None)
+        # Of these rows: where they are, and by kind of layer their angles, and their mask.
+        self._where = torch.empty(0, dtype=torch.int64)
+        self._angles: dict[str | None, Any] = {}
+        self._masks: dict[tuple[str, int], torch.Tensor | None] = {}
 
     # -- the adapter's side ------------------------------------------------------------------
 
@@ -110,15 +120,17 @@ class HFAdapter:
         self, index: int, rows: np.ndarray, state: State, needs: Sequence[Need] = ()
     ) -> tuple[State, list[torch.Tensor]]:
         hidden = state[0][None]
-        where, angles, _ = self._prepare(rows, hidden)
-        self._rows, self._needs, self._scores = rows, needs, {}
+        if not np.array_equal(rows, self._rows):
+            self._rows, self._where = rows, self._at(rows)
+            self._angles, self._masks = {}, {}
+        self._needs, self._scores = needs, {}
         out = self.layers[index](
             hidden,
             attention_mask=None,
-            position_ids=self._positions[where][None],
+            position_ids=self._positions[self._where][None],
             past_key_values=self,
             use_cache=True,
-            position_embeddings=angles,
+            position_embeddings=self._angles_of(index, hidden),
             lmc=self,
         )
         out = out[0] if isinstance(out, tuple) else out
@@ -140,7 +152,7 @@ class HFAdapter:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `transformers.Cache.update`: takes `[1, G, M, D]`, gives all rows up to the last."""
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        pages, where = self.pages.layers[layer_idx], self._prepared[1][0]
+        pages, where = self.pages.layers[layer_idx], self._where
         for need in self._needs:
             if isinstance(need, Deviation):
                 self._scores[need] = deviation(
@@ -152,19 +164,27 @@ class HFAdapter:
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int,
-        scale: float, softcap: float | None,
+        scale: float, softcap: float | None, sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Attention of query `[1, H, M, D]` to keys `[1, G, T, D]`: `[1, M, H, D]`."""
+        kind = self._kinds[layer]
         for need in self._needs:
             if isinstance(need, Importance):
-                self._scores[need] = self._importance(need, query, layer, scale)
+                how = (scale, softcap, sinks)
+                self._scores[need] = self._importance(need, query, layer, *how)
         if self.watch is not None:
-            self.watch(self._rows, query, key, scale)
-        mask = self._prepared[1][2]
+            self.watch(self._rows, query, key, scale, kind)
+        if (kind.kind, kind.window) not in self._masks:
+            self._masks[kind.kind, kind.window] = self._mask_of(kind)
+        mask = self._masks[kind.kind, kind.window]
         if self._attention is not None:
+            assert mask is not None  # which it has wherever attention is a strategy's
+            if softcap or sinks is not None:
+                what = "capped logits" if softcap else "learned sinks"
+                raise ValueError(f"attention of a strategy does not know of a model's {what}")
             out = self._attention(query, key, value, mask, scale)
-        elif softcap:
-            out = _softcapped(query, key, value, mask, scale, softcap)
+        elif softcap or sinks is not None:
+            out = _by_hand(query, key, value, mask, scale, softcap, sinks)
         elif mask is None:
             out = scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=True
@@ -204,64 +224,78 @@ class HFAdapter:
             return max(last, self._outline.end)
         return last
 
-    def _prepare(self, rows: np.ndarray, hidden: torch.Tensor) -> Any:
-        """What depends on the rows alone: where they are, their angles, their mask."""
-        key = rows.tobytes()
-        if self._prepared[0] != key:
-            self._rows = rows
-            where = self._at(rows)
-            angles = self._inner.rotary_emb(hidden, position_ids=self._positions[where][None])
-            self._prepared = (key, (where, angles, self._mask_of(rows)))
-        return self._prepared[1]
+    def _angles_of(self, index: int, hidden: torch.Tensor) -> Any:
+        """cos and sin of the rows, as one layer takes them."""
+        name = None if self._types is None else self._types[index]
+        if name not in self._angles:
+            at = self._positions[self._where][None]
+            which = {} if name is None else {"layer_type": name}
+            self._angles[name] = self._inner.rotary_emb(hidden, position_ids=at, **which)
+        return self._angles[name]
 
-    def _mask_of(self, rows: np.ndarray) -> torch.Tensor | None:
+    def _mask_of(self, layer: Layer) -> torch.Tensor | None:
         """True `[M, T]` where row i may look; None for the plain causal mask of a whole prompt."""
-        last = self._at(rows)
+        rows, last = self._rows, self._where
         if self._mask == "bottom_right" and self._outline and rows[0] < self._outline.end:
             # Query i of M sees keys <= T - M + i, whichever row it is, as both published
             # implementations compute it; there the suffix is part of the M.
             M = len(rows) + self._outline.T - self._outline.end
             last = self._outline.T - M + torch.arange(len(rows), device=self.device)
-        elif self._attention is None and len(rows) == rows[-1] + 1:
+        elif self._attention is None and len(rows) == rows[-1] + 1 and not layer.window:
             return None
-        return torch.arange(self._used(), device=self.device)[None] <= last[:, None]
+        key = torch.arange(self._used(), device=self.device)[None]
+        mask = key <= last[:, None]
+        if layer.window:
+            mask &= key >= self._at(layer.first_key(last.cpu().numpy()))[:, None]
+        return mask
 
     def _importance(
-        self, need: Importance, query: torch.Tensor, layer: int, scale: float
-    ) -> torch.Tensor:
+        self, need: Importance, query: torch.Tensor, index: int, scale: float,
+        softcap: float | None, sinks: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
         assert self._outline is not None
         asks = self._rows >= need.first_asking(self._outline)
-        asking = self._at(self._rows[asks])
+        asking, layer = self._rows[asks], self._kinds[index]
         q = query[0].transpose(0, 1)[torch.from_numpy(asks)]
-        pages, T = self.pages.layers[layer], self._outline.T
         return importance(
-            q, pages.k[0], self.pages.table, asking, T, scale,
-            heads=need.heads, queries=need.queries,
+            q, self.pages.layers[index].k[0], self.pages.table, self._at(asking), self._outline.T,
+            scale, heads=need.heads, queries=need.queries, softcap=softcap,
+            first=self._at(layer.first_key(asking)) if layer.window else None,
+            sinks=None if sinks is None else sinks.float().contiguous(),
         )  # fmt: skip
 
 
-def _softcapped(
+def _by_hand(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
-    scale: float, softcap: float,
+    scale: float, softcap: float | None, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
+    """What torch's own attention has not: capped logits, and learned sinks `[H]` beside keys."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    logits = torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap)) * softcap
+    logits = query @ key.transpose(-1, -2) * scale
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
     if mask is None:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-    return logits.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is None:
+        return logits.softmax(-1) @ value
+    beside = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+    weights = torch.cat([logits, beside], -1).softmax(-1)[..., :-1]
+    return weights @ value
 
 
 def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: Any, scaling: float | None = None, dropout: float = 0.0,
-    softcap: float | None = None, lmc: HFAdapter | None = None, **_: Any,
+    softcap: float | None = None, s_aux: torch.Tensor | None = None,
+    lmc: HFAdapter | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """What transformers calls in place of its own attention."""
     if lmc is None:
         raise ValueError("its layers do not hand keyword arguments on to their attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return lmc.attend(query, key, value, module.layer_idx, scale, softcap), None
+    return lmc.attend(query, key, value, module.layer_idx, scale, softcap, s_aux), None
 
 
 AttentionInterface.register(NAME, _attention)

@@ -14,7 +14,7 @@ from lmc.model.reuse import exact_refusal, moved_refusal
 from lmc.model.shape import BYTES
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4,
     "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "n_routed_experts": 4, "n_group": 1,
@@ -91,7 +91,12 @@ def families() -> str:
 
 
 def small(name: str) -> Any:
-    """A random model of a family, of two layers."""
+    """A random model of a family: two layers, or as many as it takes to have each kind of them."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **SMALL)
+    default = AutoConfig.for_model(name)
+    kinds = [(layer.kind, layer.rope) for layer in layers_of(default)]
+    sizes = SMALL | {"num_hidden_layers": max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))}
+    windows = ("sliding_window", "attention_chunk_size")
+    sizes |= {window: 16 for window in windows if getattr(default, window, None)}
+    config = AutoConfig.for_model(name, **sizes)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

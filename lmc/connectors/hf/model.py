@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from lmc.connectors.hf.adapter import HFAdapter, Pages, Watch
 from lmc.connectors.hf.weights import identity_of
 from lmc.kernels.rerotate import rerotate
 from lmc.model.identity import namespace_of
+from lmc.model.layers import layers_of
 from lmc.model.reuse import moved_refusal
-from lmc.model.rope import from_config
+from lmc.model.rope import Rotations, rotations_of
 from lmc.model.shape import shape_of
 
 
@@ -35,24 +36,26 @@ class Prefill:
 
 
 class HFModel:
-    """A decoder with RoPE and full attention in every layer, ready to blend.
+    """A decoder whose layers keep keys and values, ready to blend.
 
-    It is compared with its own forward first: 64 tokens once by `model(...)` and once by the
-    layer loop in two parts, and keys re-rotated against keys computed where they go.
+    It is compared with its own forward first: its longest window and 64 tokens, once by
+    `model(...)` and once by the layer loop in two parts, and keys re-rotated against keys computed
+    where they go.
 
     Args:
         model: a transformers `...ForCausalLM`; it is not changed.
 
     Raises:
-        ValueError: sliding windows, no RoPE or one that depends on the length, or an
-            architecture whose layers do more than hand hidden states on.
+        ValueError: latents or states in place of keys, no RoPE or one that depends on the length,
+            or an architecture whose layers do more than hand hidden states on.
     """
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
         if reason := moved_refusal(config):
             raise ValueError(f"{type(model).__name__}: {reason}")
-        self.rope = from_config(config)
+        self.rotations = rotations_of(config)
+        self.layers = layers_of(config)
         self.model = model
         self.inner: Any = getattr(model, "model", None)
         for part in ("embed_tokens", "layers", "rotary_emb", "norm"):
@@ -75,11 +78,21 @@ class HFModel:
         Reads the weights, in memory and on disk, and compares them.
         """
         dtype = str(self.dtype).removeprefix("torch.")
-        return namespace_of(*identity_of(self.model), dtype, self.rope)
+        return namespace_of(*identity_of(self.model), dtype, self.rotations)
 
     def pages(self, T: int) -> Pages:
         """Room for the KV of T tokens."""
         return Pages((self.L, self.shape.G, self.shape.D), T, self.dtype, self.device)
+
+    def adapter(
+        self,
+        tokens: np.ndarray,
+        pages: Pages,
+        positions: np.ndarray | None = None,
+        **options: Any,
+    ) -> HFAdapter:
+        """Its layers for the rows of one request; arguments as of `HFAdapter`."""
+        return HFAdapter(self.inner, tokens, pages, self.layers, positions, **options)
 
     @torch.inference_mode()
     def prefill(
@@ -106,7 +119,7 @@ class HFModel:
         T = len(tokens)
         first = T - 1 if logits_from is None else logits_from
         pages = self.pages(T + room)
-        adapter = HFAdapter(self.inner, tokens, pages, positions)
+        adapter = self.adapter(tokens, pages, positions)
         adapter.watch = watch
         parts = [(0, T)] if split is None else [(0, split), (split, T)]
         states, outputs = [], []
@@ -129,7 +142,7 @@ class HFModel:
         The prompt's last row is computed again, and so are the answer's but its last.
         """
         T, n = len(tokens), len(answer)
-        adapter = HFAdapter(self.inner, np.array([*tokens, *answer]), pages)
+        adapter = self.adapter(np.array([*tokens, *answer]), pages)
         adapter.outputs = [] if record else None
         hidden = self.run(adapter, np.arange(T - 1, T + n - 1)).state[0]
         outputs = torch.stack(adapter.outputs) if adapter.outputs else None
@@ -147,7 +160,7 @@ class HFModel:
         """
         answer = [int(logits.argmax())] if n else []
         for i in range(n - 1):
-            adapter = HFAdapter(self.inner, np.array([*tokens, *answer]), pages, **options)
+            adapter = self.adapter(np.array([*tokens, *answer]), pages, **options)
             hidden = self.run(adapter, np.array([len(tokens) + i])).state[0]
             answer.append(int(self.logits(hidden)[0].argmax()))
         return answer
@@ -159,38 +172,53 @@ class HFModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits `[n, V]` of hidden states `[n, hidden]` behind the last layer."""
+        config = self.model.config.get_text_config()
         with torch.inference_mode():
             logits: torch.Tensor = self.model.lm_head(self.inner.norm(hidden)).float()
+            logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+            logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+            if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+                logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _whole(self, ids: torch.Tensor, n: int) -> torch.Tensor:
+        """Logits `[n, V]` of the last rows of ids `[1, T]`, by the model's own forward."""
+        before = self.model.config._attn_implementation
+        if any(layer.cap for layer in self.layers):  # which torch's own attention leaves out
+            self.model.set_attn_implementation("eager")
+        try:
+            out = self.model(ids, use_cache=False, logits_to_keep=n)
+        finally:
+            self.model.set_attn_implementation(before)
+        logits: torch.Tensor = out.logits[0].float()
         return logits
 
     @torch.inference_mode()
     def _check(self) -> None:
-        T, shift = 64, 100
+        asked = 64  # rows whose logits are compared, behind the longest window
+        T, shift = max(layer.window for layer in self.layers) + asked, 100
         tokens = np.arange(T, dtype=np.int64) * 7919 % self.vocabulary
-        whole = self.model(torch.from_numpy(tokens).to(self.device)[None], use_cache=False)
+        whole = self._whole(torch.from_numpy(tokens).to(self.device)[None], asked)
         try:
-            ours = self.prefill(tokens, logits_from=0, split=T // 2)
+            ours = self.prefill(tokens, logits_from=T - asked, split=T - asked // 2)
             moved = self.prefill(tokens, np.arange(T) + shift)
         except Exception as error:  # an architecture of another shape may fail in any way
             raise ValueError(
                 f"{type(self.model).__name__}: the layer loop does not run on this model: {error}"
             ) from error
-        # Sums are taken in another order; no more than that.
-        tolerance = torch.finfo(self.dtype).eps ** 0.5
-        cos, sin = (torch.from_numpy(x).to(self.device) for x in self.rope.angles(shift))
-        pairs = {"logits": (whole.logits[0].float(), ours.logits)}
+        pairs = {"logits": (whole, ours.logits)}
         # A text that is moved as a whole is the same to every layer but for its keys' rotation.
         here, there = (prefill.pages.rows(0, T)[:, 0] for prefill in (ours, moved))
         # Which elements make a pair no config says: GLM and Ernie have neighbours.
-        self.rope = min(
-            (replace(self.rope, interleaved=pairing) for pairing in (False, True)),
-            key=lambda rope: float(
-                (rerotate(here[0], cos, sin, interleaved=rope.interleaved) - there[0]).abs().max()
-            ),
-        )
-        for layer, keys in enumerate(here):
-            turned = rerotate(keys, cos, sin, interleaved=self.rope.interleaved)
-            pairs[f"re-rotated keys of layer {layer}"] = (there[layer], turned)
+        both = [self.rotations.paired(pairing) for pairing in (False, True)]
+        turned = [_turned(rotations, here, there, shift) for rotations in both]
+        worst_of = [max(float((a - b).abs().max()) for a, b in pairs) for pairs in turned]
+        right = worst_of.index(min(worst_of))
+        self.rotations = both[right]
+        for layer, pair in enumerate(turned[right]):
+            pairs[f"re-rotated keys of layer {layer}"] = pair
+        # Sums are taken in another order; no more than that.
+        tolerance = torch.finfo(self.dtype).eps ** 0.5
         for name, (expected, got) in pairs.items():
             scale = expected.float().abs().max().clamp_min(1e-6)
             worst = float((expected.float() - got.float()).abs().max() / scale)
@@ -199,3 +227,19 @@ class HFModel:
                     f"{type(self.model).__name__}: {name} differ from the model's own by "
                     f"{worst:.1e} (at most {tolerance:.1e}), so its rows cannot be recomputed"
                 )
+
+
+def _turned(
+    rotations: Rotations, here: torch.Tensor, there: torch.Tensor, shift: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """By layer, keys `[T, G, D]` computed `shift` positions further on, and those moved there."""
+    cos, sin = (torch.from_numpy(x).to(here.device) for x in rotations.angles(shift))
+    return [
+        (
+            moved,
+            keys
+            if which < 0
+            else rerotate(keys, cos[which], sin[which], interleaved=rotations.interleaved),
+        )
+        for which, keys, moved in zip(rotations.of, here, there, strict=True)
+    ]

@@ -17,6 +17,7 @@ from lmc.blend.strategy import Strategy
 from lmc.connectors.hf.adapter import HFAdapter, Pages
 from lmc.connectors.hf.model import HFModel
 from lmc.connectors.hf.store import HFStore
+from lmc.kernels.paged import PagedKV
 from lmc.kernels.scatter import scatter
 
 
@@ -103,7 +104,7 @@ def run_blend(
 
     def adapter_for(answer: Sequence[int]) -> HFAdapter:
         ids = np.array([*tokens, *answer], np.int64)
-        return HFAdapter(model.inner, ids, pages, **options)
+        return model.adapter(ids, pages, **options)
 
     suffix = np.arange(plan.end, T)
     asking = np.concatenate([plan.rows, suffix])
@@ -148,16 +149,20 @@ def positions_of(plan: Plan, spans: Sequence[tuple[int, int]], n: int) -> np.nda
 
 def _load(store: HFStore, plan: Plan, pages: Pages, at: np.ndarray | None) -> None:
     device = pages.buffer.device
-    rope = store.model.rope
+    rotations = store.model.rotations
     for s in plan.found:
         chunk = store.chunk(s.record.slot)[:, :, s.start - s.at : s.end - s.at]
         delta = s.delta if at is None else int(at[s.at]) - s.record.start
-        cos = sin = None
-        if delta and plan.strategy.rotate:
-            cos, sin = (torch.from_numpy(x).to(device) for x in rope.angles(delta))
         slots = torch.arange(s.start, s.end, device=device)
-        scatter(chunk.to(device).contiguous(), pages.all, slots, cos, sin,
-                interleaved=rope.interleaved)  # fmt: skip
+        chunk = chunk.to(device).contiguous()
+        if not delta or not plan.strategy.rotate:
+            scatter(chunk, pages.all, slots)
+            continue
+        cos, sin = (torch.from_numpy(x).to(device) for x in rotations.angles(delta))
+        for low, high, which in rotations.runs():
+            some = PagedKV(pages.all.k[low:high], pages.all.v[low:high])
+            angles = () if which < 0 else (cos[which], sin[which])
+            scatter(chunk[low:high], some, slots, *angles, interleaved=rotations.interleaved)
 
 
 def _fractions(
@@ -168,6 +173,6 @@ def _fractions(
     passes = [*outcome.rows, *[np.arange(plan.end, T)] * L]
     passes += [asking] * (outcome.probe // max(1, len(asking)))
     row_layers = sum(len(rows) for rows in passes)
-    keys = sum(int(rows.sum()) + len(rows) for rows in passes)  # row t attends to t + 1 keys
-    flops = cost.linear * row_layers + cost.attention * keys
-    return row_layers / (T * L), flops / (L * cost.flops(0, T))
+    # Each pass goes through the layers from the first one on.
+    flops = sum(cost.of_layer(i % L, rows, L) for i, rows in enumerate(passes))
+    return row_layers / (T * L), flops / cost.flops(0, T)

@@ -17,6 +17,7 @@ from lmc.chunking.pieces import Piece, chunk_key
 from lmc.chunking.prompt import join
 from lmc.connectors.hf.model import HFModel
 from lmc.model.identity import first_token
+from lmc.model.layers import Layer
 from lmc.model.layout import KVLayout
 from lmc.store import Record, Store
 from lmc.store.directory import Answers
@@ -202,15 +203,21 @@ class _Looks:
             self._member[piece.start : piece.end, i] = 1
 
     def __call__(
-        self, rows: np.ndarray, query: torch.Tensor, key: torch.Tensor, scale: float
+        self,
+        rows: np.ndarray,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float,
+        layer: Layer,
     ) -> None:
         keys = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0).transpose(1, 2)
         T = keys.shape[2]
         for i in range(0, len(rows), QUERIES):
-            at = torch.from_numpy(rows[i : i + QUERIES])
+            some = rows[i : i + QUERIES]
+            at, first = torch.from_numpy(some), torch.from_numpy(layer.first_key(some))
             logits = (query[0, :, i : i + QUERIES] @ keys).float() * scale
-            future = torch.arange(T) > at[:, None]
-            weights = logits.masked_fill_(future.to(logits.device), -torch.inf).softmax(-1).mean(0)
+            unseen = (torch.arange(T) > at[:, None]) | (torch.arange(T) < first[:, None])
+            weights = logits.masked_fill_(unseen.to(logits.device), -torch.inf).softmax(-1).mean(0)
             self._paid[at] += weights.cpu() @ self._member[:T]
 
     def of(self, ids: np.ndarray, piece: Piece, L: int, namespace: bytes) -> Attended:

@@ -91,7 +91,8 @@ class PagedAttention(ABC):
         self.layers = layers
         self.block_size = kv_cache_spec.block_size
         self.device = next(iter(layers.values())).kv_cache.device
-        self._pages = {id(layer): _pages_of(layer) for layer in layers.values()}
+        views = ((id(layer), views_of(layer)) for layer in layers.values())
+        self._pages = {i: PagedKV((k,), (v,)) for i, (k, v) in views}
 
     def pages(self, module: Any) -> PagedKV:
         """The pages of the attention layer inside a decoder layer, as of one layer.
@@ -205,21 +206,26 @@ class PagedAttention(ABC):
         need: Importance,
         outline: Outline,
     ) -> torch.Tensor:
-        """What the asking ones of a request's rows pay to each position of its prompt, `[T]` fp32.
+        """What the asking ones of a request's rows pay to each position of its prompt, fp32 `[T]`.
 
-        A soft cap of the logits is left out: it keeps the order of what a row looks at.
+        As the layer itself attends: within its window, capped, beside its sinks.
         """
         first = int(np.searchsorted(part.positions, need.first_asking(outline)))
         scores = torch.zeros(outline.T, dtype=torch.float32, device=self.device)
+        asking, window = where[first:], layer.sliding_window
+        sinks = getattr(layer.impl, "sinks", None)
         importance(
             query[first:],
             self._pages[id(layer)].k[0],
             part.table,
-            where[first:],
+            asking,
             part.reach,
             layer.impl.scale,
             heads=need.heads,
             queries=need.queries,
+            first=(asking - window + 1).clamp(min=0) if window else None,
+            softcap=_softcap(layer),
+            sinks=None if sinks is None else sinks.float().contiguous(),
             out=scores[: part.reach],
         )
         return scores
@@ -375,7 +381,7 @@ class KernelAttention(PagedAttention):
             rows.how,
             layer.impl.scale,
             window=layer.sliding_window,
-            softcap=getattr(layer.impl, "logits_soft_cap", None) or None,
+            softcap=_softcap(layer),
         )
 
 
@@ -389,6 +395,5 @@ def paged_attention(
     return BackendAttention(layers, kv_cache_spec, vllm_config)
 
 
-def _pages_of(layer: Any) -> PagedKV:
-    k, v = views_of(layer)
-    return PagedKV((k,), (v,))
+def _softcap(layer: Any) -> float | None:
+    return getattr(layer.impl, "logits_soft_cap", None) or None

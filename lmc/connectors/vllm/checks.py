@@ -22,9 +22,9 @@ from lmc.connectors.vllm.lora import Loras
 from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.rerotate import rerotate
-from lmc.model.rope import Rope
+from lmc.model.rope import Rotations
 
-T = 64  # tokens of a check
+ROWS = 64  # of a check, behind the longest window
 SHIFT = 100  # positions that keys are moved by
 
 
@@ -70,13 +70,13 @@ def misread(layers: list[Any], pages: PagedKV, block_size: int) -> str | None:
 
 @torch.inference_mode()
 def mismoved(
-    rope: Rope,
+    rope: Rotations,
     model: Any,
     oracle: BackendAttention,
     vllm_config: Any,
     loras: Loras | None = None,
-) -> tuple[Rope, str | None]:
-    """The rotation with the model's own pairing, and why keys cannot be moved by it, or None.
+) -> tuple[Rotations, str | None]:
+    """The rotations with the model's own pairing, and why keys cannot be moved so, or None.
 
     Every layer's keys of a text are moved and compared with those of the same text further on:
     layers without a rotation, with another one, or with logits that depend on the position are
@@ -85,6 +85,7 @@ def mismoved(
     rope, mismatch = rope_as_in_model(rope, model)
     if mismatch is not None:
         return rope, mismatch
+    T = length(oracle, vllm_config)
     shift = min(SHIFT, vllm_config.model_config.max_model_len - T)
     if shift < 1:
         return rope, f"the model is too short ({shift + T} tokens) for keys to be moved"
@@ -98,9 +99,11 @@ def mismoved(
     except Exception as error:  # an architecture of another shape may fail in any way
         return rope, f"the model does not run by itself: {type(error).__name__}: {error}"
     cos, sin = (torch.from_numpy(x).to(oracle.device) for x in rope.angles(shift))
-    for i, (here, there) in enumerate(zip(*kept, strict=True)):
+    for i, (which, here, there) in enumerate(zip(rope.of, *kept, strict=True)):
         tolerance = 4 * torch.finfo(here.dtype).eps ** 0.5
-        turned = rerotate(here, cos, sin, interleaved=rope.interleaved)
+        turned = here
+        if which >= 0:
+            turned = rerotate(here, cos[which], sin[which], interleaved=rope.interleaved)
         worst = relative_error(there, turned)
         if not worst <= tolerance:
             return rope, (
@@ -125,13 +128,14 @@ def self_check(
     the KV left behind. Architectures that do more between their layers than hand on
     (hidden, residual) are found out here, and pages in which rows cannot be measured.
     """
+    T = length(oracle, vllm_config)
     rows = np.arange(T, dtype=np.int64)
     try:
         with Scratch(oracle, vllm_config, loras) as scratch:
             whole = scratch.forward(model, rows)
             kept = scratch.contents()
             scratch.restore()
-            arguments = (scratch.tokens, scratch.blocks, T // 2, vllm_config)
+            arguments = (scratch.tokens, scratch.blocks, T - ROWS // 2, vllm_config)
             adapter = VLLMAdapter(model, attention, *arguments, loras=loras)
             hidden, residual = adapter.run(rows).state
             looped, _ = model.model.norm(hidden, residual)
@@ -139,7 +143,7 @@ def self_check(
             # Sums are taken in another order, and compiled code may fuse; no more than that.
             tolerance = torch.finfo(whole.dtype).eps ** 0.5
             worst = max(relative_error(a, b) for a, b in pairs)
-            wrong = _mismeasured(adapter, tolerance)
+            wrong = _mismeasured(adapter, T, tolerance)
     except Exception as error:  # an architecture of another shape may fail in any way
         return f"the layer loop does not run on this model: {type(error).__name__}: {error}"
     if not worst <= tolerance:
@@ -147,12 +151,20 @@ def self_check(
     return wrong
 
 
+def length(attention: PagedAttention, vllm_config: Any) -> int:
+    """Tokens of a check: beyond every window that a prompt can be longer than."""
+    windows = [layer.sliding_window or 0 for layer in attention.layers.values()]
+    longest = int(vllm_config.model_config.max_model_len)
+    return max([ROWS, *(ROWS + w for w in windows if ROWS + w <= longest)])
+
+
 class Scratch:
-    """A short text in blocks that no request owns yet, whose contents are put back in the end."""
+    """A text in blocks that no request owns yet, whose contents are put back in the end."""
 
     def __init__(
         self, attention: BackendAttention, vllm_config: Any, loras: Loras | None = None
     ) -> None:
+        T = length(attention, vllm_config)
         self.tokens = np.arange(T, dtype=np.int64) * 7919
         self.tokens %= vllm_config.model_config.get_vocab_size()
         self.blocks = list(range(1, 1 + -(-T // attention.block_size)))
@@ -176,66 +188,84 @@ class Scratch:
             cache[self.blocks] = before
 
     def forward(self, model: Any, at: np.ndarray) -> Any:
-        """Hidden states of the text at these positions, by the model itself."""
-        rows = np.arange(T, dtype=np.int64)
+        """Hidden states `[T, hidden]` of the text at these positions, by the model itself.
+
+        In as many calls as an engine would take.
+        """
+        T, most = len(at), self._vllm_config.scheduler_config.max_num_batched_tokens
+        parts = [slice(i, min(i + most, T)) for i in range(0, T, most)]
+        return torch.cat([self._forward(model, at, part) for part in parts])
+
+    def _forward(self, model: Any, at: np.ndarray, part: slice) -> torch.Tensor:
+        rows = np.arange(part.start, part.stop, dtype=np.int64)
         checked = self._attention.prepare([(rows, self.blocks)])
         names = list(self._attention.layers)
         device = self._attention.device
         if self._loras is not None:
-            self._loras.rows([(0, T)])
+            self._loras.rows([(0, len(rows))])
         with set_forward_context(
             dict.fromkeys(names, checked.how),
             self._vllm_config,
-            num_tokens=T,
+            num_tokens=len(rows),
             slot_mapping=dict.fromkeys(names, checked.page_slots),
         ):
             # Of the dtypes that the engine itself sends: compiled code reads the bytes as those.
             return model(
-                input_ids=torch.from_numpy(self.tokens).to(device, torch.int32),
-                positions=torch.from_numpy(at).to(device, torch.int64),
+                input_ids=torch.from_numpy(self.tokens[part]).to(device, torch.int32),
+                positions=torch.from_numpy(at[part]).to(device, torch.int64),
             )
 
 
-def rope_as_in_model(rope: Rope, model: Any) -> tuple[Rope, str | None]:
-    """`rope` with the model's own pairing, and how its angles differ from the model's, if so."""
-    for module in model.modules():
-        table = getattr(module, "cos_sin_cache", None)
-        if table is None or not hasattr(module, "is_neox_style"):
+def rope_as_in_model(rope: Rotations, model: Any) -> tuple[Rotations, str | None]:
+    """`rope` with the model's own pairing, and how a layer's angles differ from it, if so."""
+    found = False
+    for index, layer in enumerate(model.model.layers):
+        tables = [m for m in layer.modules() if hasattr(m, "cos_sin_cache")]
+        tables = [m for m in tables if hasattr(m, "is_neox_style")]
+        if not tables:  # its keys will be compared all the same
             continue
-        rope = Rope(rope.inv_freq, not module.is_neox_style, rope.kind)
-        R = 2 * len(rope.inv_freq)
-        if table.shape[-1] != R:
-            return rope, f"the model rotates {table.shape[-1]} dims, its config says {R}"
+        found, table = True, tables[0].cos_sin_cache
+        rope = rope.paired(not tables[0].is_neox_style)
+        inv_freq = rope.ropes[max(0, rope.of[index])].inv_freq
+        if table.shape[-1] != 2 * len(inv_freq):
+            turned = 2 * len(inv_freq)
+            return rope, f"the model rotates {table.shape[-1]} dims, its config says {turned}"
+        if rope.of[index] < 0:
+            continue
         positions = [1, min(1000, len(table) - 1)]
         cos, sin = table[positions].double().cpu().chunk(2, dim=-1)
-        expected = torch.from_numpy(np.outer(positions, rope.inv_freq))
+        expected = torch.from_numpy(np.outer(positions, inv_freq))
         error = torch.atan2(sin, cos) - expected
         worst = float((torch.remainder(error + torch.pi, 2 * torch.pi) - torch.pi).abs().max())
         # The table is in the model's dtype, and its angles were taken in float32.
         if worst > 4 * torch.finfo(table.dtype).eps + 1e-3:
-            return rope, f"the model's angles differ from its config's by {worst:.1e} rad"
-        return rope, None
-    return rope, "no rotary embedding of a known kind found in the model"
+            return rope, (
+                f"the model's angles differ from its config's by {worst:.1e} rad in layer {index}"
+            )
+    return rope, None if found else "no rotary embedding of a known kind found in the model"
 
 
-def _mismeasured(adapter: VLLMAdapter, tolerance: float) -> str | None:
-    """What is wrong with scores of the rows `[T/2, T)` of tokens that are in the pages, if any."""
-    half = T // 2
-    outline = Outline(L=adapter.num_layers, T=T, end=half, moved=((0, half),), new=half)
+def _mismeasured(adapter: VLLMAdapter, T: int, tolerance: float) -> str | None:
+    """What is wrong with scores of the last rows of T tokens that are in the pages, if any."""
+    n, L = ROWS // 2, adapter.num_layers
+    outline = Outline(L=L, T=T, end=T - n, moved=((0, T - n),), new=T - n)
     needs = (Deviation(0, "both", "cosine"), Importance((0,), queries="sum"))
-    far, paid = adapter.measure(np.arange(half, T), needs, outline)
-    if far.shape != (half,) or not float(far.max()) <= tolerance:
+    far, paid = adapter.measure(np.arange(T - n, T), needs, outline)
+    if far.shape != (n,) or not float(far.max()) <= tolerance:
         return f"rows that are in their pages deviate from them by {float(far.max()):.1e}"
-    # What one row pays to all keys adds up to 1.
-    if paid.shape != (T,) or not abs(float(paid.sum()) / half - 1) <= tolerance:
-        return f"{half} rows pay {float(paid.sum()):.3f} of attention"
+    # What one row pays to all keys adds up to 1, with what it pays to a learned sink.
+    impls = [layer.impl for layer in adapter.attention.layers.values()]
+    sinks = any(getattr(impl, "sinks", None) is not None for impl in impls)
+    share = float(paid.sum()) / n
+    if paid.shape != (T,) or share - 1 > tolerance or (share - 1 < -tolerance and not sinks):
+        return f"{n} rows pay {share * n:.3f} of attention"
     return None
 
 
 def _keys(oracle: BackendAttention, layer: Any, scratch: Scratch) -> torch.Tensor:
     """One layer's keys `[T, G, D]` of the text."""
-    slots = oracle.page_slots(np.arange(T, dtype=np.int64), scratch.blocks)
-    return gather(oracle.pages(layer), slots)[0, 0]
+    rows = np.arange(len(scratch.tokens), dtype=np.int64)
+    return gather(oracle.pages(layer), oracle.page_slots(rows, scratch.blocks))[0, 0]
 
 
 def relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:

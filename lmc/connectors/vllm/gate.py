@@ -16,7 +16,7 @@ from lmc.connectors.vllm.config import (
 )
 from lmc.connectors.vllm.request import RequestOptions
 from lmc.model.layout import KVLayout
-from lmc.model.rope import Rope
+from lmc.model.rope import Rotations
 from lmc.quality.auto import Auto
 from lmc.quality.gate import ENCODED, admit
 from lmc.quality.profile import Blend, QualityProfile, find_profile
@@ -55,12 +55,12 @@ class QualityGate:
     """
 
     def __init__(
-        self, vllm_config: Any, layout: KVLayout, rope: Rope | str, config: LMCConfig
+        self, vllm_config: Any, layout: KVLayout, rope: Rotations | str, config: LMCConfig
     ) -> None:
         self._config, self._L = config, layout.L
         self.profile: QualityProfile | None = None
         self.weights = identity.weights_of(vllm_config)
-        if self.weights is not None and isinstance(rope, Rope):
+        if self.weights is not None and isinstance(rope, Rotations):
             model = (self.weights, layout.dtype, rope.fingerprint)
             self.profile = find_profile(*model, ENCODED[config.context], config.profile)
         elif config.profile is not None:

@@ -14,7 +14,7 @@ from lmc.connectors.vllm.config import TESTED_VLLM, LMCConfig
 from lmc.model import identity
 from lmc.model.layout import KVLayout
 from lmc.model.reuse import exact_refusal, moved_refusal
-from lmc.model.rope import Rope, from_config
+from lmc.model.rope import Rotations, rotations_of
 from lmc.model.weights import folder_of, weights_digest
 from lmc.store.sections import Heads
 from lmc.store.tier import TierConfig, opened
@@ -44,10 +44,10 @@ def layout_of(vllm_config: Any, kv_cache_config: Any) -> KVLayout:
     return KVLayout(len(group.layer_names), spec.num_kv_heads, spec.head_size, dtype)
 
 
-def rope_of(vllm_config: Any) -> Rope | str:
-    """The model's rotation, or why its keys cannot be moved."""
+def rope_of(vllm_config: Any) -> Rotations | str:
+    """How the model's layers turn keys, or why its keys cannot be moved."""
     config = vllm_config.model_config.hf_text_config
-    return moved_refusal(config) or from_config(config)
+    return moved_refusal(config) or rotations_of(config)
 
 
 def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
@@ -66,12 +66,12 @@ def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
     if reason := exact_refusal(vllm_config.model_config.hf_text_config):
         return reason
     if len(kv_cache_config.kv_cache_groups) != 1:
-        return "several kv cache groups (hybrid or sliding-window layers)"
+        return "several kv cache groups; with --disable-hybrid-kv-cache-manager there is one"
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     if type(spec).__name__ != "FullAttentionSpec":
         return f"attention of kind {type(spec).__name__}"
-    if getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None):
-        return "sliding-window attention"
+    if getattr(spec, "attention_chunk_size", None):
+        return "chunked attention"
     if vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"):
         return f"kv cache dtype {vllm_config.cache_config.cache_dtype}"
     return None
@@ -94,7 +94,7 @@ def alone_refusal(vllm_config: Any) -> str | None:
     return None
 
 
-def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rope | str) -> bytes:
+def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rotations | str) -> bytes:
     """Digest of all that makes KV incompatible, but for what differs by request.
 
     As `lmc.model.identity` has it, so that a notebook finds what an engine stored. Weights that
@@ -112,7 +112,7 @@ def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rope | str) -> by
         model.hf_text_config.to_json_string(),
         weights_of(vllm_config) or os.urandom(32),
         layout_of(vllm_config, kv_cache_config).dtype,
-        rope if isinstance(rope, Rope) else None,
+        rope if isinstance(rope, Rotations) else None,
         computed_in=str(model.dtype).removeprefix("torch."),
         engine=json.dumps(engine, sort_keys=True) if engine else "",
     )

@@ -16,7 +16,7 @@ from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.scatter import scatter
 from lmc.kernels.scatter_runs import scatter_runs
-from lmc.model.rope import Rope
+from lmc.model.rope import Rotations
 from lmc.store.chunks import Arrival, Chunks
 from lmc.store.extents import Run
 from lmc.store.memory import HostMemory
@@ -37,12 +37,12 @@ class Target:
     Attributes:
         blocks: the request's block ids, int64, in order.
         pages: of all layers.
-        rope: by which keys turn; where there is none, why.
+        rope: how keys turn; where they cannot, why.
     """
 
     blocks: np.ndarray
     pages: PagedKV
-    rope: Rope | str
+    rope: Rotations | str
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class Placement:
         memory: that they lie in.
 
     Attributes:
-        buffer, pages, slots, runs, cos, sin, interleaved: as `scatter_runs` takes them.
+        buffer, pages, slots, runs, cos, sin, by_layer, interleaved: as `scatter_runs` takes them.
     """
 
     def __init__(
@@ -104,11 +104,16 @@ class Placement:
         slots = flat_slots(rows, target.blocks, target.pages.P)
         index = torch.from_numpy(np.concatenate([runs.ravel(), slots])).to(device)
         self.runs, self.slots = index[: runs.size].view(runs.shape), index[runs.size :]
-        self.cos = self.sin = None
-        self.interleaved = isinstance(target.rope, Rope) and target.rope.interleaved
+        self.cos = self.sin = self.by_layer = None
+        self.interleaved = isinstance(target.rope, Rotations) and target.rope.interleaved
         if deltas.any():
-            assert isinstance(target.rope, Rope)
-            self.cos, self.sin = torch.from_numpy(np.stack(target.rope.angles(deltas))).to(device)
+            assert isinstance(target.rope, Rotations)
+            angles = torch.from_numpy(np.stack(target.rope.angles(deltas))).to(device)
+            self.cos, self.sin = angles.flatten(1, 2)  # by rotation, and within it by delta
+            if any(target.rope.of):
+                of = np.array(target.rope.of, np.int64)
+                before = np.where(of < 0, -1, of * len(deltas))
+                self.by_layer = torch.from_numpy(before).to(device)
 
     def put(self, layers: tuple[int, int] | None = None) -> None:
         """Rows of these layers, or of all, into the pages; the time is counted."""
@@ -125,6 +130,7 @@ class Placement:
             self.runs,
             self.cos,
             self.sin,
+            by_layer=self.by_layer,
             interleaved=self.interleaved,
             layers=layers,
         )
@@ -225,7 +231,7 @@ def warm_up(target: Target, memory: HostMemory) -> None:
     page = torch.from_numpy(slots).to(pages.device)
     scatter(gather(pages, page), pages, page)
     if memory.capacity >= P * memory.layout.bytes_per_token:
-        for delta in (0, 1) if isinstance(target.rope, Rope) else (0,):
+        for delta in (0, 1) if isinstance(target.rope, Rotations) else (0,):
             placement = Placement([(ChunkLoad(0, 0, P, 0, P, delta), [(0, P)])], memory, target)
             placement.slots.fill_(-1)  # no row of it is wanted
             placement.launch()

@@ -9,7 +9,7 @@ from blake3 import blake3
 
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.messages import WeightsTold
-from lmc.model.rope import Rope
+from lmc.model.rope import Rotations
 
 LONGEST = 64  # bytes of a salt that is taken as it is
 REMEMBERED = 4096  # LoRA adapters
@@ -59,7 +59,7 @@ class Namespace:
         known: by rank, how many changes of its weights are taken into account.
     """
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, rope: Rope | str) -> None:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, rope: Rotations | str) -> None:
         self._of = (vllm_config, kv_cache_config, rope)
         self._files = identity.namespace_of(*self._of)
         self._epoch = b""

@@ -18,7 +18,7 @@ from lmc.experiment.vllm.config import BlendArm, StockArm, VLLMExperiment
 from lmc.experiment.vllm.engines import Answer, Engine, Request
 from lmc.model import exports
 from lmc.model.layout import KVLayout
-from lmc.model.rope import from_config as rope_of
+from lmc.model.rope import rotations_of
 from lmc.model.shape import shape_of
 from lmc.quality.metrics import AnswerQuality, compare_answers
 from lmc.results.progress import Progress, Step, silent
@@ -222,7 +222,7 @@ def _schedule(config: VLLMExperiment, prompts: int) -> list[Key]:
 def _check_model(config: VLLMExperiment, model: str) -> None:
     """Raise ValueError for a model whose keys the lmc engine could not move."""
     if any(isinstance(arm, BlendArm) for arm in config.arms.values()):
-        rope_of(_hf_config(model))
+        rotations_of(_hf_config(model))
 
 
 def _check_lengths(config: VLLMExperiment, model: str, samples: Sequence[Sample]) -> None:

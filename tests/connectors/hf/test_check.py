@@ -33,7 +33,8 @@ def test_a_config_alone(tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["model", "check", str(tmp_path), "--config-only"])
     assert said.exit_code == 0
     assert "5 sliding (window 4,096), 1 full" in said.stdout
-    assert said.stdout.count("no, layers that are not full attention: 5 sliding") == 2
+    assert "the same text in front: reused" in said.stdout
+    assert "text anywhere: reused" in said.stdout
 
 
 @pytest.mark.parametrize(

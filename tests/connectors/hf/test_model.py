@@ -12,6 +12,7 @@ from lmc.connectors.hf import HFModel, answer
 from tests.connectors.hf.tiny import (
     CHUNKS,
     FAMILIES,
+    MIXED,
     QUESTION,
     SYSTEM,
     TOKENS,
@@ -61,27 +62,13 @@ def test_scaled_rope_that_is_still_a_rotation_is_taken(rope: dict[str, Any]) -> 
     ("family", "options", "words"),
     [
         (
-            "Gemma2",
-            {},
-            "Gemma2ForCausalLM: layers that are not full attention: 2 sliding (window ",
-        ),
-        ("Mistral", {"sliding_window": 64}, "layers that are not full attention: "),
-        (
-            "Qwen2",
-            {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2},
-            "sliding (window 32)",
-        ),
-        (
             "Llama",
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "RoPE type 'dynamic' cannot be re-rotated (its angles depend on more than the distance "
             "moved); rotatable types: default, linear, llama3, yarn",
         ),
         # Their layers run, but what comes out is not what the model makes of it.
-        ("Granite", {"logits_scaling": 8.0}, "GraniteForCausalLM: logits differ from the model's"),
-        # All layers but the last rotate keys.
-        ("SmolLM3", NOPE | {"no_rope_layers": [1, 1, 1, 0]}, "RoPE in 3 layers and none in 1"),
-        ("SmolLM3", NOPE | {"no_rope_layers": [0, 1, 1, 1]}, "RoPE in 3 layers and none in 1"),
+        ("Granite", {"embedding_multiplier": 8.0}, "GraniteForCausalLM: logits differ from the"),
         ("StableLm", {}, "layers do not hand keyword arguments on to their attention"),
         ("Phi", {}, "PhiForCausalLM has no model.norm: not supported"),
     ],
@@ -97,11 +84,31 @@ def test_a_model_that_cannot_be_blended_is_refused(
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Granite", {"logits_scaling": 8.0}),
+        # Layers from the first one on, and the last one alone, turn no keys.
+        ("SmolLM3", NOPE | {"no_rope_layers": [0, 0, 1, 1]}),
+        ("SmolLM3", NOPE | {"no_rope_layers": [1, 1, 1, 0]}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}),
+        ("Exaone4", {"sliding_window": 24, "layer_types": MIXED}),
+        ("Olmo3", {"sliding_window": 24, "layer_types": MIXED}),
+    ],
+)
+def test_layers_of_other_kinds_are_taken(family: str, options: dict[str, Any]) -> None:
+    model = HFModel(decoder(family, **options))
+    parts = [SYSTEM, *CHUNKS, QUESTION]
+    result = answer(model, None, parts, "full_recompute", compare=True)
+    assert result.report["kl_last"] < 1e-9
+    assert answer(model, None, parts, compare=True).report["kl_last"] > 1e-7
+
+
 @pytest.mark.parametrize("family", ["Ernie4_5", "Glm4"])
 def test_neighbours_may_be_turned_together(family: str) -> None:
     """Which elements make a pair no config says; Glm4 turns half of them."""
     model = HFModel(decoder(family, **NOPE))
-    assert model.rope.interleaved
+    assert model.rotations.interleaved
     parts = [SYSTEM, *CHUNKS, QUESTION]
     result = answer(model, None, parts, "full_recompute", compare=True)
     assert result.report["kl_last"] < 1e-9

@@ -12,9 +12,32 @@ import torch
 from lmc.blend import STRATEGIES
 from lmc.connectors.hf import Blended, HFModel, HFStore, run_blend
 
-FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma")
-# Keys that only some families know.
-EXTRA: dict[str, dict[str, Any]] = {"Mistral": {"sliding_window": None}}
+# Keys that only some families know. Windows are shorter than a chunk, and than what is in front.
+WINDOW = {"sliding_window": 24}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MIXED = ["sliding_attention", "full_attention"] * 2
+EXTRA: dict[str, dict[str, Any]] = {
+    "Llama": {}, "Qwen2": {}, "Qwen3": {}, "Gemma": {},
+    "Mistral": WINDOW,
+    "SmolLM3": {"no_rope_layers": [1, 1, 0, 1], "pad_token_id": 0},
+    "Gemma2": WINDOW | {
+        "layer_types": MIXED, "query_pre_attn_scalar": 32,
+        "attn_implementation": "eager",  # torch's own attention leaves the cap of logits out
+    },
+    "Gemma3": WINDOW | {
+        "layer_types": MIXED, "query_pre_attn_scalar": 32,
+        "rope_parameters": {
+            "sliding_attention": ROPE, "full_attention": ROPE | {"rope_theta": 1e6},
+        },
+    },
+    "Cohere2": WINDOW | {"layer_types": MIXED, "logit_scale": 1.0},
+    "GptOss": WINDOW | {
+        "layer_types": MIXED, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rope_parameters": ROPE,
+    },
+}  # fmt: skip
+FAMILIES = tuple(EXTRA)
+CONFIGS = {"Gemma3": "Gemma3Text"}  # what transformers calls some of them
 
 _rng = np.random.default_rng(0)
 SYSTEM, *CHUNKS, QUESTION = (_rng.integers(5, 500, n).tolist() for n in (20, 40, 40, 40, 40, 10))
@@ -37,7 +60,8 @@ def decoder(family: str, **options: Any) -> Any:
         "vocab_size": 512,
         "max_position_embeddings": 2048,
     }
-    config = getattr(transformers, f"{family}Config")(**fields | EXTRA.get(family, {}) | options)
+    config_class = getattr(transformers, f"{CONFIGS.get(family, family)}Config")
+    config = config_class(**fields | EXTRA.get(family, {}) | options)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from lmc.model.rope import from_config
+from lmc.model.rope import rotations_of
 from lmc.model.weights import weights_digest
 from tests.connectors.vllm.across import GATED, STRATEGIES_ACROSS
 from tests.connectors.vllm.engine import run_scenario
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 def results(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One engine; its profile is made by hand, and says that more rows of `epic` recover more."""
     folder = tmp_path_factory.mktemp("across")
-    rope = from_config(AutoConfig.from_pretrained(tiny_llama_dir)).fingerprint
+    rope = rotations_of(AutoConfig.from_pretrained(tiny_llama_dir)).fingerprint
     of_this_model = {
         "weights": weights_digest(tiny_llama_dir).hex(),
         "rope": rope.hex(),

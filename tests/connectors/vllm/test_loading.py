@@ -19,7 +19,7 @@ from lmc.kernels.cases import Case, make_paged
 from lmc.kernels.paged import PagedKV
 from lmc.kernels.scatter import scatter
 from lmc.model.layout import KVLayout
-from lmc.model.rope import Rope
+from lmc.model.rope import Rope, Rotations
 from lmc.store import Record
 from lmc.store.chunks import Arrival, Chunks
 from lmc.store.memory import HostMemory
@@ -143,18 +143,24 @@ def test_chunks_are_held_on_their_way_or_missing() -> None:
 
 
 def one_by_one(
-    loads: Sequence[ChunkLoad], memory: HostMemory, blocks: list[int], paged: PagedKV, rope: Rope
-) -> None:
-    """The plain way: a scatter for each part of each chunk, -1 for rows that are not wanted."""
+    loads: Sequence[ChunkLoad], memory: HostMemory, blocks: list[int], paged: PagedKV,
+    rotations: Rotations,
+) -> None:  # fmt: skip
+    """The plain way: a scatter for each part of each chunk in each layer, -1 for rows that are not
+    wanted."""
     for load in loads:
         slots = torch.full((load.T,), -1)
         wanted = np.arange(load.start, load.end)
         here = slice(load.start - load.at, load.end - load.at)
         slots[here] = page_slots_of(wanted, blocks, paged.P, paged.device)
-        angles = [torch.from_numpy(x) for x in rope.angles(load.delta)] if load.delta else []
         for part in memory.parts(load.slot) or []:
             some, slots = slots[: part.shape[2]], slots[part.shape[2] :]
-            scatter(part, paged, some, *angles, interleaved=rope.interleaved)
+            for i, which in enumerate(rotations.of):
+                layer = PagedKV(paged.k[i : i + 1], paged.v[i : i + 1])
+                rope = rotations.ropes[which]
+                turns = load.delta and which >= 0
+                angles = [torch.from_numpy(x) for x in rope.angles(load.delta)] if turns else []
+                scatter(part[i : i + 1], layer, some, *angles, interleaved=rope.interleaved)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -165,9 +171,10 @@ def one_by_one(
     run=st.integers(1, 20), R=st.sampled_from([8, 32]), interleaved=st.booleans(),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     layout=st.sampled_from(["cpu", "nhd"]), cut=st.integers(0, 3),
+    of=st.sampled_from([(0, 0, 0), (0, 1, 0), (1, -1, 0), (-1, 0, 0)]),
 )  # fmt: skip
 def test_a_claim_is_placed_as_its_chunks_one_by_one(
-    lengths, order, trims, run, R, interleaved, dtype, layout, cut
+    lengths, order, trims, run, R, interleaved, dtype, layout, cut, of
 ) -> None:
     """Repeated chunks, some in part, in runs as memory has them: not a bit is another."""
     memory = HostMemory(KVLayout(3, 2, 32, dtype), 3000 * KVLayout(3, 2, 32, dtype).bytes_per_token)
@@ -192,7 +199,8 @@ def test_a_claim_is_placed_as_its_chunks_one_by_one(
     case = Case(T=at, G=2, D=32, L=3, P=P, layout=layout)
     expected, got = (make_paged(case, getattr(torch, dtype), "cpu", poisoned=False) for _ in "12")
     blocks = np.random.default_rng(at).permutation(case.N).tolist()
-    rope = Rope(np.logspace(0, -3, R // 2), interleaved, "default")
+    both = (Rope(np.logspace(0, end, R // 2), interleaved, "default") for end in (-3, -5))
+    rope = Rotations(tuple(both), of)
     one_by_one(loads, memory, blocks, expected, rope)
     held = [(load, memory.runs([load.slot])[0] or []) for load in loads]
     placement = Placement(held, memory, Target(np.array(blocks), got, rope))
@@ -224,7 +232,7 @@ def placing_s(tokens: int) -> float:
     N = -(-tokens // 16)
     paged = PagedKV((torch.zeros(N, 16, 1, 2),), (torch.zeros(N, 16, 1, 2),))
     blocks = list(range(N))
-    rope = Rope(np.ones(1), False, "default")
+    rope = Rotations((Rope(np.ones(1), False, "default"),), (0,))
     taken = []
     for _ in range(7):
         start = time.process_time()
