@@ -20,7 +20,8 @@ TRACES = {
     "index": r"tier_events.*index_(condemned|faults|rebuilt)",
     "corrupt": r"tier_events.*(damaged:|headers_unreadable|records_torn)",
     "full": r"(write_failures.*outcome=full|tier_events.*(disk_full|no_room))",
-    "hung": r"(tiers_left_alone|write_failures.*outcome=dropped|load_failures.*what=fetch)",
+    "hung": r"(tiers_left_alone|write_failures.*outcome=dropped|load_failures.*what=fetch"
+    r"|single_flights.*outcome=unanswered)",
 }
 PREFIX = "vllm:lmc_"
 VLLMS = ("model_name", "engine")  # labels

@@ -386,10 +386,15 @@ SPEC = KernelSpec(
     traffic={
         "lse": Probe(T=512, G=2, D=128, M=16, H=8, suffix=True),
         "lse-D80": Probe(T=512, G=1, D=80, M=16, H=8, suffix=True),
+        "lse-window-softcap": Probe(
+            T=512, G=2, D=128, M=16, H=8, suffix=True, window=512, softcap=50.0
+        ),
         "mean-sum": Probe(T=512, G=2, D=128, M=16, H=8, suffix=True, given=True),
         "max-max": Probe(
             T=512, G=1, D=64, M=16, H=7, heads="max", queries="max", suffix=True, given=True
         ),
         "mean-l2": Probe(T=512, G=1, D=80, M=16, H=8, queries="l2", suffix=True, given=True),
+        "window-softcap": Probe(T=512, G=2, D=128, M=16, given=True, window=512, softcap=50.0),
+        "window-sinks": Probe(T=512, G=1, D=64, M=16, H=8, suffix=True, given=True, window=512),
     },
 )

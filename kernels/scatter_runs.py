@@ -299,6 +299,7 @@ SPEC = KernelSpec(
         "neox": RunsCase(L=1, T=256, G=2, D=128, run=64),
         "interleaved": RunsCase(L=1, T=256, G=2, D=128, interleaved=True, run=64),
         "partial": RunsCase(L=1, T=256, G=2, D=80, R=32, run=64),
+        "apart": RunsCase(L=3, T=256, G=2, D=128, apart=True, run=64),
     },
     bus=chunk_bytes,
 )

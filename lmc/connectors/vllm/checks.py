@@ -152,10 +152,11 @@ def self_check(
 
 
 def length(attention: PagedAttention, vllm_config: Any) -> int:
-    """Tokens of a check: beyond every window that a prompt can be longer than."""
+    """Tokens of a check: beyond every window that a prompt can be longer than, and no longer than
+    a prompt that can still be moved."""
     windows = [layer.sliding_window or 0 for layer in attention.layers.values()]
-    longest = int(vllm_config.model_config.max_model_len)
-    return max([ROWS, *(ROWS + w for w in windows if ROWS + w <= longest)])
+    longest = int(vllm_config.model_config.max_model_len) - 1
+    return max([ROWS, *(min(w + ROWS, longest) for w in windows if 0 < w < longest)])
 
 
 class Scratch:
