@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,12 @@ class PrefillCost:
         keys = int((rows + 1 - first).sum())
         return (self.linear * len(rows) + self.attention * keys) / L
 
+    @cached_property
+    def _kinds(self) -> list[tuple[Layer, float]]:
+        """What layers let rows see, and the share of layers that do: this is asked per request."""
+        kinds = Counter((layer.kind, layer.window) for layer in self.layers or (Layer("full"),))
+        return [(Layer(*kind), n / kinds.total()) for kind, n in kinds.items()]
+
     def _keys(self, n: Any) -> Any:
         """Keys that rows 0..n - 1 attend to, all together, in a layer: the mean over layers."""
-        if not self.layers:
-            return n * (n + 1) / 2
-        kinds = Counter((layer.kind, layer.window) for layer in self.layers)
-        seen = sum(Layer(k, w).keys_seen(n) * times for (k, w), times in kinds.items())
-        return seen / len(self.layers)
+        return sum(layer.keys_seen(n) * share for layer, share in self._kinds)

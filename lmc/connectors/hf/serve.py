@@ -150,6 +150,10 @@ def positions_of(plan: Plan, spans: Sequence[tuple[int, int]], n: int) -> np.nda
 def _load(store: HFStore, plan: Plan, pages: Pages, at: np.ndarray | None) -> None:
     device = pages.buffer.device
     rotations = store.model.rotations
+    alike = [
+        (slice(low, high), PagedKV(pages.all.k[low:high], pages.all.v[low:high]), which)
+        for low, high, which in rotations.runs()
+    ]
     for s in plan.found:
         chunk = store.chunk(s.record.slot)[:, :, s.start - s.at : s.end - s.at]
         delta = s.delta if at is None else int(at[s.at]) - s.record.start
@@ -159,10 +163,9 @@ def _load(store: HFStore, plan: Plan, pages: Pages, at: np.ndarray | None) -> No
             scatter(chunk, pages.all, slots)
             continue
         cos, sin = (torch.from_numpy(x).to(device) for x in rotations.angles(delta))
-        for low, high, which in rotations.runs():
-            some = PagedKV(pages.all.k[low:high], pages.all.v[low:high])
+        for layers, some, which in alike:
             angles = () if which < 0 else (cos[which], sin[which])
-            scatter(chunk[low:high], some, slots, *angles, interleaved=rotations.interleaved)
+            scatter(chunk[layers], some, slots, *angles, interleaved=rotations.interleaved)
 
 
 def _fractions(

@@ -212,11 +212,12 @@ class _Looks:
     ) -> None:
         keys = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0).transpose(1, 2)
         T = keys.shape[2]
+        position = torch.arange(T)
         for i in range(0, len(rows), QUERIES):
             some = rows[i : i + QUERIES]
             at, first = torch.from_numpy(some), torch.from_numpy(layer.first_key(some))
             logits = (query[0, :, i : i + QUERIES] @ keys).float() * scale
-            unseen = (torch.arange(T) > at[:, None]) | (torch.arange(T) < first[:, None])
+            unseen = (position > at[:, None]) | (position < first[:, None])
             weights = logits.masked_fill_(unseen.to(logits.device), -torch.inf).softmax(-1).mean(0)
             self._paid[at] += weights.cpu() @ self._member[:T]
 
