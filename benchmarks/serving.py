@@ -13,6 +13,8 @@ prompts that have no text in common. Load is `N` clients that each wait for thei
 `poisson`: arrivals at 0.7 of the rate at which plain vLLM answered one client. The first block of
 a workload warms the servers up and is left out; nothing else is. A request that fails ends the run.
 
+Both compute on the same cores; servers that do not end the run.
+
 Arms: `plain`; `lmc`, clients that know of nothing; `spans`, clients that say where documents are.
 Prints medians and 95th percentiles by workload, load and arm, and the ratio plain / arm with a
 bootstrap interval over prompts, paired; appends a row a request.
@@ -24,6 +26,7 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import tempfile
 import time
 from collections import defaultdict
@@ -60,7 +63,13 @@ FLAGS = (
     "--dtype", "float32", "--max-model-len", "4096", "--max-num-batched-tokens", "2048",
     "--max-num-seqs", "16",
 )  # fmt: skip
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+    # By itself vLLM keeps a core free, and another one beside a connector: where there are two, a
+    # plain server computes on one of them and one with a connector on both.
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+}  # fmt: skip
+BOUND = re.compile(r"local_rank=\d+, core ids=\[[\d, ]*\]")
 
 
 @dataclass(frozen=True)
@@ -236,6 +245,9 @@ def main() -> None:
             )
             for name, command in commands.items()
         }
+        cores = {name: BOUND.findall(s.log.read_text()) for name, s in servers.items()}
+        if cores["plain"] != cores["lmc"]:
+            raise RuntimeError(f"the servers cannot be compared: they compute on {cores}")
         models = {
             name: json.loads(s.get("/v1/models"))["data"][0]["id"] for name, s in servers.items()
         }
