@@ -84,7 +84,7 @@ class Claimed:
     """Chunks in host memory, and a prompt of them in pages anywhere."""
 
     def __init__(self, tokens: int, chunk: int) -> None:
-        n, N = tokens // chunk, -(-tokens // P)
+        n, N = tokens // chunk, 1 + -(-tokens // P)
         rng = np.random.default_rng(0)
         self.chunks = Chunks(LAYOUT, tokens * LAYOUT.bytes_per_token, populate=True)
         for slot in range(n):
@@ -94,7 +94,7 @@ class Claimed:
             ChunkLoad(slot, i * chunk, (i + 1) * chunk, i * chunk, chunk, (i - slot) * chunk)
             for i, slot in enumerate(rng.permutation(n).tolist())
         ]
-        self.blocks = rng.permutation(N).tolist()
+        self.blocks = rng.permutation(N - 1) + 1
         k, v = torch.zeros(2, N, P, LAYOUT.G, LAYOUT.D).unbind()
         self.pages = PagedKV((k,), (v,))
         rope = Rope(np.logspace(0, -4, LAYOUT.D // 2), False, "default")
@@ -104,12 +104,13 @@ class Claimed:
         """Seconds to place them as a worker does, and what their bytes alone take of it."""
         start = time.process_time()
         found = find(self.chunks, self.loads, layered=True, deadline=0.0)
-        target = Target(np.asarray(self.blocks, np.int64), self.pages, self.rope)
+        target = Target([self.blocks], self.pages, self.rope)
         placement = Placement(found.held, self.chunks.memory, target)
         placement.put()
         taken = time.process_time() - start
         assert len(found.held) == len(self.loads)
-        where = (placement.slots, placement.runs, placement.cos, placement.sin)
+        (part,) = placement.parts
+        where = (part.slots, part.runs, placement.cos, placement.sin)
         moving = timed(
             lambda: scatter_runs_host(
                 placement.buffer, self.pages, *where, interleaved=False, layers=(0, LAYOUT.L)

@@ -51,7 +51,7 @@ class Bench:
             max_position_embeddings=1 << 18,
         )  # fmt: skip
         spec = FullAttentionSpec(block_size=P, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
-        group = KVCacheGroupSpec([f"layer{i}" for i in range(32)], spec)
+        group = KVCacheGroupSpec([f"layers.{i}" for i in range(32)], spec)
         pages = KVCacheConfig(num_blocks=longest // P * 2, kv_cache_tensors=[],
                               kv_cache_groups=[group])  # fmt: skip
         engine = SimpleNamespace(

@@ -100,6 +100,15 @@ class Plan:
             beyond=tuple((max(a, local), b) for a, b in self.beyond if b > local),
         )
 
+    def nothing(self) -> Plan:
+        """The same request, of which all that is not held is the engine's to compute."""
+        none = positions([])
+        beyond = tuple((s.start, s.end) for s in self.found) + self.beyond
+        return replace(
+            self, end=self.local, found=(), rows=none, chosen=none, moved=(), beyond=beyond,
+            first_moved=None,
+        )  # fmt: skip
+
     def recomputing(self, found: np.ndarray) -> Plan:
         """The same plan when found rows at these positions had to be computed after all."""
         rows, chosen = np.union1d(self.rows, found), np.union1d(self.chosen, found)

@@ -18,7 +18,6 @@ OURS = {
     "--middleware": "lmc.connectors.vllm.front.Front",
 }
 TRANSFER = "--kv-transfer-config"
-ONE_GROUP = "--disable-hybrid-kv-cache-manager"  # or windows are reused nowhere
 
 
 def serve(
@@ -85,21 +84,7 @@ def arguments_of(model: str, config: Path | None, others: Sequence[str]) -> list
         # They are in float32, and so are their quality profiles: vLLM would take half of it.
         for name, value in (("--served-model-name", model), ("--dtype", "float32")):
             arguments += [] if name in names else [name, value]
-    if _mixes_windows(arguments[0]) and not any(ONE_GROUP[2:] in name for name in names):
-        arguments.append(ONE_GROUP)
     return [*arguments, *others]
-
-
-def _mixes_windows(model: str) -> bool:
-    """Whether a model in a folder has layers with windows beside others; of one on a hub the
-    server itself says what to do."""
-    from lmc.model.reuse import mixes_windows
-
-    try:
-        config = json.loads((Path(model) / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and mixes_windows(config)
 
 
 def plain_command(arguments: Sequence[str]) -> str:

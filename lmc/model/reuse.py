@@ -35,16 +35,6 @@ def exact_refusal(config: Any) -> str | None:
     return None
 
 
-def mixes_windows(config: Any) -> bool:
-    """Whether some layers have windows and others see all: such a model is reused where one cache
-    keeps the KV of all layers alike (in vLLM `--disable-hybrid-kv-cache-manager`). Args as above,
-    or the dict of a config.json."""
-    try:
-        return {layer.kind for layer in layers_of(config)} == set(KEYS)
-    except ValueError:
-        return False
-
-
 def moved_refusal(config: Any) -> str | None:
     """Why no chunk of a model is moved to another position; None if it is. Args as above."""
     if reason := exact_refusal(config):

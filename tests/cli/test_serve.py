@@ -52,21 +52,3 @@ def test_settings_that_are_wrong_are_told_before_anything_starts(tmp_path: Path)
         arguments_of("/m", config, [])
     with pytest.raises(ValueError, match="cannot be read"):
         arguments_of("/m", tmp_path / "none", [])
-
-
-def test_a_model_that_mixes_windows_is_served_from_one_cache(tmp_path: Path) -> None:
-    """What keeps the KV of windows apart has nothing of it reused."""
-    off = "--disable-hybrid-kv-cache-manager"
-    fields = {"num_hidden_layers": 6, "num_attention_heads": 4, "hidden_size": 64}
-    for name, more, wanted in (
-        ("gemma", {"model_type": "gemma3_text", "sliding_window": 512}, True),
-        ("llama", {"model_type": "llama"}, False),
-        ("next", {"layer_types": ["linear_attention", "full_attention"] * 3}, False),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(fields | more))
-        assert (off in arguments_of(str(folder), None, [])) == wanted
-        for said in (off, "--no-disable-hybrid-kv-cache-manager"):
-            assert arguments_of(str(folder), None, [said])[-1] == said
-    assert off not in arguments_of("/not/here", None, [])

@@ -24,9 +24,13 @@ from lmc.blend.forward import (
     in_slices,
 )
 from lmc.blend.strategy import Strategy
-from lmc.connectors.vllm.attention import Current, Measure, PagedAttention, Rows
+from lmc.connectors.vllm.attention import PagedAttention
+from lmc.connectors.vllm.layouts import Blocks
 from lmc.connectors.vllm.lora import Loras
+from lmc.connectors.vllm.rows import Current, Measure, Rows
+from lmc.connectors.vllm.windows import Windows
 from lmc.kernels.gather import gather
+from lmc.kernels.paged import PagedKV
 from lmc.kernels.scatter import scatter
 
 
@@ -38,10 +42,11 @@ class VLLMAdapter:
 
     Args:
         tokens: `[T]` token ids, as far as rows are computed.
-        blocks: the request's block ids, in order.
+        blocks: the request's block ids, in order, by KV cache group.
         max_rows: rows that one call of a layer may carry.
         before: called with a layer's index before its pages are looked at.
         loras, lora: the worker's adapters, if it may have any, and the request's, or 0.
+        windows: what rows see in layers of which vLLM has no pages for all that they see.
     """
 
     def __init__(
@@ -49,12 +54,13 @@ class VLLMAdapter:
         model: Any,
         attention: PagedAttention,
         tokens: np.ndarray,
-        blocks: list[int],
+        blocks: Sequence[Blocks],
         max_rows: int,
         vllm_config: Any,
         before: Callable[[int], None] = lambda layer: None,
         loras: Loras | None = None,
         lora: int = 0,
+        windows: Windows | None = None,
     ) -> None:
         inner = model.model
         self.layers = list(inner.layers[inner.start_layer : inner.end_layer])
@@ -63,10 +69,22 @@ class VLLMAdapter:
         self._embed = inner.embed_input_ids
         self.attention, self.vllm_config = attention, vllm_config
         # An array, since every layer reads of it.
-        self.tokens, self.blocks = tokens, np.asarray(blocks, np.int64)
-        self.before = before
+        self.tokens, self.blocks = tokens, [np.asarray(of, np.int64) for of in blocks]
+        self.windows = windows
+        self._before = before
         self.loras, self.lora = loras, lora
         self.outline: Outline | None = None
+
+    @property
+    def reach(self) -> int:
+        """How far the blocks reach."""
+        return len(self.blocks[0]) * self.attention.block_size
+
+    def before(self, index: int) -> None:
+        """Have a layer's pages hold what its rows see."""
+        self._before(index)
+        if self.windows is not None:
+            self.windows.fill(index)
 
     def embed(self, rows: np.ndarray) -> State:
         ids = torch.from_numpy(self.tokens[rows]).to(self.attention.device)
@@ -84,12 +102,24 @@ class VLLMAdapter:
 
     def read(self, index: int, rows: np.ndarray) -> torch.Tensor:
         self.before(index)
-        pages = self.attention.pages(self.layers[index])
-        return gather(pages, self.attention.page_slots(rows, self.blocks))
+        pages, blocks = self._seen(index) or self._own(index)
+        return gather(pages, self.attention.page_slots(rows, blocks))
 
     def write(self, index: int, rows: np.ndarray, kv: torch.Tensor) -> None:
-        pages = self.attention.pages(self.layers[index])
-        scatter(kv, pages, self.attention.page_slots(rows, self.blocks))
+        for pages, blocks in filter(None, (self._seen(index), self._own(index))):
+            scatter(kv, pages, self.attention.page_slots(rows, blocks))
+
+    def _own(self, index: int) -> tuple[PagedKV, Blocks]:
+        """vLLM's pages of a layer, and the request's among them."""
+        group = self.attention.groups.of[index]
+        return self.attention.pages(self.layers[index]), self.blocks[group]
+
+    def _seen(self, index: int) -> tuple[PagedKV, Blocks] | None:
+        """The same of the pages that rows attend in, where those are others."""
+        groups = self.attention.groups
+        if self.windows is None or not groups.window(groups.of[index]):
+            return None
+        return self.windows.scratch.place.pages, self.windows.blocks
 
     def agree(self, scores: torch.Tensor) -> torch.Tensor:
         # The sum over ranks; the same bits on each, whatever order a reduction adds in.
@@ -137,7 +167,7 @@ class Forward:
         """What is asked of the layers, each when all of the request that it needs is in place."""
         adapter, outline, probe_rows = self.adapter, None, None
         if self.strategy is not None and self.outline is not None:
-            reach = min(self.outline.T, len(adapter.blocks) * adapter.attention.block_size)
+            reach = min(self.outline.T, adapter.reach)
             outline = adapter.outline = replace(self.outline, T=reach)
             probe_rows = np.union1d(self.forced, np.arange(outline.end, reach))
         steps = forward_steps(adapter, self.forced, self.strategy, outline, probe_rows)
@@ -197,8 +227,8 @@ class _Layers:
     def __init__(self, adapters: Sequence[VLLMAdapter]) -> None:
         self.current = Current()
         self._adapters, self._one = adapters, adapters[0]
-        self._prepared: dict[tuple[Any, ...], Rows] = {}
-        self._prepared_in = 0
+        # By KV cache group: the layer it was made in, and rows by what they are made of.
+        self._prepared: dict[int, tuple[int, dict[tuple[Any, ...], Rows]]] = {}
 
     def __call__(self, steps: dict[int, Step]) -> list[Stepped]:
         """One layer on the rows of some requests, by their index among the adapters."""
@@ -223,14 +253,22 @@ class _Layers:
 
     def _rows(self, index: int, steps: list[tuple[int, Step]]) -> Rows:
         """What depends on rows alone; the same in every layer until a strategy drops some."""
-        key = tuple((i, step.rows.tobytes()) for i, step in steps)
-        if key not in self._prepared:
-            if index != self._prepared_in:
-                self._prepared.clear()
-            self._prepared_in = index
-            requests = [(step.rows, self._adapters[i].blocks) for i, step in steps]
-            self._prepared[key] = self._one.attention.prepare(requests)
-        return self._prepared[key]
+        attention = self._one.attention
+        group, key = attention.groups.of[index], tuple((i, s.rows.tobytes()) for i, s in steps)
+        made_in, known = self._prepared.get(group, (index, {}))
+        if key not in known:
+            if index != made_in:
+                known = {}
+            self._prepared[group] = index, known
+            own = [(step.rows, self._adapters[i].blocks[group]) for i, step in steps]
+            windows = [self._adapters[i].windows for i, _ in steps]
+            if attention.groups.window(group) and windows[0] is not None:
+                seen = [(s.rows, w.blocks) for (_, s), w in zip(steps, windows, strict=True) if w]
+                place, kept = windows[0].scratch.place, [blocks for _, blocks in own]
+                known[key] = attention.prepare(seen, group, place, kept)
+            else:
+                known[key] = attention.prepare(own, group)
+        return known[key]
 
 
 def _rows_of(states: list[State]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -32,6 +32,7 @@ class Admission:
     Args:
         rows: that claims may have computed in one step, all together; one of more goes alone.
         begun: requests that were admitted and are not over, by id; far fewer than those that wait.
+        pages: of one layer, in which rows attend where vLLM keeps windows apart.
 
     Attributes:
         computes: whether workers compute rows in place of chunks that are lost.
@@ -49,6 +50,7 @@ class Admission:
         local: LocalCache,
         flights: Flights,
         begun: dict[str, Tracked],
+        pages: int,
     ) -> None:
         self.computes = False
         self.counts: Counter[str] = Counter()
@@ -57,6 +59,7 @@ class Admission:
         self._planner, self._reader, self._namespace = planner, reader, namespace
         self._local, self._flights, self._begun = local, flights, begun
         self._block_size = local.block_size
+        self._seen = pages * local.block_size
         self._first_in_line: Tracked | None = None
         self._deferred = False  # whether a request was, since the last step
 
@@ -66,7 +69,7 @@ class Admission:
         Args:
             refusal: why rows cannot be recomputed here, or None.
         """
-        tracked.refusal = refusal
+        tracked.refusal = refusal or self._local.groups.unseen(len(tracked.tokens), self._seen)
         local = self._local.held(tracked)
         known: list[bytes] = []
         chain = None if refusal else self._local.earlier_turn(tracked, local)
@@ -131,6 +134,12 @@ class Admission:
         if plan.claimed and self._local.hits_uncomputed(tracked, local, others):
             self.counts["deferred"] += 1
             return None
+        if plan.claimed and not self._local.pin(tracked, local):
+            if others:  # when they are over there may be room
+                self.counts["deferred_for_windows"] += 1
+                return None
+            self.counts["claims_without_windows"] += 1
+            plan = tracked.admitted = plan.nothing()
         if plan.selective and plan.first_moved is not None and local > plan.first_moved:
             # Out of fewer moved rows it may choose others than the hashes stand for.
             recipes = plan.recipes(self._block_size, nonce=os.urandom(16))

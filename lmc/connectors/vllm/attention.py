@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from lmc.blend.evidence import Deviation, Importance, Need, Outline, runs_of
+from lmc.blend.evidence import Deviation, Importance, Outline, runs_of
+from lmc.connectors.vllm.groups import Groups
 from lmc.connectors.vllm.layouts import Blocks, page_slots_of, views_of
+from lmc.connectors.vllm.rows import Current, Measure, Part, Place, Rows
 from lmc.kernels.deviation import deviation
 from lmc.kernels.importance import importance
 from lmc.kernels.paged import PagedKV
@@ -22,77 +23,24 @@ from lmc.kernels.scatter import scatter
 from lmc.kernels.sparse_attention import sparse_attention
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Rows of one request, among those of others.
-
-    Attributes:
-        positions: `[M]`, ascending, int64, at least one.
-        at: where they are among all.
-        reach: positions that the last one sees: its own and all before.
-        table: int32 `[pages]`, the request's pages up to `reach` and perhaps beyond.
-    """
-
-    positions: np.ndarray
-    at: slice
-    reach: int
-    table: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of one or several requests, one behind the other, as every layer needs them.
-
-    Attributes:
-        parts: by request.
-        where: `[M]`, the positions of all, int64, on the device.
-        page_slots: `[M]`, where each row lies in the pages, flat (vLLM's slot mapping).
-        tables: int32 `[requests, pages]`; behind what a request has its null block.
-        how: what the way of attending made of them.
-    """
-
-    parts: tuple[Part, ...]
-    where: torch.Tensor
-    page_slots: torch.Tensor
-    tables: torch.Tensor
-    how: Any
-
-
-@dataclass
-class Measure:
-    """What is asked of one layer about a request's rows, and what it answers.
-
-    Attributes:
-        needs: what is asked. outline: of whom; needed with an importance.
-        scores: by need, fp32: of a deviation `[M]`, of an importance `[T]`.
-    """
-
-    needs: Sequence[Need] = ()
-    outline: Outline | None = None
-    scores: dict[Need, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Current:
-    """What the attention layers work on: set before each of them is called."""
-
-    rows: Rows | None = None
-    measures: Sequence[Measure] = ()  # by request
-
-
 class PagedAttention(ABC):
     """Attention of rows `[M]` of requests, their fresh K and V written to their pages first.
+
+    Args:
+        layers: by name, in the model's order.
+        groups: of vLLM's KV cache; a request has blocks of its own in each.
 
     Raises:
         ValueError: pages whose layout is not known.
     """
 
-    def __init__(self, layers: dict[str, Any], kv_cache_spec: Any) -> None:
+    def __init__(self, layers: dict[str, Any], groups: Groups) -> None:
         self.layers = layers
-        self.block_size = kv_cache_spec.block_size
+        self.groups = groups
+        self.block_size = groups.block_size
         self.device = next(iter(layers.values())).kv_cache.device
-        views = ((id(layer), views_of(layer)) for layer in layers.values())
-        self._pages = {i: PagedKV((k,), (v,)) for i, (k, v) in views}
+        views = [(layer, views_of(layer)) for layer in layers.values()]
+        self._places = {id(x): Place(x.kv_cache, PagedKV((k,), (v,))) for x, (k, v) in views}
 
     def pages(self, module: Any) -> PagedKV:
         """The pages of the attention layer inside a decoder layer, as of one layer.
@@ -100,17 +48,28 @@ class PagedAttention(ABC):
         Raises:
             ValueError: it has not one such layer.
         """
-        inside = [self._pages[id(m)] for m in module.modules() if id(m) in self._pages]
+        inside = [self._places[id(m)] for m in module.modules() if id(m) in self._places]
         if len(inside) != 1:
             raise ValueError(f"{type(module).__name__} has {len(inside)} attention layers, want 1")
-        return inside[0]
+        return inside[0].pages
 
     def page_slots(self, rows: np.ndarray, blocks: Blocks) -> torch.Tensor:
         """Flat page slots `[M]` of rows in the request's blocks."""
         return page_slots_of(rows, blocks, self.block_size, self.device)
 
-    def prepare(self, requests: Sequence[tuple[np.ndarray, Blocks]]) -> Rows:
-        """What is the same in every layer for these rows, each request's with its blocks."""
+    def prepare(
+        self,
+        requests: Sequence[tuple[np.ndarray, Blocks]],
+        group: int = 0,
+        scratch: Place | None = None,
+        kept: Sequence[Blocks] = (),
+    ) -> Rows:
+        """What is the same in every layer of a group for rows of requests, each with its blocks.
+
+        Args:
+            scratch: the pages in which these blocks are, if they are not the layers' own.
+            kept: by request, its blocks in the layers' own pages then.
+        """
         reaches = [int(rows[-1]) + 1 for rows, _ in requests]
         some = [blocks[: -(-reach // self.block_size)]
                 for reach, (_, blocks) in zip(reaches, requests, strict=True)]  # fmt: skip
@@ -125,12 +84,15 @@ class PagedAttention(ABC):
             parts.append(Part(rows, slice(M, M + len(rows)), reaches[i], on_device[i]))
             M += len(rows)
         positions = np.concatenate([rows for rows, _ in requests])
+        own = zip(requests, kept, strict=True) if scratch else ()
         return Rows(
             parts=tuple(parts),
             where=torch.from_numpy(positions).to(self.device),
             page_slots=page_slots,
             tables=on_device,
-            how=self._how(parts, page_slots, tables),
+            how=self._how(parts, page_slots, tables, group),
+            scratch=scratch,
+            kept=torch.cat([self.page_slots(r, b) for (r, _), b in own]) if scratch else None,
         )
 
     def attend(
@@ -146,19 +108,25 @@ class PagedAttention(ABC):
 
         What is asked of a request's rows is answered on the way.
         """
+        place = rows.scratch or self._places[id(layer)]
         deviations = [[n for n in m.needs if isinstance(n, Deviation)] for m in measures]
         if not any(deviations):
-            self._write(layer, key, value, rows.page_slots, [])
+            self._write(layer, place, key, value, rows.page_slots, [])
+        if rows.kept is not None:
+            own = self._places[id(layer)].pages
+            scatter(torch.stack((key, value))[None], own, rows.kept)
         for part, measure, asked in zip(rows.parts, measures, deviations, strict=True):
             if any(deviations):
                 fresh = (key[part.at], value[part.at], rows.page_slots[part.at])
-                measure.scores.update(zip(asked, self._write(layer, *fresh, asked), strict=True))
+                scores = self._write(layer, place, *fresh, asked)
+                measure.scores.update(zip(asked, scores, strict=True))
             for need in measure.needs:
                 if isinstance(need, Importance):
                     assert measure.outline is not None
                     asking = (query[part.at], rows.where[part.at], part)
-                    measure.scores[need] = self._importance(layer, *asking, need, measure.outline)
-        return self._attend(layer, query, key, value, rows)
+                    asked_of = (layer, place.pages, *asking, need, measure.outline)
+                    measure.scores[need] = self._importance(*asked_of)
+        return self._attend(layer, place, query, key, value, rows)
 
     @contextmanager
     def installed(self, current: Current) -> Iterator[None]:
@@ -172,13 +140,16 @@ class PagedAttention(ABC):
                 del layer.forward  # the instance's; the class's own shows again
 
     @abstractmethod
-    def _how(self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor) -> Any:
+    def _how(
+        self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor, group: int
+    ) -> Any:
         """`Rows.how`; `tables` are on the host."""
 
     @abstractmethod
     def _write(
         self,
         layer: Any,
+        place: Place,
         key: torch.Tensor,
         value: torch.Tensor,
         page_slots: torch.Tensor,
@@ -190,6 +161,7 @@ class PagedAttention(ABC):
     def _attend(
         self,
         layer: Any,
+        place: Place,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -200,6 +172,7 @@ class PagedAttention(ABC):
     def _importance(
         self,
         layer: Any,
+        pages: PagedKV,
         query: torch.Tensor,
         where: torch.Tensor,
         part: Part,
@@ -216,7 +189,7 @@ class PagedAttention(ABC):
         sinks = getattr(layer.impl, "sinks", None)
         importance(
             query[first:],
-            self._pages[id(layer)].k[0],
+            pages.k[0],
             part.table,
             asking,
             part.reach,
@@ -229,19 +202,6 @@ class PagedAttention(ABC):
             out=scores[: part.reach],
         )
         return scores
-
-    def _deviation(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        page_slots: torch.Tensor,
-        need: Deviation,
-        *,
-        write: bool,
-    ) -> torch.Tensor:
-        pages, tensor, norm = self._pages[id(layer)], need.tensor, need.norm
-        return deviation(key, value, pages, page_slots, tensor=tensor, norm=norm, write=write)
 
     def _forward_of(self, layer: Any, current: Current) -> Any:
         def forward(
@@ -273,13 +233,19 @@ class BackendAttention(PagedAttention):
     is then the mask by absolute position, exactly, with one pass over the keys per run.
     """
 
-    def __init__(self, layers: dict[str, Any], kv_cache_spec: Any, vllm_config: Any) -> None:
-        super().__init__(layers, kv_cache_spec)
-        first = next(iter(layers.values()))
-        builder = first.attn_backend.get_builder_cls()
-        self._builder = builder(kv_cache_spec, list(layers), vllm_config, self.device)
+    def __init__(self, layers: dict[str, Any], groups: Groups, vllm_config: Any) -> None:
+        super().__init__(layers, groups)
+        builder = next(iter(layers.values())).attn_backend.get_builder_cls()
+        # One a group: what it builds may hold the window that the group's layers share.
+        self._builders = [
+            builder(spec, [name for name, of in zip(layers, groups.of, strict=True) if of == group],
+                    vllm_config, self.device)
+            for group, spec in enumerate(groups.specs)
+        ]  # fmt: skip
 
-    def _how(self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor) -> Any:
+    def _how(
+        self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor, group: int
+    ) -> Any:
         of_each = [runs_of(part.positions) for part in parts]
         runs = np.asarray([run for of_one in of_each for run in of_one], np.int32)
         request = torch.from_numpy(np.repeat(np.arange(len(parts)), list(map(len, of_each))))
@@ -299,31 +265,33 @@ class BackendAttention(PagedAttention):
             slot_mapping=page_slots,
             causal=True,
         )
-        return self._builder.build(0, common)
+        return self._builders[group].build(0, common)
 
     def _write(
         self,
         layer: Any,
+        place: Place,
         key: torch.Tensor,
         value: torch.Tensor,
         page_slots: torch.Tensor,
         needs: list[Deviation],
     ) -> list[torch.Tensor]:
-        fresh = (key, value, page_slots)
-        scores = [self._deviation(layer, *fresh, need, write=False) for need in needs]
-        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, page_slots)
+        fresh = (key, value, place.pages, page_slots)
+        scores = [_deviation(need, *fresh, write=False) for need in needs]
+        layer.impl.do_kv_cache_update(layer, key, value, place.cache, page_slots)
         return scores
 
     def _attend(
         self,
         layer: Any,
+        place: Place,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         rows: Rows,
     ) -> torch.Tensor:
         output = torch.empty_like(query)
-        layer.impl.forward(layer, query, key, value, layer.kv_cache, rows.how, output=output)
+        layer.impl.forward(layer, query, key, value, place.cache, rows.how, output=output)
         return output
 
 
@@ -335,48 +303,51 @@ class KernelAttention(PagedAttention):
             layout is not known.
     """
 
-    def __init__(self, layers: dict[str, Any], kv_cache_spec: Any) -> None:
-        super().__init__(layers, kv_cache_spec)
+    def __init__(self, layers: dict[str, Any], groups: Groups) -> None:
+        super().__init__(layers, groups)
         for name, layer in layers.items():
             for extra in ("alibi_slopes", "sinks"):
                 if getattr(layer.impl, extra, None) is not None:
                     raise ValueError(f"attention: kernels do not compute the {extra} of {name}")
 
-    def _how(self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor) -> Any:
+    def _how(
+        self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor, group: int
+    ) -> Any:
         layer = next(iter(self.layers.values()))
-        keys = self._pages[id(layer)].k[0]
+        keys = self._places[id(layer)].pages.k[0]
         positions = torch.from_numpy(np.concatenate([part.positions for part in parts]))
         return query_rows(positions, (0, *(p.at.stop for p in parts)), layer.num_heads, keys)
 
     def _write(
         self,
         layer: Any,
+        place: Place,
         key: torch.Tensor,
         value: torch.Tensor,
         page_slots: torch.Tensor,
         needs: list[Deviation],
     ) -> list[torch.Tensor]:
         if not needs:
-            scatter(torch.stack((key, value))[None], self._pages[id(layer)], page_slots)
+            scatter(torch.stack((key, value))[None], place.pages, page_slots)
         # The last one stores the rows in the pass in which it reads them.
         return [
-            self._deviation(layer, key, value, page_slots, need, write=need is needs[-1])
+            _deviation(need, key, value, place.pages, page_slots, write=need is needs[-1])
             for need in needs
         ]
 
     def _attend(
         self,
         layer: Any,
+        place: Place,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         rows: Rows,
     ) -> torch.Tensor:
-        pages = self._pages[id(layer)]
         return sparse_attention(
             query,
-            pages.k[0],
-            pages.v[0],
+            place.pages.k[0],
+            place.pages.v[0],
             rows.tables,
             rows.how,
             layer.impl.scale,
@@ -386,14 +357,27 @@ class KernelAttention(PagedAttention):
 
 
 def paged_attention(
-    way: str, layers: dict[str, Any], kv_cache_spec: Any, vllm_config: Any
+    way: str, layers: dict[str, Any], groups: Groups, vllm_config: Any
 ) -> PagedAttention:
     """The way that the config names: `kernels`, `backend`, or `auto` (kernels on a GPU)."""
     on_gpu = next(iter(layers.values())).kv_cache.is_cuda
     if way == "kernels" or (way == "auto" and on_gpu):
-        return KernelAttention(layers, kv_cache_spec)
-    return BackendAttention(layers, kv_cache_spec, vllm_config)
+        return KernelAttention(layers, groups)
+    return BackendAttention(layers, groups, vllm_config)
 
 
 def _softcap(layer: Any) -> float | None:
     return getattr(layer.impl, "logits_soft_cap", None) or None
+
+
+def _deviation(
+    need: Deviation,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: PagedKV,
+    page_slots: torch.Tensor,
+    *,
+    write: bool,
+) -> torch.Tensor:
+    how: Any = {"tensor": need.tensor, "norm": need.norm, "write": write}
+    return deviation(key, value, pages, page_slots, **how)

@@ -95,7 +95,7 @@ def mismoved(
             kept = []
             for first in (0, shift):
                 scratch.forward(model, np.arange(T) + first)
-                kept.append([_keys(oracle, layer, scratch) for layer in layers])
+                kept.append([_keys(oracle, i, layer, scratch) for i, layer in enumerate(layers)])
     except Exception as error:  # an architecture of another shape may fail in any way
         return rope, f"the model does not run by itself: {type(error).__name__}: {error}"
     cos, sin = (torch.from_numpy(x).to(oracle.device) for x in rope.angles(shift))
@@ -168,7 +168,11 @@ class Scratch:
         T = length(attention, vllm_config)
         self.tokens = np.arange(T, dtype=np.int64) * 7919
         self.tokens %= vllm_config.model_config.get_vocab_size()
-        self.blocks = list(range(1, 1 + -(-T // attention.block_size)))
+        n = -(-T // attention.block_size)
+        groups = attention.groups  # which share their tensors, so that each has blocks of its own
+        ids = range(len(groups.specs))
+        self.blocks = [list(range(1 + group * n, 1 + (group + 1) * n)) for group in ids]
+        self._of_layers = [self.blocks[group] for group in groups.of]
         self._attention, self._vllm_config, self._loras = attention, vllm_config, loras
         self._caches = [layer.kv_cache for layer in attention.layers.values()]
 
@@ -181,12 +185,14 @@ class Scratch:
 
     def contents(self) -> list[torch.Tensor]:
         """What is in the blocks, by layer."""
-        return [cache[self.blocks].clone() for cache in self._caches]
+        pairs = zip(self._caches, self._of_layers, strict=True)
+        return [cache[blocks].clone() for cache, blocks in pairs]
 
     def restore(self) -> None:
         """Put back what was in them at first."""
-        for cache, before in zip(self._caches, self._before, strict=True):
-            cache[self.blocks] = before
+        each = zip(self._caches, self._of_layers, self._before, strict=True)
+        for cache, blocks, before in each:
+            cache[blocks] = before
 
     def forward(self, model: Any, at: np.ndarray) -> Any:
         """Hidden states `[T, hidden]` of the text at these positions, by the model itself.
@@ -199,16 +205,17 @@ class Scratch:
 
     def _forward(self, model: Any, at: np.ndarray, part: slice) -> torch.Tensor:
         rows = np.arange(part.start, part.stop, dtype=np.int64)
-        checked = self._attention.prepare([(rows, self.blocks)])
-        names = list(self._attention.layers)
+        blocks = enumerate(self.blocks)
+        checked = [self._attention.prepare([(rows, of)], group) for group, of in blocks]
+        of = dict(zip(self._attention.layers, self._attention.groups.of, strict=True))
         device = self._attention.device
         if self._loras is not None:
             self._loras.rows([(0, len(rows))])
         with set_forward_context(
-            dict.fromkeys(names, checked.how),
+            {name: checked[group].how for name, group in of.items()},
             self._vllm_config,
             num_tokens=len(rows),
-            slot_mapping=dict.fromkeys(names, checked.page_slots),
+            slot_mapping={name: checked[group].page_slots for name, group in of.items()},
         ):
             # Of the dtypes that the engine itself sends: compiled code reads the bytes as those.
             return model(
@@ -263,10 +270,11 @@ def _mismeasured(adapter: VLLMAdapter, T: int, tolerance: float) -> str | None:
     return None
 
 
-def _keys(oracle: BackendAttention, layer: Any, scratch: Scratch) -> torch.Tensor:
+def _keys(oracle: BackendAttention, index: int, layer: Any, scratch: Scratch) -> torch.Tensor:
     """One layer's keys `[T, G, D]` of the text."""
     rows = np.arange(len(scratch.tokens), dtype=np.int64)
-    return gather(oracle.pages(layer), oracle.page_slots(rows, scratch.blocks))[0, 0]
+    blocks = scratch.blocks[oracle.groups.of[index]]
+    return gather(oracle.pages(layer), oracle.page_slots(rows, blocks))[0, 0]
 
 
 def relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:

@@ -59,5 +59,5 @@ def at_most(claim: Claim, block_size: int) -> np.ndarray:
     """All rows `[M]` that a claim may compute: also what its strategy chooses, and what asks."""
     if claim.strategy is None:
         return claim.rows
-    reach = min(len(claim.tokens), len(claim.blocks) * block_size)
+    reach = min(len(claim.tokens), len(claim.blocks[0]) * block_size)
     return np.arange(claim.start, reach, dtype=np.int64)

@@ -70,6 +70,10 @@ class LMCConfig(BaseModel):
             `lmc.store.tier.TIERS` with its fields: `{name: disk, path: ..., capacity: 100GiB}`.
         staging_bytes: memory of the device, on each worker, through which chunks are copied out
             of vLLM's pages, a piece at a time; reserved at start, beside what vLLM has.
+        window_bytes: memory of the device, on each worker, in which rows in the midst of a prompt
+            attend where vLLM keeps windows apart and the last one alone (its hybrid KV cache
+            manager): one layer of as much of a prompt as is blended at once. What sees more than
+            that is reused as an exact prefix alone. Reserved at start, where it is needed.
         write_queue_bytes: host memory, on each worker and for each tier, for chunks that wait to be
             written into it; more of them are dropped, so that nothing ever waits for a disk.
         fetch_patience_s: after so long what a tier has not brought is computed, and the tiers are
@@ -117,6 +121,7 @@ class LMCConfig(BaseModel):
     policy: dict[str, Any] | str = "lru"
     tiers: tuple[dict[str, Any] | str, ...] = ()
     staging_bytes: int = Field(default=32 << 20, gt=0)
+    window_bytes: int = Field(default=256 << 20, gt=0)
     write_queue_bytes: int = Field(default=256 << 20, gt=0)
     fetch_patience_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     single_flight_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)

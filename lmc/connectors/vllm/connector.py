@@ -87,7 +87,8 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler:
-            self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+            ids = [list(of_group) for of_group in blocks.get_block_ids()]
+            self._scheduler.allocated(request, ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         return self._scheduler.step(scheduler_output) if self._scheduler else StepMetadata()
@@ -106,7 +107,7 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         # Its blocks are free at once: what is still to be copied out of them is read in time.
         if not self._scheduler:
             return False, {"lmc": {"reason": f"engine:{self._refusal}"}}
-        return False, self._scheduler.finish(request, list(block_ids[0]))
+        return False, self._scheduler.finish(request, [list(ids) for ids in block_ids])
 
     def take_events(self) -> list[KVCacheEvent]:
         return self._scheduler.events.take() if self._scheduler and self._scheduler.events else []

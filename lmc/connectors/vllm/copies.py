@@ -14,6 +14,7 @@ import torch
 from vllm.logger import init_logger
 
 from lmc.connectors.vllm.config import check_staging
+from lmc.connectors.vllm.groups import Groups
 from lmc.connectors.vllm.layouts import page_slots_of
 from lmc.connectors.vllm.messages import ChunkSave, Kept, WeightsTold, WorkerReport
 from lmc.kernels.gather import gather
@@ -102,14 +103,16 @@ class Staging:
 
     Args:
         pages: where rows come from.
+        groups: which layers are of which KV cache group.
         nbytes: of the buffer; beside it there are 8 bytes for each row of one layer that fits.
 
     Raises:
         ValueError: not one row of one layer fits.
     """
 
-    def __init__(self, pages: PagedKV, nbytes: int) -> None:
+    def __init__(self, pages: PagedKV, groups: Groups, nbytes: int) -> None:
         self.pages = pages
+        self._runs = [(g, run) for g in range(len(groups.specs)) for run in groups.runs(g)]
         row_bytes = 2 * pages.G * pages.D * pages.dtype.itemsize
         check_staging(nbytes, row_bytes)
         self._rows = nbytes // row_bytes  # of one layer
@@ -120,29 +123,35 @@ class Staging:
         self._stream = torch.cuda.Stream(pages.device) if pages.device.type == "cuda" else None
         self._some: dict[tuple[int, int], PagedKV] = {}
 
-    def copy(self, slots: torch.Tensor, parts: list[torch.Tensor], ready: Any) -> None:
+    def copy(self, slots: list[torch.Tensor], parts: list[torch.Tensor], ready: Any) -> None:
         """Copy the rows of slots `[T]` to parts `[L, 2, t, G, D]` along T, and return when done.
 
         Args:
-            slots: on the host.
+            slots: by KV cache group, on the host.
             ready: an event, behind which the pages hold these rows; None without a GPU.
         """
         with torch.cuda.stream(self._stream):
             try:
                 if self._stream is not None:
                     self._stream.wait_event(ready)
-                here = slots.split([part.shape[2] for part in parts])
-                for part, some in zip(parts, here, strict=True):
-                    self._copy(some, part)
+                sizes = [part.shape[2] for part in parts]
+                here = [of_group.split(sizes) for of_group in slots]
+                for part, some in zip(parts, zip(*here, strict=True), strict=True):
+                    for group, (first, behind) in self._runs:
+                        self._copy(some[group], part[first:behind], first)
             finally:
                 # Also when that failed: the parts may be given to others then.
                 if self._stream is not None:
                     self._stream.synchronize()
 
-    def _copy(self, slots: torch.Tensor, part: torch.Tensor) -> None:
-        """Rows to one part. The stream keeps a piece from being overwritten by the next one."""
-        for layers, rows in pieces(self.pages.L, len(slots), self._rows):
-            pages, target = self._pages_of(layers), part[layers, :, rows]
+    def _copy(self, slots: torch.Tensor, part: torch.Tensor, first: int) -> None:
+        """Rows of the layers from `first` on to one part of them.
+
+        The stream keeps a piece from being overwritten by the next one.
+        """
+        for layers, rows in pieces(len(part), len(slots), self._rows):
+            pages = self._pages_of(slice(first + layers.start, first + layers.stop))
+            target = part[layers, :, rows]
             index = self._slots[: target.shape[2]]
             index.copy_(slots[rows], non_blocking=True)
             staged = self._buffer[: target.numel()].view(target.shape)
@@ -184,10 +193,10 @@ class Copies:
         ValueError: not one row of one layer fits into that.
     """
 
-    def __init__(self, chunks: Chunks, told: Told, block_size: int, staging_bytes: int) -> None:
+    def __init__(self, chunks: Chunks, told: Told, groups: Groups, staging_bytes: int) -> None:
         layout = chunks.memory.layout
         check_staging(staging_bytes, layout.bytes_per_token // layout.L)
-        self._chunks, self._told, self._block_size = chunks, told, block_size
+        self._chunks, self._told, self._groups = chunks, told, groups
         self._staging_bytes = staging_bytes
         self._staging: Staging | None = None
         # One thread, so that saves and frees happen in the order the scheduler wanted.
@@ -206,7 +215,7 @@ class Copies:
 
     @pages.setter
     def pages(self, pages: PagedKV) -> None:
-        self._staging = Staging(pages, self._staging_bytes)
+        self._staging = Staging(pages, self._groups, self._staging_bytes)
 
     def save(self, save: ChunkSave) -> None:
         """Copy a chunk as it is in the pages once the device has done what it was given so far."""
@@ -268,12 +277,14 @@ class Copies:
 
     def _stored(self, save: ChunkSave, ready: Any) -> bool:
         """Whether there was room for a chunk; then it is there now."""
+        rows, P = np.arange(save.start, save.end, dtype=np.int64), self._groups.block_size
+        slots = [page_slots_of(rows, of, P, torch.device("cpu")) for of in save.blocks]
+        if any(int(of_group.min()) < 0 for of_group in slots):
+            raise ValueError("a chunk is to be saved out of pages that the request has no more")
         parts = self._chunks.reserve(save.record.slot, save.end - save.start)
         if parts is None:
             return False
         assert self._staging is not None
-        rows = np.arange(save.start, save.end, dtype=np.int64)
-        slots = page_slots_of(rows, save.blocks, self._block_size, torch.device("cpu"))
         started = time.perf_counter()
         self._staging.copy(slots, parts, ready)
         counts = self._chunks.counts
@@ -294,12 +305,12 @@ def recorded() -> Any:
 
 def reading(saves: Sequence[ChunkSave], spoilt: Container[int], block_size: int) -> set[int]:
     """Slots of those that would read a spoilt block of their request, or behind one."""
-    before: dict[int, int] = {}  # by list of blocks, how many come before the first spoilt one
-    for blocks in {id(save.blocks): save.blocks for save in saves}.values() if spoilt else ():
-        bad = (i for i, block in enumerate(blocks) if block in spoilt)
-        before[id(blocks)] = next(bad, len(blocks))
+    before: dict[int, int] = {}  # by lists of blocks, how many come before the first spoilt one
+    for groups in {id(save.blocks): save.blocks for save in saves}.values() if spoilt else ():
+        bad = (i for of in groups for i, block in enumerate(of) if block in spoilt)
+        before[id(groups)] = min(bad, default=len(groups[0]))
     return {
         save.record.slot
         for save in saves
-        if save.end > before.get(id(save.blocks), len(save.blocks)) * block_size
+        if save.end > before.get(id(save.blocks), len(save.blocks[0])) * block_size
     }

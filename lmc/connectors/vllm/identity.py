@@ -11,6 +11,7 @@ import vllm
 from vllm import envs
 
 from lmc.connectors.vllm.config import TESTED_VLLM, LMCConfig
+from lmc.connectors.vllm.groups import groups_of, groups_refusal
 from lmc.model import identity
 from lmc.model.layout import KVLayout
 from lmc.model.reuse import exact_refusal, moved_refusal
@@ -38,10 +39,10 @@ def check_vllm_version(version: str = vllm.__version__) -> None:
 
 def layout_of(vllm_config: Any, kv_cache_config: Any) -> KVLayout:
     """Shape of one token's KV on one rank."""
-    group = kv_cache_config.kv_cache_groups[0]
-    spec = group.kv_cache_spec
+    groups = groups_of(kv_cache_config)
+    spec = groups.specs[0]
     dtype = str(spec.dtype).removeprefix("torch.")
-    return KVLayout(len(group.layer_names), spec.num_kv_heads, spec.head_size, dtype)
+    return KVLayout(len(groups.of), spec.num_kv_heads, spec.head_size, dtype)
 
 
 def rope_of(vllm_config: Any) -> Rotations | str:
@@ -65,13 +66,12 @@ def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
         )
     if reason := exact_refusal(vllm_config.model_config.hf_text_config):
         return reason
-    if len(kv_cache_config.kv_cache_groups) != 1:
-        return "several kv cache groups; with --disable-hybrid-kv-cache-manager there is one"
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    if type(spec).__name__ != "FullAttentionSpec":
-        return f"attention of kind {type(spec).__name__}"
-    if getattr(spec, "attention_chunk_size", None):
-        return "chunked attention"
+    try:
+        groups = groups_of(kv_cache_config)
+    except Exception as error:  # names of layers that say nothing of their order
+        return f"its KV cache groups are not known: {type(error).__name__}: {error}"
+    if reason := groups_refusal(groups):
+        return reason
     if vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"):
         return f"kv cache dtype {vllm_config.cache_config.cache_dtype}"
     return None

@@ -22,6 +22,7 @@ import numpy as np
 
 from lmc.chunking.pieces import Contexts, Piece, chunk_key, context_digests
 from lmc.connectors.vllm.config import LMCConfig
+from lmc.connectors.vllm.groups import Groups
 from lmc.connectors.vllm.messages import ChunkSave, Encode
 from lmc.store import Index
 from lmc.store.lookup import Known
@@ -54,7 +55,7 @@ class Isolation:
         begins: the token that prompts begin with, if the model has one; kept in front of a chunk
             of a prompt that had it.
         bytes_per_token: of one rank.
-        block_size: tokens of a block.
+        groups: of vLLM's KV cache; a text has blocks of its own in each.
         max_rows: tokens that a step of the engine carries.
     """
 
@@ -64,7 +65,7 @@ class Isolation:
         index: Index,
         begins: int | None,
         bytes_per_token: int,
-        block_size: int,
+        groups: Groups,
         max_rows: int,
     ) -> None:
         self.counts: Counter[str] = Counter()
@@ -72,7 +73,7 @@ class Isolation:
         self._rate = 0 if config.context == "any" else config.isolated_tokens
         self._most = max(config.isolated_tokens, config.limits.chunk_tokens)
         self._index, self._begins = index, begins
-        self._bytes_per_token, self._block_size = bytes_per_token, block_size
+        self._bytes_per_token, self._groups = bytes_per_token, groups
         self._max_rows = max_rows
         self._credit = 0
         self._waited = 0  # steps, since something was computed
@@ -145,7 +146,7 @@ class Isolation:
         while self._waiting:
             key, wanted = next(iter(self._waiting.items()))
             T = len(wanted.front) + len(wanted.content)
-            blocks = -(-T // self._block_size)
+            blocks = -(-T // self._groups.block_size) * len(self._groups.specs)
             # What is longer than a step takes one in which nothing else is computed, or has waited.
             busy = scheduled > 0 and self._waited < PATIENT
             if self._credit + len(wanted.front) < T or (left < T and busy):
@@ -222,6 +223,7 @@ class Isolation:
             return None
         lent = _Lent(pool.get_new_blocks(blocks), {record.slot for record, _, _ in records})
         self._lent |= dict.fromkeys(lent.slots, lent)
-        ids_of = [block.block_id for block in lent.blocks]
+        ids, n = [block.block_id for block in lent.blocks], blocks // len(self._groups.specs)
+        ids_of = [ids[i : i + n] for i in range(0, blocks, n)]
         saves = [ChunkSave(record, "", start, end, ids_of) for record, start, end in records]
         return Encode(tokens, saves)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,69 +11,155 @@ from vllm.platforms import current_platform
 
 from lmc.chunking.pieces import Piece, split
 from lmc.connectors.vllm.config import LMCConfig
+from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import ChunkSave, Encode
 from lmc.connectors.vllm.tracked import Tracked
 from lmc.store import Index
 from lmc.store.keep import keep
+
+SPARE = 8  # one block in so many stays free for requests
 
 
 class Keeping:
     """Decides which chunks of a request are stored, and knows which are on their way.
 
     No request keeps its blocks for them: the workers are told when blocks that are still to be
-    read become somebody else's, and read them first.
+    read become somebody else's, and read them first. But a chunk of which a step computes only a
+    part keeps those that a window would leave behind, until the rest of it is computed.
 
     Args:
         bytes_per_token: of one rank.
-        block_size: tokens of a block.
+        local: vLLM's own cache.
         ranks: workers that must say that they have a chunk.
+
+    Attributes:
+        counts: what happened, by name.
     """
 
     def __init__(
-        self, config: LMCConfig, index: Index, bytes_per_token: int, block_size: int, ranks: int
+        self, config: LMCConfig, index: Index, bytes_per_token: int, local: LocalCache, ranks: int
     ) -> None:
+        self.counts: Counter[str] = Counter()
         self._index, self._ranks, self._bytes_per_token = index, ranks, bytes_per_token
-        self._block_size = block_size
+        self._local, self._groups, self._block_size = local, local.groups, local.block_size
         self._chunker = config.build_chunker()
         self._longest = config.limits.chunk_tokens
         self._saves: list[ChunkSave] = []
         self._missing: dict[int, int] = {}  # by slot, ranks that have yet to say that they have it
-        self._reads: dict[int, list[int]] = {}  # by slot, the blocks that it is copied from
+        self._reads: dict[int, set[int]] = {}  # by slot, the blocks that it is copied from
 
     @property
     def pending(self) -> bool:
         """Whether anything is on its way."""
         return bool(self._missing)
 
-    def keep(self, tracked: Tracked, computed: int, blocks: list[int]) -> list[int]:
+    def keep(
+        self, tracked: Tracked, computed: int, blocks: list[list[int]], over: bool = True
+    ) -> list[int]:
         """Have the workers keep every chunk of the first `computed` tokens that is not stored.
 
         Args:
-            blocks: the request's block ids, in order.
+            blocks: the request's block ids, in order, by KV cache group.
+            over: whether the prompt, or the answer, ends here; else only what is whole is kept.
 
         Returns:
             Their slots.
         """
         assert tracked.options is not None
+        if not over and computed < tracked.request.num_prompt_tokens:
+            whole = [piece for piece in tracked.pieces if piece.end <= computed]
+            return self._keep(tracked, tracked.tokens, whole, tracked.options.chunks or (), blocks)
         tokens = np.asarray(tracked.request.all_token_ids[:computed], "<i8")
         n = min(computed, tracked.request.num_prompt_tokens)
         spans = [span for span in tracked.options.chunks or () if span[1] <= n]
         pieces = split(tokens[:n], self._chunker, spans, self._longest)
         # What was answered is apart: the next turn may go on behind another answer.
         answer = split(tokens[n:], self._chunker, longest=self._longest)
+        answer = answer if over else answer[:-1]
         pieces += [Piece(start + n, end + n, closed) for start, end, closed in answer]
+        return self._keep(tracked, tokens, pieces, spans, blocks)
+
+    def _keep(
+        self,
+        tracked: Tracked,
+        tokens: np.ndarray,
+        pieces: Sequence[Piece],
+        spans: Sequence[tuple[int, int]],
+        blocks: list[list[int]],
+    ) -> list[int]:
+        """Keep these chunks, which the tokens begin with; of those that are new the slots."""
+        end = pieces[-1].end if pieces else 0
+        if end <= tracked.seen_to:
+            return []
+        for (group, i), block in tracked.open.items():
+            blocks[group][i] = block.block_id
+        spans = [span for span in spans if span[1] <= end]
         namespace, blended_from = tracked.namespace, tracked.blended_from
         per_token = self._bytes_per_token
-        of = (namespace, tokens, pieces, blended_from, per_token, spans, tracked.seen_to)
+        of = (namespace, tokens[:end], pieces, blended_from, per_token, spans, tracked.seen_to)
         kept = keep(self._index, *of)
-        tracked.seen_to = computed
+        tracked.seen_to = end
+        request_id, slots = tracked.request.request_id, []
         for piece, record in kept:
-            request_id = tracked.request.request_id
+            first, behind = piece.start // self._block_size, -(-piece.end // self._block_size)
+            reads = {block for of_group in blocks for block in of_group[first:behind]}
+            if 0 in reads:  # a window has left some of them behind
+                self._index.drop(record.slot)
+                self.counts["saves_behind_window"] += 1
+                continue
             self._saves.append(ChunkSave(record, request_id, piece.start, piece.end, blocks))
             self._missing[record.slot] = self._ranks
-            first, end = piece.start // self._block_size, -(-piece.end // self._block_size)
-            self._reads[record.slot] = blocks[first:end]
-        return [record.slot for _, record in kept]
+            self._reads[record.slot] = reads
+            slots.append(record.slot)
+        return slots
+
+    def underway(
+        self, scheduler_output: Any, requests: Mapping[str, Tracked]
+    ) -> Iterator[tuple[Tracked, int, list[list[int]]]]:
+        """Requests of which a step computes so much that it must be kept before a window leaves it
+        behind, how far they are computed then, and their blocks.
+
+        Of a chunk that is not whole then the blocks are held until it is.
+        """
+        for request_id in scheduler_output.preempted_req_ids or ():
+            if request_id in requests:
+                self.let_go(requests[request_id])
+        for request_id, n in scheduler_output.num_scheduled_tokens.items():
+            tracked = requests.get(request_id)
+            if tracked is None or not tracked.saves:
+                continue
+            computed = tracked.request.num_computed_tokens + n
+            if n > 1 or computed - tracked.seen_to >= self._groups.longest // 2:
+                yield tracked, computed, self._local.blocks(request_id)
+                self.let_go(tracked, before=tracked.seen_to)
+                self._hold(tracked, computed)
+
+    def let_go(self, tracked: Tracked, before: int | None = None) -> None:
+        """Hold no more of a request's blocks, or none in front of token `before`."""
+        end = None if before is None else before // self._block_size
+        gone = [key for key in tracked.open if end is None or key[1] < end]
+        if gone:
+            pool = self._local.manager.block_pool
+            pool.free_blocks([tracked.open.pop(key) for key in gone])
+
+    def _hold(self, tracked: Tracked, computed: int) -> None:
+        """Hold what a window leaves behind in the next step of a chunk that is not whole."""
+        manager, P = self._local.manager, self._block_size
+        pool = manager.block_pool
+        blocks = manager.get_blocks(tracked.request.request_id).blocks
+        for group, of_group in enumerate(blocks):
+            window, first = self._groups.window(group), tracked.seen_to // P
+            behind = max(0, computed - window + 1) // P if window else 0
+            for i in range(first, behind):
+                if pool.get_num_free_blocks() < pool.num_gpu_blocks // SPARE:
+                    return
+                if not of_group[i].is_null and (group, i) not in tracked.open:
+                    pool.touch([of_group[i]])
+                    tracked.open[group, i] = of_group[i]
+
+    def missing(self, slots: Iterable[int]) -> list[int]:
+        """Those of them that are on their way."""
+        return [slot for slot in slots if slot in self._missing]
 
     def take(self) -> list[ChunkSave]:
         """What the workers must copy, each told once."""
@@ -98,8 +185,8 @@ def given_out(scheduler_output: Any, encodes: list[Encode]) -> set[int]:
     """Blocks that a step may write to for the first time."""
     new = [data.block_ids for data in scheduler_output.scheduled_new_reqs]
     new += [blocks for blocks in scheduler_output.scheduled_cached_reqs.new_block_ids if blocks]
-    lent = [block for encode in encodes for block in encode.saves[0].blocks]
-    return {block for groups in new for block in groups[0]}.union(lent)
+    lent = [block for encode in encodes for of in encode.saves[0].blocks for block in of]
+    return {block for groups in new for of in groups for block in of}.union(lent)
 
 
 def prompts_done(

@@ -15,7 +15,9 @@ import torch
 from lmc.kernels.paged import PagedKV
 
 KV = tuple[torch.Tensor, torch.Tensor]
-Blocks = Sequence[int] | np.ndarray  # a request's block ids, in order; an array where it is long
+# A request's block ids, in order; an array where it is long. 0, vLLM's null block, stands where a
+# window has left a page behind.
+Blocks = Sequence[int] | np.ndarray
 
 
 def side_by_side(cache: torch.Tensor) -> KV:
@@ -50,8 +52,8 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], KV]] = {
 CPU_ISAS = ("vec", "vec16")
 
 
-def views_of(layer: Any) -> KV:
-    """One layer's K and V, views `[N, P, G, D]` of its pages.
+def views_of(layer: Any, cache: torch.Tensor | None = None) -> KV:
+    """One layer's K and V, views `[N, P, G, D]` of its pages, or of others in the same layout.
 
     Raises:
         ValueError: a backend, or a CPU instruction set, whose layout is not known.
@@ -63,18 +65,23 @@ def views_of(layer: Any) -> KV:
         )
     if backend == "CPU_ATTN" and layer.isa not in CPU_ISAS:
         raise ValueError(f"KV layout of CPU ISA {layer.isa!r} is unknown; known: {CPU_ISAS}")
-    return LAYOUTS[backend](layer.kv_cache)
+    return LAYOUTS[backend](layer.kv_cache if cache is None else cache)
 
 
 def flat_slots(rows: np.ndarray, blocks: Blocks, block_size: int) -> np.ndarray:
-    """Flat page slots `[M]` of rows of a request in its blocks (vLLM's slot mapping)."""
+    """Flat page slots `[M]` of rows of a request in its blocks (vLLM's slot mapping).
+
+    -1 where it has none.
+    """
     if not len(rows):
         return np.empty(0, np.int64)
     pages = rows // block_size
     # Of a list no more is read than is needed: a prompt of many chunks is many calls.
     first, last = int(pages.min()), int(pages.max())
     table = np.asarray(blocks[first : last + 1], np.int64)
-    return (table[pages - first] - pages) * block_size + rows
+    slots = (table[pages - first] - pages) * block_size + rows
+    slots[slots < block_size] = -1
+    return slots
 
 
 def page_slots_of(
@@ -82,6 +89,16 @@ def page_slots_of(
 ) -> torch.Tensor:
     """`flat_slots` on the device."""
     return torch.from_numpy(flat_slots(rows, blocks, block_size)).to(device)
+
+
+def blank_pages(layer: Any, n: int) -> torch.Tensor:
+    """A cache of n pages, zero, laid out as the layer's own is."""
+    cache = layer.kv_cache
+    # Without the gaps that there are between pages where layers share a tensor.
+    order = sorted(range(1, cache.ndim), key=cache.stride, reverse=True)
+    shape = [n, *(cache.shape[axis] for axis in order)]
+    blank = torch.zeros(shape, dtype=cache.dtype, device=cache.device)
+    return blank.permute(0, *(1 + order.index(axis) for axis in range(1, cache.ndim)))
 
 
 def paged_kv(layers: list[Any]) -> PagedKV:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 
+from lmc.connectors.vllm.groups import Groups
 from lmc.connectors.vllm.layouts import flat_slots
 from lmc.connectors.vllm.messages import ChunkLoad
 from lmc.kernels.gather import gather
@@ -35,14 +36,16 @@ class Target:
     """Where a claim's chunks go.
 
     Attributes:
-        blocks: the request's block ids, int64, in order.
+        blocks: the request's block ids, int64, in order, by KV cache group.
         pages: of all layers.
         rope: how keys turn; where they cannot, why.
+        groups: which layers are of which group; None: there is one.
     """
 
-    blocks: np.ndarray
+    blocks: Sequence[np.ndarray]
     pages: PagedKV
     rope: Rotations | str
+    groups: Groups | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,54 +83,88 @@ def find(chunks: Chunks, loads: Sequence[ChunkLoad], layered: bool, deadline: fl
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Layers that share block tables, in runs; slots and runs as `scatter_runs` has them."""
+
+    layers: list[tuple[int, int]]
+    slots: torch.Tensor
+    runs: torch.Tensor
+    rows: int
+
+
 class Placement:
     """Where rows of chunks lie in host memory and where they go: found once, for all layers.
 
     All of it is arrays over runs and rows, and goes to the device in one piece: a claim may be
-    thousands of chunks.
+    thousands of chunks. Rows for which the request has no page in a layer are left where they are.
 
     Args:
         held: chunks, and the runs of each.
         memory: that they lie in.
 
     Attributes:
-        buffer, pages, slots, runs, cos, sin, by_layer, interleaved: as `scatter_runs` takes them.
+        parts: by KV cache group. buffer, pages, cos, sin, by_layer, interleaved: as `scatter_runs`
+            takes them.
     """
 
     def __init__(
         self, held: Sequence[tuple[ChunkLoad, list[Run]]], memory: HostMemory, target: Target
     ) -> None:
         self.buffer, self.pages = memory.flat, target.pages
-        self._counts = memory.counts
-        device = target.pages.device
-        runs, rows, deltas = _laid_out(held, memory.layout.L)
-        slots = flat_slots(rows, target.blocks, target.pages.P)
-        index = torch.from_numpy(np.concatenate([runs.ravel(), slots])).to(device)
-        self.runs, self.slots = index[: runs.size].view(runs.shape), index[runs.size :]
+        self._counts, L = memory.counts, memory.layout.L
+        self._row_bytes = memory.layout.bytes_per_token // L
+        self.parts: list[_Part] = []
+        fields = [(load.start, load.end, load.at, load.delta) for load, _ in held]
+        of_chunks = np.array(fields, np.int64).T
+        deltas = np.unique(of_chunks[3])
+        for group, blocks in enumerate(target.blocks):
+            # A window leaves blocks behind, in front of those that it has.
+            first = int(np.argmax(blocks > 0)) * target.pages.P
+            runs, rows = _laid_out(of_chunks, deltas, held, L, first)
+            slots = flat_slots(rows, blocks, target.pages.P)
+            index = torch.from_numpy(np.concatenate([runs.ravel(), slots]))
+            index = index.to(target.pages.device)
+            layers = target.groups.runs(group) if target.groups else [(0, L)]
+            there = index[: runs.size].view(runs.shape)
+            n = int((slots >= 0).sum())
+            self.parts.append(_Part(layers, index[runs.size :], there, n))
         self.cos = self.sin = self.by_layer = None
         self.interleaved = isinstance(target.rope, Rotations) and target.rope.interleaved
         if deltas.any():
             assert isinstance(target.rope, Rotations)
-            angles = torch.from_numpy(np.stack(target.rope.angles(deltas))).to(device)
-            self.cos, self.sin = angles.flatten(1, 2)  # by rotation, and within it by delta
+            angles = torch.from_numpy(np.stack(target.rope.angles(deltas)))
+            self.cos, self.sin = angles.to(target.pages.device).flatten(1, 2)  # by rotation, delta
             if any(target.rope.of):
                 of = np.array(target.rope.of, np.int64)
                 before = np.where(of < 0, -1, of * len(deltas))
-                self.by_layer = torch.from_numpy(before).to(device)
+                self.by_layer = torch.from_numpy(before).to(target.pages.device)
 
-    def put(self, layers: tuple[int, int] | None = None) -> None:
-        """Rows of these layers, or of all, into the pages; the time is counted."""
+    def put(self, layers: tuple[int, int] | None = None) -> int:
+        """Rows of these layers, or of all, into the pages; bytes of them. The time is counted."""
         started = time.perf_counter()
-        self.launch(layers)
+        nbytes = self.launch(layers)
         self._counts["load_us"] += round(1e6 * (time.perf_counter() - started))
+        return nbytes
 
-    def launch(self, layers: tuple[int, int] | None = None) -> None:
-        """As `put`, without counting."""
+    def launch(self, layers: tuple[int, int] | None = None) -> int:
+        """As `put`, without counting time."""
+        low, high = layers or (0, self.pages.L)
+        rows = 0
+        for part in self.parts:
+            for first, behind in part.layers:
+                some = max(low, first), min(high, behind)
+                if some[0] < some[1] and part.rows:
+                    self._launch(part, some)
+                    rows += part.rows * (some[1] - some[0])
+        return rows * self._row_bytes
+
+    def _launch(self, part: _Part, layers: tuple[int, int]) -> None:
         scatter_runs(
             self.buffer,
             self.pages,
-            self.slots,
-            self.runs,
+            part.slots,
+            part.runs,
             self.cos,
             self.sin,
             by_layer=self.by_layer,
@@ -137,15 +174,21 @@ class Placement:
 
 
 def _laid_out(
-    held: Sequence[tuple[ChunkLoad, list[Run]]], L: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Runs `[n, 5]` as `scatter_runs` takes them, rows `[M]` of the request, and deltas `[C]`.
+    of_chunks: np.ndarray,
+    deltas: np.ndarray,
+    held: Sequence[tuple[ChunkLoad, list[Run]]],
+    L: int,
+    first_row: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Runs `[n, 5]` as `scatter_runs` takes them, and rows `[M]` of the request.
 
-    Of a chunk only what is wanted of it.
+    Of a chunk only what is wanted of it, from `first_row` of the request on.
+
+    Args:
+        of_chunks: start, end, at and delta of each. deltas: those that there are, ascending.
     """
-    fields = [(load.start, load.end, load.at, load.delta) for load, _ in held]
-    start, end, at, delta = np.array(fields, np.int64).T
-    deltas, turn = np.unique(delta, return_inverse=True)
+    start, end, at, delta = of_chunks
+    turn = np.searchsorted(deltas, delta)
     turn[delta == 0] = -1
     counts = np.array([len(runs) for _, runs in held])
     of = np.repeat(np.arange(len(held)), counts)  # the chunk of each run
@@ -154,12 +197,12 @@ def _laid_out(
     before = np.cumsum(T) - T
     # The request's position of a run's first token: behind its chunk's other runs.
     place = at[of] + before - before[np.cumsum(counts) - counts][of]
-    low = np.maximum(place, start[of])
+    low = np.maximum(place, np.maximum(start, first_row)[of])
     n = np.maximum(np.minimum(place + T, end[of]) - low, 0)
     done = np.cumsum(n) - n
     rows = np.repeat(low - done, n) + np.arange(n.sum())
     base = 2 * L * first + low - place
-    return np.stack([done, n, base, T, turn[of]], axis=1)[n > 0], rows, deltas
+    return np.stack([done, n, base, T, turn[of]], axis=1)[n > 0], rows
 
 
 def _tokens(runs: list[Run]) -> int:
@@ -189,6 +232,7 @@ class LayeredLoad:
         self._deadline = deadline
         self._placement: Placement | None = None
         self._done = 0
+        self.nbytes = 0  # put in place so far
 
     def until(self, layer: int) -> None:
         """Return when layers 0 to `layer` are in place; LostError if one will not come."""
@@ -201,7 +245,7 @@ class LayeredLoad:
                 self._placement = self._placed()
             # All that has come meanwhile at once: a launch a layer is dearer than one for many.
             end = min(arrival.layers for _, arrival in self._arriving)
-            self._placement.put((self._done, end))
+            self.nbytes += self._placement.put((self._done, end))
             self._done = end
 
     def all(self) -> None:
@@ -227,13 +271,14 @@ def warm_up(target: Target, memory: HostMemory) -> None:
     Kernels are compiled when they are first launched: better at start than within a request.
     """
     pages, P = target.pages, target.pages.P
-    slots = flat_slots(np.arange(P), target.blocks, P)
+    slots = flat_slots(np.arange(P), target.blocks[0], P)
     page = torch.from_numpy(slots).to(pages.device)
     scatter(gather(pages, page), pages, page)
     if memory.capacity >= P * memory.layout.bytes_per_token:
         for delta in (0, 1) if isinstance(target.rope, Rotations) else (0,):
             placement = Placement([(ChunkLoad(0, 0, P, 0, P, delta), [(0, P)])], memory, target)
-            placement.slots.fill_(-1)  # no row of it is wanted
+            for part in placement.parts:
+                part.slots.fill_(-1)  # no row of it is wanted
             placement.launch()
 
 

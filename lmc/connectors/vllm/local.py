@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from lmc.connectors.vllm.groups import Groups
 from lmc.connectors.vllm.taint import Chain, ChainMap, cached_blocks, exact_hashes
 from lmc.connectors.vllm.tracked import Tracked
 
@@ -17,16 +18,17 @@ class LocalCache:
     """vLLM's block pool, read only but for evictions.
 
     Args:
-        block_size: tokens of a block.
+        groups: of its KV cache.
         enabled: whether vLLM caches prefixes at all.
+        rows: tokens that a step carries at most.
 
     Attributes:
         manager: vLLM's KVCacheManager, once it is known.
         chains: of blended requests, to be found again by a next turn.
     """
 
-    def __init__(self, block_size: int, enabled: bool) -> None:
-        self.block_size = block_size
+    def __init__(self, groups: Groups, enabled: bool, rows: int) -> None:
+        self.groups, self.block_size, self._rows = groups, groups.block_size, rows
         self.enabled = enabled
         self.manager: Any = None
         self.chains = ChainMap()
@@ -34,11 +36,54 @@ class LocalCache:
         self._seen: Any = None  # the map that `was_reset` last saw
         self._mixed: Any = None  # the map that has blocks of weights that are gone
         self._mixed_loras: dict[int, Any] = {}  # the same of LoRA adapters
+        self._pinned: list[Any] = []  # blocks that nobody is given in this step
 
-    def blocks(self, request_id: str) -> list[int]:
-        """Ids of the blocks of a request that has any, in order."""
-        blocks: list[int] = self.manager.get_block_ids(request_id)[0]
-        return blocks
+    def blocks(self, request_id: str) -> list[list[int]]:
+        """Ids of the blocks of a request that has any, in order, by KV cache group; 0: none."""
+        return [list(ids) for ids in self.manager.get_block_ids(request_id)]
+
+    def pin(self, tracked: Tracked, local: int) -> bool:
+        """Keep the windows in front of a claim from `local` on until the step is made up.
+
+        vLLM needs none of them behind a claim, but rows that are computed in it do. False where
+        vLLM does not hold them, or has not the room to keep them beside what the request takes.
+        """
+        tracked.front = []
+        if not self.groups.longest or not local:
+            return True
+        hashes, P = tracked.request.block_hashes[: local // self.block_size], self.block_size
+        blocks, n, _ = self.manager.coordinator.find_longest_cache_hit(hashes, local)
+        if n != local:
+            return False
+        windows = [self.groups.window(group) for group in range(len(blocks))]
+        pool, T, takes = self.manager.block_pool, tracked.request.num_tokens, 0
+        front: list[list[Any]] = []
+        for window, of_group in zip(windows, blocks, strict=True):
+            seen = of_group[max(0, local - window + 1) // P :] if window else []
+            front.append([block for block in seen if not block.is_null])
+            takes += -(-min(T, window + self._rows) // P) if window else -(-(T - local) // P)
+        pinned = [block for of in front for block in of]
+        idle = sum(block.ref_cnt == 0 for block in pinned)
+        if takes > pool.get_num_free_blocks() - idle:
+            return False
+        pool.touch(pinned)
+        self._pinned += pinned
+        tracked.front = [[block.block_id for block in of] for of in front]
+        return True
+
+    def unpin(self) -> None:
+        """The workers are told what to do in this step, in front of all that comes later."""
+        pinned, self._pinned = self._pinned, []
+        if pinned:
+            self.manager.block_pool.free_blocks(reversed(pinned))
+
+    def _held(self, hashes: list[bytes]) -> int:
+        """How many blocks vLLM could serve of a chain, in all groups."""
+        if not self.groups.longest:
+            return len(cached_blocks(self.manager.block_pool, hashes))
+        tokens = len(hashes) * self.block_size
+        found = self.manager.coordinator.find_longest_cache_hit(hashes, tokens)
+        return int(found[1]) // self.block_size
 
     def earlier_turn(self, tracked: Tracked, local: int) -> Chain | None:
         """The blended blocks of an earlier turn that vLLM still holds, if they reach further."""
@@ -50,7 +95,7 @@ class LocalCache:
         if chain is None:
             return None
         chained = [*exact[: chain.first], *chain.hashes]
-        held = len(cached_blocks(self.manager.block_pool, chained))
+        held = self._held(chained)
         if held * self.block_size <= local or held <= chain.first:
             return None
         return replace(chain, hashes=chain.hashes[: held - chain.first])
@@ -70,7 +115,7 @@ class LocalCache:
             return 0
         usable = (tracked.request.num_tokens - 1) // self.block_size
         hashes = tracked.request.block_hashes[:usable]
-        return len(cached_blocks(self.manager.block_pool, hashes)) * self.block_size
+        return self._held(hashes) * self.block_size
 
     def hits_uncomputed(self, tracked: Tracked, local: int, others: Iterable[Tracked]) -> bool:
         """Whether a local block is still being filled by another request of this step.
@@ -82,17 +127,33 @@ class LocalCache:
         for other in others:
             request = other.request
             first = request.num_computed_tokens // self.block_size
-            blocks = self.manager.get_blocks(request.request_id).blocks[0]
-            uncomputed.update(block.block_id for block in blocks[first:])
+            for blocks in self.manager.get_blocks(request.request_id).blocks:
+                uncomputed.update(block.block_id for block in blocks[first:])
         if not uncomputed or not local:
             return False
         hashes = tracked.request.block_hashes[: local // self.block_size]
-        return not uncomputed.isdisjoint(cached_blocks(self.manager.block_pool, hashes))
+        pool, hit = self.manager.block_pool, set[int]()
+        for group in range(len(self.groups.specs)):
+            window = self.groups.window(group)
+            seen = -(-window // self.block_size) if window else len(hashes)
+            hit.update(cached_blocks(pool, hashes[-seen:], group))
+        return not uncomputed.isdisjoint(hit - {0})
+
+    def spoil(self, request_id: str, failed: set[int]) -> bool:
+        """Have nobody else find a request's blocks from the first that failed on, if one did."""
+        blocks = self.blocks(request_id)
+        bad = [i for of in blocks for i, block in enumerate(of) if block in failed]
+        if bad:
+            behind = {block for of in blocks for block in of[min(bad) :]}
+            self.manager.evict_blocks(behind - {0})
+        return bool(bad)
 
     def evict_from(self, tracked: Tracked, block: int) -> None:
         """Have nobody else find the request's blocks from index `block` on."""
-        held = cached_blocks(self.manager.block_pool, tracked.request.block_hashes)
-        self.manager.evict_blocks(set(held[block:]))
+        pool, hashes = self.manager.block_pool, tracked.request.block_hashes[block:]
+        ids = range(len(self.groups.specs))
+        held = [pool.get_cached_block(one, [group]) for one in hashes for group in ids]
+        self.manager.evict_blocks({block.block_id for found in held if found for block in found})
 
     def was_reset(self) -> bool:
         """Whether vLLM's cache was reset since this was last asked."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,23 +45,27 @@ class Claim:
     Attributes:
         start, end: tokens `[start, end)` are claimed; whole blocks lie before `start`.
         tokens: token ids, int64: `[end]`, or `[T]` with a strategy, whose probe runs the suffix.
-        blocks: the request's block ids, in order.
+        blocks: the request's block ids by KV cache group, in order; 0 where it has none.
+        front: by group that keeps windows alone, those in front of `start` that vLLM still holds.
         rows: ascending positions that all layers compute.
         strategy: what chooses further rows while the request runs, if anything does.
         outline: the request as it sees it.
         lora: the LoRA adapter that rows are computed under, or 0.
+        planned: whether this is what was planned, and not what is left when that failed.
     """
 
     request_id: str
     start: int
     end: int
     tokens: np.ndarray
-    blocks: list[int]
+    blocks: list[list[int]]
     loads: list[ChunkLoad]
     rows: np.ndarray
     strategy: Strategy | None = None
     outline: Outline | None = None
     lora: int = 0
+    front: Sequence[list[int]] = ()
+    planned: bool = True
 
     @property
     def computes(self) -> bool:
@@ -71,13 +75,17 @@ class Claim:
 
 @dataclass(frozen=True)
 class ChunkSave:
-    """Tokens `[start, end)` of a request, to be kept as the chunk of `record`."""
+    """Tokens `[start, end)` of a request, to be kept as the chunk of `record`.
+
+    Attributes:
+        blocks: the request's, by KV cache group; none of these tokens' is 0.
+    """
 
     record: Record
     request_id: str
     start: int
     end: int
-    blocks: list[int]
+    blocks: list[list[int]]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lmc.blend.plan import Plan, make_plan
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.messages import ChunkLoad, Claim
+from lmc.connectors.vllm.reading import survive
 from lmc.connectors.vllm.tracked import Tracked
 from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
@@ -298,14 +299,34 @@ class Planner:
         return True
 
 
-def claim_of(request_id: str, tokens: np.ndarray, blocks: list[int], plan: Plan) -> Claim:
-    """What the workers must do for a request that was admitted with these blocks."""
-    turns = plan.strategy.rotate
-    loads = [
-        ChunkLoad(r.slot, start, end, at, len(r.tokens) // 8, at - r.start if turns else 0)
-        for start, end, _, r, at in plan.found
-    ]
-    claim = (request_id, plan.local, plan.end)
-    if not plan.selective:
-        return Claim(*claim, tokens[: plan.end], blocks, loads, plan.rows)
-    return Claim(*claim, tokens, blocks, loads, plan.rows, plan.strategy, plan.outline)
+def claim_of(tracked: Tracked, blocks: list[list[int]], claimed: int) -> Claim:
+    """What the workers must do for a request that was admitted with these blocks.
+
+    What vLLM counts on is there, whatever goes wrong here: then all of it is computed.
+    """
+    request = tracked.request
+    lora = getattr(request.lora_request, "lora_int_id", 0)
+    of: dict[str, Any] = {
+        "request_id": request.request_id,
+        "blocks": blocks,
+        "lora": lora,
+        "front": tracked.front,
+    }
+    try:
+        plan = tracked.admitted
+        assert plan is not None and plan.claimed == claimed, (plan, claimed)
+        turns, tokens = plan.strategy.rotate, tracked.tokens
+        loads = [
+            ChunkLoad(r.slot, start, end, at, len(r.tokens) // 8, at - r.start if turns else 0)
+            for start, end, _, r, at in plan.found
+        ]
+        of |= {"start": plan.local, "end": plan.end, "loads": loads, "rows": plan.rows}
+        if not plan.selective:
+            return Claim(tokens=tokens[: plan.end], **of)
+        return Claim(tokens=tokens, strategy=plan.strategy, outline=plan.outline, **of)
+    except BaseException as error:
+        survive(error)
+        start, end = tracked.local, tracked.local + claimed
+        tokens = np.asarray(request.all_token_ids[:end], np.int64)
+        of |= {"start": start, "end": end, "loads": [], "rows": np.arange(start, end)}
+        return Claim(tokens=tokens, planned=False, **of)

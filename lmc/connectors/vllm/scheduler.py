@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from lmc.connectors.vllm.events import Events, published
 from lmc.connectors.vllm.explaining import Explaining
 from lmc.connectors.vllm.flights import Flights
 from lmc.connectors.vllm.gate import QualityGate
+from lmc.connectors.vllm.groups import groups_of
 from lmc.connectors.vllm.isolating import Isolation
 from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import (
@@ -33,6 +33,7 @@ from lmc.connectors.vllm.planner import Planner, claim_of
 from lmc.connectors.vllm.reading import Reader, survive
 from lmc.connectors.vllm.taint import ChainMap, rechain, untaint
 from lmc.connectors.vllm.tracked import Tracked, recompute, report_of, served
+from lmc.connectors.vllm.windows import scratch_pages
 from lmc.model.identity import first_token
 from lmc.model.shape import shape_of
 
@@ -56,7 +57,8 @@ class SchedulerSide:
         self._rope_refusal = rope if isinstance(rope, str) else None
         self.blend_refusal: str | None = self._rope_refusal or "no worker has reported yet"
         self.kv_refusal: str | None = "no worker has reported yet"
-        self.block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        groups = groups_of(kv_cache_config)
+        self.block_size = groups.block_size
         self.layout = identity.layout_of(vllm_config, kv_cache_config)
         self.cost = shape_of(vllm_config.model_config.hf_text_config).cost
         self.namespace = Namespace(vllm_config, kv_cache_config, rope)
@@ -70,18 +72,22 @@ class SchedulerSide:
         self.gate = QualityGate(vllm_config, self.layout, rope, config)
         self.reader = Reader(config, self.gate, self.namespace)
         caches = bool(vllm_config.cache_config.enable_prefix_caching)
-        self.local = LocalCache(self.block_size, caches)
         rows = vllm_config.scheduler_config.max_num_batched_tokens
+        self.local = LocalCache(groups, caches, rows)
         per_token = self.layout.bytes_per_token
-        sizes = (per_token, self.block_size, rows)
-        self.isolation = Isolation(config, self.index, begins, *sizes)
-        self.keeping = keeping.Keeping(config, self.index, per_token, self.block_size, self.ranks)
+        self.isolation = Isolation(config, self.index, begins, per_token, groups, rows)
+        self.keeping = keeping.Keeping(config, self.index, per_token, self.local, self.ranks)
         self.requests: dict[str, Tracked] = {}
         self.begun: dict[str, Tracked] = {}  # those of them that were admitted
         self.flights = Flights(config, self.planner)
+        pages = 0
+        if groups.longest:
+            longest = vllm_config.model_config.max_model_len
+            pages = scratch_pages(groups, config.window_bytes, longest)
         self.admission = Admission(
             config, config.rows_per_step or rows // BLENDING, self.planner, self.reader,
             self.namespace, self.local, self.flights, self.begun,
+            pages,
         )  # fmt: skip
         publishes = published(vllm_config)
         self.events = Events(self.index, self.ranks, self.block_size) if publishes else None
@@ -118,8 +124,8 @@ class SchedulerSide:
             self._give_up(request, error, block=local // self.block_size)
             return 0
 
-    def allocated(self, request: Any, blocks: list[int], claimed: int) -> None:
-        """vLLM admitted `request` with these blocks and `claimed` tokens of ours."""
+    def allocated(self, request: Any, blocks: list[list[int]], claimed: int) -> None:
+        """vLLM admitted `request` with these blocks, by group, and `claimed` tokens of ours."""
         tracked = self.requests.get(request.request_id)
         if tracked is None:
             return
@@ -134,7 +140,10 @@ class SchedulerSide:
             if self.events and tracked.blended_from is not None:
                 self.events.blended(tracked)
         if claimed:
-            self.claims.append(self._claim(tracked, blocks, claimed))
+            claim = claim_of(tracked, blocks, claimed)
+            if not claim.planned:
+                self.counts["claims_given_up"] += 1
+            self.claims.append(claim)
         else:
             self.planner.release(tracked)
         if tracked.report is None:
@@ -156,22 +165,6 @@ class SchedulerSide:
         self._notice_reset()
         tracked.local = local
         return self.admission.claimed(tracked, local, self.claims)
-
-    def _claim(self, tracked: Tracked, blocks: list[int], claimed: int) -> Claim:
-        """What the workers do for it; what vLLM counts on is there, whatever goes wrong here."""
-        request_id, start = tracked.request.request_id, tracked.local
-        lora = getattr(tracked.request.lora_request, "lora_int_id", 0)
-        try:
-            plan = tracked.admitted
-            assert plan is not None and plan.claimed == claimed, (plan, claimed)
-            return replace(claim_of(request_id, tracked.tokens, blocks, plan), lora=lora)
-        except BaseException as error:
-            survive(error)
-            self.counts["claims_given_up"] += 1
-            end = start + claimed
-            tokens = np.asarray(tracked.request.all_token_ids[:end], np.int64)
-            rows = np.arange(start, end)
-            return Claim(request_id, start, end, tokens, blocks, [], rows, lora=lora)
 
     def _give_up(self, request: Any, error: BaseException, block: int) -> None:
         """Serve a request without lmc, with vLLM's own hashes from index `block` on."""
@@ -195,11 +188,15 @@ class SchedulerSide:
         leaving, read_before = self.keeping.take(), self.keeping.reading()
         for wrong in keeping.misadapted(scheduler_output, self.requests):
             wrong.unsaved = True
+        if self.local.groups.longest:
+            for tracked, n, blocks in self.keeping.underway(scheduler_output, self.requests):
+                self._save(tracked, n, blocks, over=False)
         for request_id, tracked in keeping.prompts_done(scheduler_output, self.requests):
             n, saves = tracked.request.num_prompt_tokens, tracked.saves
-            slots = self._save(tracked, n, self.local.blocks(request_id)) if saves else []
+            if saves:
+                self._save(tracked, n, self.local.blocks(request_id))
             tracked.prompt_saved |= saves
-            self.flights.landed(tracked, slots)
+            self.flights.landed(tracked, self.keeping.missing(tracked.storing))
         scheduled = sum(scheduler_output.num_scheduled_tokens.values())
         rows = scheduled + self.admission.rows(self.claims)
         pool, prompts = self.local.manager.block_pool, keeping.computes_prompts(scheduler_output)
@@ -224,6 +221,7 @@ class SchedulerSide:
         for claim in self.claims:
             self.planner.release(self.requests[claim.request_id])
         self.claims, self.forgiven, self.just_finished = [], set(), {}
+        self.local.unpin()
         self.explaining.stepped()
         self.admission.pause(scheduled)
         return metadata
@@ -265,7 +263,7 @@ class SchedulerSide:
         if (step := self.namespace.heard(report.weights)) is not None:
             self._weights_changed(step)
 
-    def finish(self, request: Any, blocks: list[int]) -> dict[str, Any] | None:
+    def finish(self, request: Any, blocks: list[list[int]]) -> dict[str, Any] | None:
         """The request is over: keep what it decoded, and tell its client what happened."""
         tracked = self.requests.pop(request.request_id, None)
         if tracked is None:
@@ -278,6 +276,7 @@ class SchedulerSide:
         computed = request.num_computed_tokens - request.num_in_flight_tokens
         if tracked.saves and computed >= request.num_prompt_tokens:
             self._save(tracked, computed, blocks)
+        self.keeping.let_go(tracked)
         if tracked.blended_from is not None and not tracked.unsaved:
             self.local.leave_chain(tracked, computed)
         if tracked.report is None:
@@ -310,7 +309,7 @@ class SchedulerSide:
     def take_stats(self) -> LMCStats:
         """What happened since the last call, and how things stand."""
         self.counts.update(self.planner.take_counts() + self.explaining.take_counts())
-        for part in (self.isolation, self.admission, self.flights):
+        for part in (self.isolation, self.admission, self.flights, self.keeping):
             self.counts += part.counts
             part.counts.clear()
         counts, self.counts = self.counts, Counter()
@@ -320,23 +319,24 @@ class SchedulerSide:
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _save(self, tracked: Tracked, computed: int, blocks: list[int]) -> list[int]:
-        """Have the workers keep every chunk of the first `computed` tokens that is not stored."""
+    def _save(
+        self, tracked: Tracked, computed: int, blocks: list[list[int]], over: bool = True
+    ) -> None:
+        """Have the workers keep chunks of the first `computed` tokens: `Keeping.keep`."""
         assert tracked.options is not None
         try:
-            slots = self.keeping.keep(tracked, computed, blocks)
+            tracked.storing += self.keeping.keep(tracked, computed, blocks, over)
             moves = tracked.options.strategy.moves or self.gate.moves_by_default
             base = tracked.request.lora_request is None  # nothing is computed alone under others
-            if base and moves and self.blend_refusal is None and not tracked.prompt_saved:
+            blends = moves and self.blend_refusal is None
+            if base and blends and over and not tracked.prompt_saved:
                 known = self.planner.known(tracked)
                 spans = tracked.options.chunks or ()
                 self.isolation.want(known, tracked.tokens, tracked.pieces, spans)
-            return slots
         except BaseException as error:
             survive(error)
             self.counts["saves_given_up"] += 1
             tracked.unsaved = True
-            return []
 
     def _retaint_after_loss(self, tracked: Tracked, rows: list[int]) -> None:
         """Rows that a lost chunk made computed are not what the recipe's hashes say."""
@@ -359,11 +359,8 @@ class SchedulerSide:
         """What was computed over these blocks, and goes on behind them, serves nobody else."""
         self.forgiven |= failed
         for request_id, tracked in self.begun.items():
-            blocks = self.local.blocks(request_id)
-            first = next((i for i, block in enumerate(blocks) if block in failed), None)
-            if first is not None:
+            if self.local.spoil(request_id, failed):
                 tracked.unsaved = True
-                self.local.manager.evict_blocks(set(blocks[first:]))
                 self.counts["requests_over_failed_claims"] += 1
                 if plan := tracked.admitted:  # vLLM computes all of it
                     rows = positions([(s.start, s.end) for s in plan.found])

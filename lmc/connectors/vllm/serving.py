@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from vllm.distributed.parallel_state import get_tp_group
@@ -24,11 +25,14 @@ from lmc.connectors.vllm.loading import (
     on_any_rank,
 )
 from lmc.connectors.vllm.messages import ChunkLoad, Claim
+from lmc.connectors.vllm.windows import Scratch, Windows
 from lmc.store.chunks import Chunks
+from lmc.store.extents import Run
 
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
-Adapters = Callable[[Claim, np.ndarray, LayeredLoad | None], VLLMAdapter]
+MakeWindows = Callable[[], Windows]
+Adapters = Callable[[Claim, np.ndarray, LayeredLoad | None, MakeWindows | None], VLLMAdapter]
 
 
 @dataclass
@@ -39,12 +43,14 @@ class Attempt:
         late: chunks of it that did not come in time, or were damaged.
         whole: whether all of its rows are computed, out of its tokens alone.
         arriving: chunks that come layer by layer while rows are computed.
+        held: chunks that are in host memory.
     """
 
     claim: Claim
     late: list[ChunkLoad] = field(default_factory=list)
     whole: bool = False
     arriving: LayeredLoad | None = None
+    held: list[tuple[ChunkLoad, list[Run]]] = field(default_factory=list)
 
 
 class Serving:
@@ -63,6 +69,7 @@ class Serving:
 
     Attributes:
         counts: what happened, by name.
+        scratch: where rows attend in layers of which vLLM keeps the last window alone, if any.
     """
 
     def __init__(
@@ -71,10 +78,11 @@ class Serving:
         told: Told,
         block_size: int,
         max_rows: int,
-        target: Callable[[list[int]], Target],
+        target: Callable[[list[list[int]]], Target],
         adapter: Adapters,
     ) -> None:
         self.counts: Counter[str] = Counter()
+        self.scratch: Scratch | None = None
         self._chunks, self._told = chunks, told
         self._block_size, self._max_rows = block_size, max_rows
         self._target, self._adapter = target, adapter
@@ -88,7 +96,7 @@ class Serving:
         """
         self._stale = stale
         failed: list[Claim] = []
-        for group in in_groups(claims, self._max_rows):
+        for group in in_groups(claims, self._max_rows, self.scratch):
             deadline = time.monotonic() + self._chunks.patience_s
             failed += self._serve([Attempt(claim) for claim in group], deadline)
         return failed
@@ -98,6 +106,8 @@ class Serving:
         failed: list[Claim] = []
         left = attempts
         while left:
+            if self.scratch is not None:
+                self.scratch.clear()
             begun: list[tuple[Attempt, Forward]] = []
             again: list[Attempt] = []
             for attempt in left:
@@ -124,27 +134,47 @@ class Serving:
                 except Exception as error:
                     again += self._anew(attempt, error, failed)
             left = again
+            if self.scratch is not None and len(again) > 1:
+                # Each by itself, since one that is computed whole may want all of the scratch.
+                failed += [claim for one in again for claim in self._serve([one], deadline)]
+                left = []
         return failed
 
     def _begin(self, attempt: Attempt, deadline: float) -> Forward | None:
         """Load a claim; what is left to be computed of it, rows of lost chunks among it."""
         claim, lost = attempt.claim, None
         if not attempt.whole:
-            lost, attempt.arriving = self._load(claim, attempt.late, deadline)
+            lost = self._load(attempt, deadline)
         if lost is None:  # out of its tokens alone: what full prefill gives
-            attempt.whole, attempt.arriving = True, None
+            attempt.whole, attempt.arriving, attempt.held = True, None, []
             rows = np.arange(claim.start, claim.end, dtype=np.int64)
-            adapter = self._adapter(claim, rows, None)
+            forward = self._whole(attempt, rows)
             self._told.recomputed(claim.request_id, np.setdiff1d(rows, claim.rows))
-            return Forward(adapter, rows)
+            return forward
         claim, anew = with_lost(claim, lost)
         if lost:
             self._told.recomputed(claim.request_id, anew)
         if not claim.computes:
             return None
         most = at_most(claim, self._block_size)
-        adapter = self._adapter(claim, most, attempt.arriving)
+        adapter = self._adapter(claim, most, attempt.arriving, self._windows(attempt, most))
         return Forward(adapter, claim.rows, claim.strategy, claim.outline)
+
+    def _whole(self, attempt: Attempt, rows: np.ndarray) -> Forward:
+        """All rows of a claim; where not all of what they see has room at once, the last of them,
+        behind the others, which are computed now."""
+        front: Windows | None = None
+        parts = self.scratch.segments(attempt.claim) if self.scratch is not None else [rows]
+        for i, part in enumerate(parts):
+            windows = self._windows(attempt, part, front, i + 1 < len(parts))
+            forward = Forward(self._adapter(attempt.claim, part, None, windows), part)
+            if i + 1 < len(parts):
+                forward.adapter.run(part)
+                front = forward.adapter.windows
+                assert self.scratch is not None and front is not None
+                front.keep()
+                self.scratch.clear()
+        return forward
 
     def _end(self, attempt: Attempt, forward: Forward, outcome: Outcome | Exception) -> None:
         """The rows of a claim are computed: wait for what no row has waited for, and count."""
@@ -152,12 +182,14 @@ class Serving:
             raise outcome
         if attempt.arriving is not None:
             attempt.arriving.all()
+            self.counts["bytes_loaded:behind"] += attempt.arriving.nbytes
+        if (windows := forward.adapter.windows) is not None:
+            self.counts["bytes_loaded:host"] += windows.nbytes
         self.counts["claims_computed"] += attempt.whole
         self.counts["rows_computed"] += len(forward.forced)
         self.counts["row_layers_selected"] += sum(len(chosen) for chosen in outcome.selected)
         self.counts["row_layers_probed"] += outcome.probe
-        reach = len(forward.adapter.blocks) * self._block_size
-        if outcome.probe and reach < len(forward.adapter.tokens):
+        if outcome.probe and forward.adapter.reach < len(forward.adapter.tokens):
             self.counts["probes_cut_short"] += 1
 
     def _anew(self, attempt: Attempt, error: Exception, failed: list[Claim]) -> list[Attempt]:
@@ -176,45 +208,58 @@ class Serving:
         attempt.whole = True
         return [attempt]
 
-    def _load(
-        self, claim: Claim, late: list[ChunkLoad], deadline: float
-    ) -> tuple[list[ChunkLoad] | None, LayeredLoad | None]:
-        """Put chunks into the request's pages: those that are lost, and those still to come.
+    def _load(self, attempt: Attempt, deadline: float) -> list[ChunkLoad] | None:
+        """Put chunks into the request's pages; those that are lost.
 
         All ranks come to the same answer; where one of them cannot load at all, it is that all
         rows must be computed: None.
         """
-        missing: list[ChunkLoad] = list(late)
-        arriving = None
+        claim, missing = attempt.claim, list(attempt.late)
+        attempt.arriving = None
         failed = self._stale
         if not failed:
             try:
-                missing, arriving = self._place(claim, late, deadline)
+                missing += self._place(attempt, deadline)
             except Exception:
                 logger.exception("lmc could not load chunks of %s", claim.request_id)
                 failed = True
         somewhere, failed = on_any_rank([load.slot for load in missing], failed)
         if failed:
-            return None, None
-        self._lose(missing[len(late) :])
-        return [load for load in claim.loads if load.slot in somewhere], arriving
+            return None
+        self._lose(missing[len(attempt.late) :])
+        return [load for load in claim.loads if load.slot in somewhere]
 
-    def _place(
-        self, claim: Claim, late: list[ChunkLoad], deadline: float
-    ) -> tuple[list[ChunkLoad], LayeredLoad | None]:
+    def _place(self, attempt: Attempt, deadline: float) -> list[ChunkLoad]:
+        """Put what is there into the pages; what is missing and was not known to be."""
+        claim = attempt.claim
         # Layers may come while rows are computed; all ranks must know first what is lost.
-        layered = get_tp_group().world_size == 1 and claim.computes
-        known = {load.slot for load in late}
+        alone = get_tp_group().world_size == 1 and self.scratch is None
+        known = {load.slot for load in attempt.late}
         loads = [load for load in claim.loads if load.slot not in known]
-        found = find(self._chunks, loads, layered, deadline)
-        target, memory, arriving = self._target(claim.blocks), self._chunks.memory, None
+        found = find(self._chunks, loads, alone and claim.computes, deadline)
+        target, memory = self._target(claim.blocks), self._chunks.memory
+        attempt.held = found.held
         if found.held:
-            Placement(found.held, memory, target).put()
-            self._count_loaded("host", [load for load, _ in found.held])
+            self.counts["bytes_loaded:host"] += Placement(found.held, memory, target).put()
         if found.arriving:
-            arriving = LayeredLoad(found.arriving, memory, target, deadline)
-            self._count_loaded("behind", [load for load, _ in found.arriving])
-        return [*late, *found.missing], arriving
+            attempt.arriving = LayeredLoad(found.arriving, memory, target, deadline)
+        return found.missing
+
+    def _windows(
+        self,
+        attempt: Attempt,
+        rows: np.ndarray,
+        front: Windows | None = None,
+        followed: bool = False,
+    ) -> MakeWindows | None:
+        """What makes what these rows of a claim see in layers with windows, if it must be made."""
+        if self.scratch is None:
+            return None
+        claim, memory = attempt.claim, self._chunks.memory
+        lost = {load.slot for load in attempt.late}
+        held = [one for one in attempt.held if one[0].slot not in lost]
+        of_claim = (self._target(claim.blocks), claim, held, memory, rows, front, followed)
+        return partial(Windows, self.scratch, *of_claim)
 
     def _lose(self, loads: list[ChunkLoad]) -> None:
         """Tell the scheduler what is not there."""
@@ -222,14 +267,13 @@ class Serving:
         late = any(self._chunks.arrival(load.slot) for load in loads)
         self._told.lost([load.slot for load in loads], late)
 
-    def _count_loaded(self, source: str, loads: list[ChunkLoad]) -> None:
-        tokens = sum(load.end - load.start for load in loads)
-        per_token = self._chunks.memory.layout.bytes_per_token
-        self.counts[f"bytes_loaded:{source}"] += tokens * per_token
 
-
-def in_groups(claims: Sequence[Claim], max_rows: int) -> Iterator[list[Claim]]:
+def in_groups(
+    claims: Sequence[Claim], max_rows: int, scratch: Scratch | None = None
+) -> Iterator[list[Claim]]:
     """Claims whose rows go through a layer in one call; one of more rows alone.
+
+    What they see in layers with windows fits into `scratch`, if there is one.
 
     Hidden states of a whole group stay between layers, so that they take what the engine's own
     forward does, and no more. Rows under LoRA adapters and rows under none do not mix: where all
@@ -238,16 +282,17 @@ def in_groups(claims: Sequence[Claim], max_rows: int) -> Iterator[list[Claim]]:
     """
     for adapted in (False, True):
         group: list[Claim] = []
-        rows = 0
+        rows = pages = 0
         for claim in (claim for claim in claims if bool(claim.lora) == adapted):
             try:
                 n = most_rows(claim.rows, claim.strategy, claim.outline)
             except Exception:  # of a strategy, which will fail again by itself
                 n = max_rows
-            if group and rows + n > max_rows:
+            seen = scratch.most(claim) if scratch else 0
+            if group and (rows + n > max_rows or (scratch and pages + seen > scratch.pages)):
                 yield group
-                group, rows = [], 0
+                group, rows, pages = [], 0, 0
             group.append(claim)
-            rows += n
+            rows, pages = rows + n, pages + seen
         if group:
             yield group

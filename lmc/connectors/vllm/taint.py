@@ -122,11 +122,11 @@ def untaint(request: Any, block_size: int, first: int) -> None:
         rechain(request, block_size, first, [], {})
 
 
-def cached_blocks(block_pool: Any, hashes: list[bytes]) -> list[int]:
-    """Ids of the blocks that vLLM holds for the longest known start of `hashes`."""
+def cached_blocks(block_pool: Any, hashes: list[bytes], group: int = 0) -> list[int]:
+    """Ids of the blocks that vLLM holds for the longest known start of `hashes`, in one group."""
     ids = []
     for block_hash in hashes:
-        blocks = block_pool.get_cached_block(block_hash, [0])
+        blocks = block_pool.get_cached_block(block_hash, [group])
         if not blocks:
             break
         ids.append(blocks[0].block_id)

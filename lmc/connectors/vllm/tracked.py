@@ -76,10 +76,13 @@ class Tracked:
         fetched: of slots that came from a tier behind host memory for this request, its name.
         fetching: `time.monotonic()` since when it waits for those, whatever becomes of them.
         blended_from: the first token whose KV is not exact, or None.
+        front: blocks of the last window in front of its claim, by KV cache group, until the step.
         waiting: for what others compute, once that was looked at.
         waits_since: `time.monotonic()` when it began to; flown: names of what is there by now.
         leads: names of what it computes for all.
         seen_to: chunks that end up to here have been kept, or were not to be.
+        storing: slots of its chunks that were given to the workers.
+        open: by group and index, blocks of a chunk that is not whole, which a window leaves behind.
         prompt_saved: whether the prompt's chunks have been given to the workers.
         unsaved: its KV is, or may be, of no use to others: nothing of it is stored any more.
         report: what the client is told.
@@ -111,11 +114,14 @@ class Tracked:
     fetched: dict[int, str] = field(default_factory=dict)
     fetching: float = 0.0
     blended_from: int | None = None
+    front: list[list[int]] = field(default_factory=list)
     waiting: Waiting | None = None
     waits_since: float | None = None
     flown: set[bytes] = field(default_factory=set)
     leads: list[bytes] = field(default_factory=list)
     seen_to: int = 0
+    storing: list[int] = field(default_factory=list)
+    open: dict[tuple[int, int], Any] = field(default_factory=dict)
     prompt_saved: bool = False
     unsaved: bool = False
     report: dict[str, Any] | None = None

@@ -18,6 +18,7 @@ from lmc.connectors.vllm.checks import mismoved, misread, of_any_rank, self_chec
 from lmc.connectors.vllm.computing import on_every_rank
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.copies import Copies, Told, reading
+from lmc.connectors.vllm.groups import groups_of
 from lmc.connectors.vllm.layouts import paged_kv
 from lmc.connectors.vllm.loading import LayeredLoad, Target, on_any_rank, warm_up
 from lmc.connectors.vllm.lora import Loras
@@ -31,8 +32,9 @@ from lmc.connectors.vllm.messages import (
     WorkerHello,
 )  # fmt: skip
 from lmc.connectors.vllm.metrics import ALIKE
-from lmc.connectors.vllm.serving import Serving
+from lmc.connectors.vllm.serving import MakeWindows, Serving
 from lmc.connectors.vllm.weights import WeightsWatch
+from lmc.connectors.vllm.windows import Scratch, scratch_pages
 from lmc.kernels.paged import PagedKV
 from lmc.store.chunks import Chunks
 from lmc.store.tier import Attached, taken
@@ -52,8 +54,8 @@ class WorkerSide:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, config: LMCConfig) -> None:
         self.vllm_config = vllm_config
-        self.spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        self.layer_names = list(kv_cache_config.kv_cache_groups[0].layer_names)
+        self.groups = groups_of(kv_cache_config)
+        self.block_size = self.groups.block_size
         self.rank = vllm_config.parallel_config.rank
         self.layout = identity.layout_of(vllm_config, kv_cache_config)
         self.told = Told(self.rank)
@@ -68,9 +70,9 @@ class WorkerSide:
             populate=True,
             heads=identity.heads_of(self.layout, self.rank, vllm_config),
         )
-        self.copies = Copies(self.chunks, self.told, self.spec.block_size, config.staging_bytes)
+        self.copies = Copies(self.chunks, self.told, self.groups, config.staging_bytes)
         self.max_rows = vllm_config.scheduler_config.max_num_batched_tokens
-        served = (self.chunks, self.told, self.spec.block_size, self.max_rows)
+        served = (self.chunks, self.told, self.block_size, self.max_rows)
         self.serving = Serving(*served, self._target, self._of_claim)
         self.refusal: str | None = (
             "the worker has no access to the model; start vLLM with "
@@ -83,7 +85,7 @@ class WorkerSide:
         self._rope = identity.rope_of(vllm_config)
         self._model: Any = None
         self._loras: Loras | None = None
-        self._way = config.attention
+        self._way, self._window_bytes = config.attention, config.window_bytes
         self._attention: PagedAttention | None = None
         self._pages: PagedKV | None = None
         self._stale = False  # the step was made for other weights
@@ -97,15 +99,20 @@ class WorkerSide:
         """Learn where vLLM's pages are; what is not known of them is refused, not guessed."""
         try:
             layers = self.vllm_config.compilation_config.static_forward_context
-            by_name = {name: layers[name] for name in self.layer_names}
+            by_name = {name: layers[name] for name in self.groups.names}
             self._pages = self.copies.pages = paged_kv(list(by_name.values()))
-            self.kv_refusal = misread(list(by_name.values()), self._pages, self.spec.block_size)
+            self.kv_refusal = misread(list(by_name.values()), self._pages, self.block_size)
+            if self.groups.longest:
+                longest = self.vllm_config.model_config.max_model_len
+                pages = scratch_pages(self.groups, self._window_bytes, longest)
+                layer = next(iter(by_name.values()))
+                self.serving.scratch = Scratch(layer, self.groups, pages)
         except Exception as error:  # a backend of another shape may fail in any way
             self.kv_refusal = f"its pages are not known: {type(error).__name__}: {error}"
         if self.kv_refusal is not None:
             return
         try:
-            self._attention = paged_attention(self._way, by_name, self.spec, self.vllm_config)
+            self._attention = paged_attention(self._way, by_name, self.groups, self.vllm_config)
         except Exception as error:
             self.refusal = f"rows cannot attend here: {type(error).__name__}: {error}"
 
@@ -136,12 +143,12 @@ class WorkerSide:
     def _checked(self, model: Any) -> tuple[str | None, str | None]:
         """Why chunks cannot be moved on this model, and why rows cannot even be computed."""
         assert self._attention is not None
-        warm_up(self._target([1]), self.chunks.memory)
+        warm_up(self._target([[1]] * len(self.groups.specs)), self.chunks.memory)
         if (alone := identity.alone_refusal(self.vllm_config)) is not None:
             return alone, alone  # before the checks below, whose forwards would not return
         oracle = self._attention
         if not isinstance(oracle, BackendAttention):
-            oracle = BackendAttention(oracle.layers, self.spec, self.vllm_config)
+            oracle = BackendAttention(oracle.layers, self.groups, self.vllm_config)
         refusal: str | None
         of = (self.vllm_config, self._loras)
         if isinstance(self._rope, str):
@@ -181,7 +188,10 @@ class WorkerSide:
         with ExitStack() as served:
             for claim in metadata.claims:
                 served.enter_context(self.told.serving(claim.request_id))
-            for claim in self.serving.serve(metadata.claims, self._stale):
+            # Where nobody could compute the claim anew, its KV stays that of the weights before, as
+            # that of what vLLM itself has under way does when weights change.
+            mends = self._model is not None or not self.groups.longest
+            for claim in self.serving.serve(metadata.claims, self._stale and mends):
                 self._fail(claim, metadata.number)
 
     def save(self, metadata: StepMetadata) -> None:
@@ -205,7 +215,7 @@ class WorkerSide:
 
     def _save(self, metadata: StepMetadata, saves: Sequence[ChunkSave], lost: bool = False) -> None:
         # Freed before they were saved: nobody would ever let go of them.
-        refused = {*metadata.freed, *reading(saves, self._spoilt, self.spec.block_size)}
+        refused = {*metadata.freed, *reading(saves, self._spoilt, self.block_size)}
         for save in saves:
             if lost or self._stale or save.record.slot in refused:
                 self.counts["saves_refused"] += 1
@@ -239,17 +249,23 @@ class WorkerSide:
     # -- claims ------------------------------------------------------------------------------
 
     def _of_claim(
-        self, claim: Claim, most: np.ndarray, arriving: LayeredLoad | None
+        self,
+        claim: Claim,
+        most: np.ndarray,
+        arriving: LayeredLoad | None,
+        windows: MakeWindows | None,
     ) -> VLLMAdapter:
-        return self._adapter(claim.tokens, claim.blocks, most, arriving, claim.lora)
+        of_claim = (claim.tokens, claim.blocks, most, arriving, claim.lora, windows)
+        return self._adapter(*of_claim)
 
     def _adapter(
         self,
         tokens: np.ndarray,
-        blocks: list[int],
+        blocks: list[list[int]],
         most: np.ndarray,
         arriving: LayeredLoad | None = None,
         lora: int = 0,
+        windows: MakeWindows | None = None,
     ) -> VLLMAdapter:
         """What computes rows, at most those of `most`; NotReadyError on all ranks or on none."""
 
@@ -257,18 +273,30 @@ class WorkerSide:
             if self._model is None or self._attention is None:
                 raise RuntimeError(f"rows cannot be computed: {self.refusal}")
             if get_tp_group().world_size > 1:  # what the layers will want again: it can be had
-                self._attention.prepare([(most, blocks)])
+                for group, of_group in enumerate(blocks):
+                    self._attention.prepare([(most, of_group)], group)
             before = arriving.until if arriving else lambda layer: None
-            rest = (self.max_rows, self.vllm_config, before, self._loras, lora)
+            seen = windows() if windows else None
+            rest = (self.max_rows, self.vllm_config, before, self._loras, lora, seen)
             return VLLMAdapter(self._model, self._attention, tokens, blocks, *rest)
 
         return on_every_rank(made)
 
     def _fail(self, claim: Claim, step: int) -> None:
-        """Of a claim that is past mending no page is right; vLLM computes them all itself."""
+        """Of a claim that is past mending no page is right; vLLM computes them all itself.
+
+        Raises:
+            RuntimeError: where it keeps windows apart, it cannot be told to.
+        """
         self.counts["claims_failed"] += 1
-        block_size = self.spec.block_size
-        blocks = claim.blocks[claim.start // block_size : -(-claim.end // block_size)]
+        if self.groups.longest:
+            raise RuntimeError(
+                f"lmc could not bring what {claim.request_id} was promised into its pages, and "
+                "vLLM cannot compute it where layers keep their windows alone; the engine ends "
+                "rather than answer from it (--disable-hybrid-kv-cache-manager)"
+            )
+        P = self.block_size
+        blocks = [b for of in claim.blocks for b in of[claim.start // P : -(-claim.end // P)]]
         self._failed_blocks.update(blocks)
         self._spoilt |= dict.fromkeys(blocks, step)
         self.told.failed(claim.request_id, blocks)
@@ -310,7 +338,8 @@ class WorkerSide:
             self.told.adapters(news)
             self._stale |= wrong
 
-    def _target(self, blocks: list[int]) -> Target:
+    def _target(self, blocks: list[list[int]]) -> Target:
         if self._pages is None:
             raise RuntimeError(f"pages cannot be read: {self.kv_refusal}")
-        return Target(np.asarray(blocks, np.int64), self._pages, self._rope)
+        ids = [np.asarray(of_group, np.int64) for of_group in blocks]
+        return Target(ids, self._pages, self._rope, self.groups)

@@ -19,7 +19,6 @@ import numpy as np
 
 from lmc.experiment.vllm.config import EngineConfig
 from lmc.model.cost import PrefillCost
-from lmc.model.reuse import mixes_windows
 from lmc.model.shape import shape_of
 from lmc.results.rows import cpu_name
 
@@ -200,14 +199,11 @@ def _serve(pipe: Connection, log: str, arguments: dict[str, Any]) -> None:
 
 def _start(arguments: dict[str, Any]) -> tuple[Any, str, PrefillCost]:
     import torch
-    from transformers import AutoConfig
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
     if "kv_transfer_config" in arguments:
         arguments["kv_transfer_config"] = KVTransferConfig(**arguments["kv_transfer_config"])
-        if mixes_windows(AutoConfig.from_pretrained(arguments["model"])):
-            arguments["disable_hybrid_kv_cache_manager"] = True
     llm = LLM(**arguments)
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()

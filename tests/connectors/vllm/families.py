@@ -14,8 +14,7 @@ def layers(session: Session) -> dict[str, Any]:
 
     def noisy(*arguments: Any, **options: Any) -> Any:
         """One request, alone, whose pages held something else before."""
-        for layer in session.lmc_worker._attention.layers.values():
-            layer.kv_cache.normal_(std=3.0)
+        noise(session)
         return session.fresh(*arguments, **options)
 
     session.warm()
@@ -26,14 +25,18 @@ def layers(session: Session) -> dict[str, Any]:
         ("all_by_deviation", "all_by_deviation"), ("all_by_query", "all_by_query"),
     ):  # fmt: skip
         results[name] = noisy(asked, blend, save=False)
-    session.ask(asked)
+    session.fresh(asked)
     results["exact"] = noisy(asked)
     results["turn"] = noisy([*asked, results["plain"].tokens, DOCUMENTS[4]])
     results["turn_plain"] = plain(session, [*asked, results["plain"].tokens, DOCUMENTS[4]])
     return results
 
 
-def refused(session: Session) -> dict[str, Any]:
-    """What a request is told in an engine that reuses nothing."""
-    first, again = (session.fresh(prompt(2, 0, 1), "full_reuse") for _ in range(2))
-    return {"reason": again.report["reason"], "plain": first.tokens == again.tokens}
+def noise(session: Session) -> None:
+    """Fill all pages, and what windows are put in, while nothing of them is in use."""
+    worker = session.lmc_worker
+    session.llm.reset_prefix_cache()
+    for layer in worker._attention.layers.values():
+        layer.kv_cache.normal_(std=3.0)
+    if worker.serving.scratch is not None:
+        worker.serving.scratch.place.cache.normal_(std=3.0)

@@ -19,12 +19,13 @@ from lmc.model.layout import KVLayout
 from lmc.store import Record
 from lmc.store.chunks import Chunks
 from lmc.store.tier import Attached
+from tests.connectors.vllm.grouped import one_group
 from tests.store import hanging
 
 L, G, D, P, N = 5, 2, 8, 4, 12
 LAYOUT = KVLayout(L, G, D, "float32")
 ROW = 2 * G * D * 4  # bytes of one row of one layer
-BLOCKS = [7, 3, 0, 11, 5, 9]  # of one request
+BLOCKS = [7, 3, 10, 11, 5, 9]  # of one request
 
 
 def pages() -> PagedKV:
@@ -33,7 +34,7 @@ def pages() -> PagedKV:
     return PagedKV(k=tuple(k for k, _ in views), v=tuple(v for _, v in views))
 
 
-def save_of(slot: int, start: int, end: int, blocks: list[int] = BLOCKS) -> ChunkSave:
+def save_of(slot: int, start: int, end: int, blocks: Any = (BLOCKS,)) -> ChunkSave:
     T = end - start
     key = slot.to_bytes(32, "big")
     nbytes = T * LAYOUT.bytes_per_token
@@ -47,7 +48,7 @@ def expected(paged: PagedKV, start: int, end: int) -> torch.Tensor:
 
 
 def test_saves_behind_a_spoilt_block_are_known_in_one_pass() -> None:
-    blocks, others = list(range(100)), list(range(200, 300))
+    blocks, others = [list(range(100))], [list(range(200, 300))]
     saves = [save_of(i, 10 * i, 10 * i + 10, blocks) for i in range(30)]
     saves += [save_of(100 + i, 10 * i, 10 * i + 10, others) for i in range(30)]
     assert reading(saves, {}, P) == set()
@@ -61,7 +62,7 @@ class World:
     def __init__(self, staging_bytes: int, tokens: int = 64, tiers: Any = ()) -> None:
         self.told = Told(0)
         self.chunks = Chunks(LAYOUT, tokens * LAYOUT.bytes_per_token, tiers)
-        self.copies = Copies(self.chunks, self.told, P, staging_bytes)
+        self.copies = Copies(self.chunks, self.told, one_group(L, P), staging_bytes)
         self.copies.pages = self.pages = pages()
         self.chunks.memory._buffer.random_(0, 255)
 
@@ -128,8 +129,8 @@ def test_saves_take_the_same_memory_again_and_again(world: World) -> None:
 def test_less_than_a_row_of_a_layer_is_refused_at_start() -> None:
     chunks = Chunks(LAYOUT, 1 << 16)
     with pytest.raises(ValueError, match=f"staging_bytes is {ROW - 1}.* allowed: at least {ROW}"):
-        Copies(chunks, Told(0), P, ROW - 1)
-    Copies(chunks, Told(0), P, ROW).close()
+        Copies(chunks, Told(0), one_group(L, P), ROW - 1)
+    Copies(chunks, Told(0), one_group(L, P), ROW).close()
     with pytest.raises(ValueError, match=r"staging_bytes.*greater than 0"):
         load_config({"lmc": {"staging_bytes": 0}})
 

@@ -27,13 +27,14 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 
 
-def answers(family: str, tmp_path: Path, **options: Any) -> dict[str, Answer]:
+def answers(family: str, tmp_path: Path, hybrid: bool = False, **options: Any) -> dict[str, Answer]:
     model = tmp_path / "model"
+    options = {"sliding_window": 100} | options if family == "Mistral" else options
     decoder(family, **IDS | options).save_pretrained(model)
     answers: dict[str, Answer] = run_scenario(
         "tests.connectors.vllm.families:layers", model, tmp_path,
         kv_cache_memory_bytes=40 * BLOCK * 4 * 2 * 2 * 32 * 4,  # L, K and V, G, D, b
-        disable_hybrid_kv_cache_manager=True,
+        disable_hybrid_kv_cache_manager=not hybrid,
     )  # fmt: skip
     return answers
 
@@ -43,9 +44,13 @@ def same(one: Answer, other: Answer) -> bool:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("family", BLENDED)
-def test_layers_of_several_kinds_are_reused_and_blended(family: str, tmp_path: Path) -> None:
-    got = answers(family, tmp_path)
+@pytest.mark.parametrize(
+    ("family", "hybrid"), [*((one, False) for one in BLENDED), ("Gemma3", True), ("Mistral", True)]
+)
+def test_layers_of_several_kinds_are_reused_and_blended(
+    family: str, hybrid: bool, tmp_path: Path
+) -> None:
+    got = answers(family, tmp_path, hybrid)
     plain = got["plain"]
     for name in ("recompute", "all_by_deviation", "all_by_query"):
         assert got[name].kinds == {"exact": 110, "recomputed": 140, "new": 20}, name
@@ -61,9 +66,11 @@ def test_layers_of_several_kinds_are_reused_and_blended(family: str, tmp_path: P
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("family", EXACT)
-def test_what_cannot_be_blended_is_reused_where_it_is_exact(family: str, tmp_path: Path) -> None:
-    got = answers(family, tmp_path, **EXACT[family])
+@pytest.mark.parametrize(("family", "hybrid"), [*((one, False) for one in EXACT), ("GptOss", True)])
+def test_what_cannot_be_blended_is_reused_where_it_is_exact(
+    family: str, hybrid: bool, tmp_path: Path
+) -> None:
+    got = answers(family, tmp_path, hybrid, **EXACT[family])
     for name in ("recompute", "reuse", "epic", "cacheblend", "query"):
         assert got[name].kinds == {"exact": 110, "new": 160}, name
         assert got[name].report["reason"].startswith("blending_refused:"), name
@@ -73,12 +80,50 @@ def test_what_cannot_be_blended_is_reused_where_it_is_exact(family: str, tmp_pat
 
 
 @pytest.mark.engine
-def test_windows_with_a_cache_of_their_own_are_refused_by_name(tmp_path: Path) -> None:
+def test_windows_that_vllm_keeps_apart_are_seen_by_every_row_and_nothing_is_lost(
+    tmp_path: Path,
+) -> None:
     model = tmp_path / "model"
-    decoder("Gemma3").save_pretrained(model)
-    scenario = "tests.connectors.vllm.families:refused"
-    said = run_scenario(scenario, model, tmp_path, kv_cache_memory_bytes=1 << 22)
-    assert said["reason"] == (
-        "engine:several kv cache groups; with --disable-hybrid-kv-cache-manager there is one"
-    )
-    assert said["plain"]
+    decoder("Gemma3", **IDS | {"sliding_window": 100}).save_pretrained(model)
+    got = run_scenario(
+        "tests.connectors.vllm.windowed:windows", model, tmp_path, given=(10,),
+        max_model_len=768, kv_cache_memory_bytes=18 * BLOCK * 4 * 2 * 2 * 32 * 4,
+    )  # fmt: skip
+    local, long, losses, churn = (got[name] for name in ("local", "long", "losses", "churn"))
+    # Rows right behind what vLLM holds itself see its windows.
+    assert local["recompute"].kinds == {"local": 96, "exact": 14, "recomputed": 140, "new": 20}
+    assert same(local["recompute"], local["plain"]) and same(local["exact"], local["plain"])
+    assert local["epic"].kinds["moved"] == local["epic_alone"].kinds["moved"] == 124
+    assert same(local["epic"], local["epic_alone"])
+    # Of a prompt of many steps, and of its answer, everything is stored.
+    assert long["again"].kinds == {"exact": 599, "recomputed": 1}
+    assert same(long["again"], long["plain"])
+    assert long["turn"].kinds == {"exact": 659, "new": 21}
+    assert same(long["turn"], long["turn_plain"])
+    # What is lost is computed, in parts where not all that its rows see has room.
+    assert losses["one"].kinds == {"exact": 225, "recomputed": 20, "new": 25}
+    for name in ("all", "whole", "in_parts"):
+        assert losses[name].kinds["recomputed"] >= 245, name
+    for name in ("one", "all", "whole", "in_parts"):
+        assert same(losses[name], losses["plain"]), name
+    assert churn["wrong"] == [] and churn["lost"] == 0
+    assert churn["preempted"] > 0
+    assert churn["counts"]["deferred_for_windows"] > 0
+
+
+@pytest.mark.engine
+def test_of_windows_far_back_nothing_is_loaded(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    mixed = [*["sliding_attention"] * 5, "full_attention"]
+    options = {"num_hidden_layers": 6, "layer_types": mixed, "sliding_window": 512}
+    longest = {"max_position_embeddings": 8320}
+    decoder("Gemma3", **IDS | options | longest).save_pretrained(model)
+    got = run_scenario(
+        "tests.connectors.vllm.windowed:far_back", model, tmp_path, max_model_len=8320,
+        max_num_batched_tokens=2048, kv_cache_memory_bytes=2000 * BLOCK * 2 * 2 * 32 * 4,
+    )  # fmt: skip
+    assert got["exact"].kinds["exact"] > 8000 and same(got["exact"], got["plain"])
+    assert got["moved"].kinds["moved"] > 6000
+    for name in ("exact", "moved"):
+        share = got[f"{name}_bytes"] / (8192 * got["bytes_per_token"])
+        assert 1 / 6 < share < 0.25, (name, share)

@@ -18,6 +18,7 @@ from lmc.connectors.vllm.messages import Encode
 from lmc.store import Index
 from lmc.store.keep import keep
 from lmc.store.lookup import Known, find
+from tests.connectors.vllm.grouped import one_group
 
 BLOCK, BOS = 32, 7
 
@@ -48,7 +49,7 @@ class World:
     def __init__(self, rows: int = 512, capacity: int = 1 << 20, **config: object) -> None:
         self.config = LMCConfig.model_validate(config)
         self.index, self.pool = Index(capacity), Pool()
-        self.isolation = Isolation(self.config, self.index, BOS, 1, BLOCK, rows)
+        self.isolation = Isolation(self.config, self.index, BOS, 1, one_group(1, BLOCK), rows)
 
     def prompt(self, *parts: np.ndarray, closed: bool = True, spans: Any = None) -> None:
         """Each part is a span, unless others are given."""
@@ -70,7 +71,7 @@ class World:
     def step(self, scheduled: int = 0, prompts: bool = False) -> list[Encode]:
         encodes = self.isolation.take(self.pool, scheduled, prompts)
         for encode in encodes:
-            assert all(len(save.blocks) * BLOCK >= len(encode.tokens) for save in encode.saves)
+            assert all(len(save.blocks[0]) * BLOCK >= len(encode.tokens) for save in encode.saves)
         return encodes
 
     def done(self, encodes: list[Encode]) -> None:

@@ -30,8 +30,8 @@ NO_ROPE = "none here"
 
 
 def pages() -> PagedKV:
-    """Three pages a layer, poisoned."""
-    made = [tuple(torch.full((3, P, G, D), torch.nan) for _ in range(L)) for _ in range(2)]
+    """Three pages a layer behind one that is nobody's, poisoned."""
+    made = [tuple(torch.full((4, P, G, D), torch.nan) for _ in range(L)) for _ in range(2)]
     return PagedKV(k=made[0], v=made[1])
 
 
@@ -40,7 +40,7 @@ def record(slot: int, tokens: int = T) -> Record:
 
 
 class Coming:
-    """Chunks on their way to pages 0, 1, 2, their first token not wanted, in two runs each."""
+    """Chunks on their way to pages 1, 2, 3, their first token not wanted, in two runs each."""
 
     def __init__(self, *slots: int) -> None:
         self.memory = HostMemory(LAYOUT, 64 * LAYOUT.bytes_per_token)
@@ -59,11 +59,11 @@ class Coming:
             self.arriving.append((load, Arrival(record(slot))))
 
     def load(self, patience_s: float) -> LayeredLoad:
-        target = Target(np.arange(3), self.paged, NO_ROPE)
+        target = Target([np.arange(1, 4)], self.paged, NO_ROPE)
         return LayeredLoad(self.arriving, self.memory, target, time.monotonic() + patience_s)
 
     def flat(self, layer: int) -> torch.Tensor:
-        return torch.stack([self.paged.k[layer], self.paged.v[layer]]).flatten(1, 2)
+        return torch.stack([self.paged.k[layer][1:], self.paged.v[layer][1:]]).flatten(1, 2)
 
 
 def scattered(memory: HostMemory, run: int) -> None:
@@ -198,12 +198,12 @@ def test_a_claim_is_placed_as_its_chunks_one_by_one(
 
     case = Case(T=at, G=2, D=32, L=3, P=P, layout=layout)
     expected, got = (make_paged(case, getattr(torch, dtype), "cpu", poisoned=False) for _ in "12")
-    blocks = np.random.default_rng(at).permutation(case.N).tolist()
+    blocks = np.random.default_rng(at).permutation(case.N - 1) + 1
     both = (Rope(np.logspace(0, end, R // 2), interleaved, "default") for end in (-3, -5))
     rope = Rotations(tuple(both), of)
-    one_by_one(loads, memory, blocks, expected, rope)
+    one_by_one(loads, memory, blocks.tolist(), expected, rope)
     held = [(load, memory.runs([load.slot])[0] or []) for load in loads]
-    placement = Placement(held, memory, Target(np.array(blocks), got, rope))
+    placement = Placement(held, memory, Target([blocks], got, rope))
     for layers in ((0, cut), (cut, 3)):
         if layers[0] < layers[1]:
             placement.put(layers)
@@ -229,15 +229,15 @@ def placing_s(tokens: int) -> float:
         ChunkLoad(slot, i * 33, i * 33 + 33, i * 33, 33, (i - slot) * 33)
         for i, slot in enumerate(order)
     ]
-    N = -(-tokens // 16)
+    N = 1 + -(-tokens // 16)
     paged = PagedKV((torch.zeros(N, 16, 1, 2),), (torch.zeros(N, 16, 1, 2),))
-    blocks = list(range(N))
+    blocks = np.arange(1, N)
     rope = Rotations((Rope(np.ones(1), False, "default"),), (0,))
     taken = []
     for _ in range(7):
         start = time.process_time()
         found = find(chunks, loads, layered=True, deadline=0)
-        Placement(found.held, chunks.memory, Target(np.asarray(blocks), paged, rope)).put()
+        Placement(found.held, chunks.memory, Target([blocks], paged, rope)).put()
         taken.append(time.process_time() - start)
     assert len(found.held) == n
     return min(taken)

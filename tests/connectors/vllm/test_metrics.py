@@ -75,9 +75,9 @@ def test_every_name_that_is_counted_has_a_metric_of_its_own_meaning() -> None:
     events = [name for name, metric in found.items() if metric == "vllm:lmc_events"]
     assert events == [
         "adapters_changed", "chunks_not_computed_alone", "claims_computed", "claims_given_up",
-        "claims_parted", "fetched", "lines_dropped", "probes_cut_short", "requests_given_up",
-        "requests_over_failed_claims", "rows_recomputed_for_lost_chunks", "tokens_computed_alone",
-        "weights_changed", "x",
+        "claims_parted", "claims_without_windows", "fetched", "lines_dropped", "probes_cut_short",
+        "requests_given_up", "requests_over_failed_claims", "rows_recomputed_for_lost_chunks",
+        "saves_behind_window", "tokens_computed_alone", "weights_changed", "x",
     ]  # fmt: skip
     assert found["disk:put_failed:x"] == "vllm:lmc_tier_events"
     assert found["disk:bytes_written"] == "vllm:lmc_tier_bytes"
@@ -272,7 +272,7 @@ def test_stalls_are_of_steps_in_which_somebody_is_answered() -> None:
 
     rows = np.arange(2)
     claim = Claim("a", 0, 2, rows, [0], [], rows)
-    encode = Encode(rows, [ChunkSave(None, "", 0, 2, [0])])  # type: ignore[arg-type]
+    encode = Encode(rows, [ChunkSave(None, "", 0, 2, [[1]])])  # type: ignore[arg-type]
     stalls = Stalls()
     for step in (
         StepMetadata(decodes=5),
