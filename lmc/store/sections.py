@@ -99,6 +99,21 @@ def covered(form: Form, held: Iterable[Form]) -> bool:
     return at >= end
 
 
+def own(forms: Iterable[Form], heads: Heads | None) -> list[Form]:
+    """What a rank with these heads has of a record of these forms: each kin once, as told.
+
+    Args:
+        heads: None for one that has all.
+    """
+    each: dict[object, Form] = {}
+    for form in forms:
+        each.setdefault(form.kin, form)
+    return [
+        form.of(heads) if heads and form.heads[2] == heads[2] else whole(form)
+        for form in each.values()
+    ]
+
+
 def whole(form: Form) -> Form:
     """The same of all heads that there are."""
     return form.of((0, form.heads[2], form.heads[2]))

@@ -214,7 +214,11 @@ class TierConfig(Protocol):
         ...
 
 
-TIERS = Registry("tier", {"disk": "lmc.store.disk.config:DiskConfig"}, has=["open", "write"])
+TIERS = Registry(
+    "tier",
+    {"disk": "lmc.store.disk.config:DiskConfig", "redis": "lmc.store.remote.redis:RedisConfig"},
+    has=["open", "write"],
+)
 
 
 def opened(said: Sequence[TierConfig], layout: KVLayout, **options: Any) -> list[Any]:

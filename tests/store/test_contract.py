@@ -19,11 +19,13 @@ import torch
 from docs.example_tier import PLACES, Remembering
 from lmc.store.memory import HostMemory
 from lmc.store.record import Record
+from lmc.store.remote.redis import RedisConfig
 from lmc.store.sections import Section
 from lmc.store.store import Store
 from lmc.store.tier import Behind, Tier, Wanted
 from tests.store.disk.chunks import LAYOUT, NAMESPACES, Kind, Spec, empty, heads_of, opened, right
 from tests.store.faulty import Faulty
+from tests.store.remote.servers import valkey
 from tests.store.wanted import brought
 
 MAKE: dict[str, Callable[[Path, int], Any]] = {
@@ -33,6 +35,7 @@ MAKE: dict[str, Callable[[Path, int], Any]] = {
         path / "kv", capacity, compression="shuffle_zstd"
     ),
     "example": lambda path, capacity: Remembering(str(path)),
+    "redis": lambda path, capacity: RedisConfig(valkey().url, prefix=str(path)).open(LAYOUT),
 }
 BOUNDED = ["memory", "disk", "disk, compressed"]
 ONE_RANK: list[Kind] = ["full", "windowed", "latent"]

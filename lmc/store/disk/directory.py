@@ -12,7 +12,7 @@ from lmc.store.disk import header as fmt
 from lmc.store.disk.catalog import RECORD, Reading
 from lmc.store.disk.folder import Folder
 from lmc.store.record import Record
-from lmc.store.sections import Form, Heads, complete, covered, full_attention, whole
+from lmc.store.sections import Form, Heads, complete, covered, full_attention, own
 from lmc.store.tier import Behind
 
 # Records whose headers have been looked at: a prompt of 128,000 tokens has 2,000.
@@ -111,14 +111,7 @@ class Directory:
 
     def own(self, forms: Iterable[Form]) -> list[Form]:
         """What this rank has of a record of these forms, each kin once, in the order told."""
-        each: dict[object, Form] = {}
-        for form in forms:
-            each.setdefault(form.kin, form)
-        heads = self._heads
-        return [
-            form.of(heads) if heads and form.heads[2] == heads[2] else whole(form)
-            for form in each.values()
-        ]
+        return own(forms, self._heads)
 
     def digest_of(self, namespace: bytes) -> bytes:
         """What stands for a namespace in files."""

@@ -11,14 +11,12 @@ from itertools import accumulate
 import numpy as np
 from xxhash import xxh3_128_digest
 
+from lmc.store.assembly import Takes, fill
 from lmc.store.disk import header as fmt
 from lmc.store.disk.header import Header, digest_of
 from lmc.store.disk.segments import Located, Segments, aligned
-from lmc.store.payload import covered_by, decode_span, head_bytes
 from lmc.store.record import Record
-from lmc.store.rows import copy_rows
-from lmc.store.sections import Form, Rows, Section
-from lmc.store.wire import order
+from lmc.store.sections import Form, Section
 
 
 class Damaged(Exception):  # noqa: N818 a word for the record, as `Located`
@@ -156,7 +154,7 @@ def view_part(segments: Segments, part: Part, deadline: float | None) -> list[Se
     return [Section(record.forms[0], [data[front:].reshape(record.shape)])]
 
 
-Sources = Sequence[tuple[Part, Sequence[tuple[int, Form]]]]
+Sources = Sequence[tuple[Part, Takes]]
 
 
 def straight(sources: Sources, into: Sequence[Section]) -> bool:
@@ -207,64 +205,15 @@ def read_part(
         As `view_part`.
     """
     payload = _fetch(segments, part, deadline)[part.known.payload_at :]
-    header, digests = part.known.header.part, part.known.digests
-    for (i, first, last, start, end), digest in zip(header.bands(), digests, strict=True):
+
+    def came(n: int, layers: int) -> None:
+        arrived(n, layers)
         check_deadline(deadline)
-        data = payload[start:end]
-        if digest_of(data) != digest:
-            raise Damaged("payload")
-        form = header.stored[i].form
-        takers = [(n, of) for n, of in wanted if of.kin == form.kin and covered_by(of, form)]
-        if not takers:
-            continue
-        if header.stored[i].codec == "none":
-            rows = data.reshape(last - first, *form.shape[1:])
-        else:
-            rows = np.empty((last - first, *form.shape[1:]), np.uint8)
-            try:
-                decode_span(header.stored[i], data, rows)
-            except ValueError as e:
-                raise Damaged("payload") from e
-        for n, of in takers:
-            copy_heads(rows, form, of, into[n], first, last)
-            arrived(n, last)
 
-
-def copy_heads(rows: Rows, form: Form, of: Form, into: Section, first: int, last: int) -> None:
-    """Copy heads of layers `[first, last)`, rows of `form`, to their place in a section.
-
-    of: `form` with the heads to copy.
-    """
-    start, end = head_bytes(form, of)
-    to, to_end = head_bytes(into.form, of)
-    copy_rows([rows[..., start:end]], [part[first:last, :, :, to:to_end] for part in into.parts])
-
-
-def plan(
-    parts: Sequence[Part], wanted: Sequence[Form]
-) -> list[tuple[Part, list[tuple[int, Form]]]] | None:
-    """From which parts to take what: of each, which of the wanted, and which heads of it.
-
-    As few parts as heads need; None where they do not have all that is wanted.
-    """
-    taken: dict[int, list[tuple[int, Form]]] = {}
-    for n, form in enumerate(wanted):
-        kin = form.kin
-        have = [
-            (*other.heads[:2], i)
-            for i, part in enumerate(parts)
-            for other in part.known.forms
-            if other.kin == kin
-        ]
-        at, end, of = form.heads
-        while at < end:
-            # The one that reaches furthest of those that have the next head.
-            reach, i = max(((e, i) for s, e, i in have if s <= at < e), default=(at, -1))
-            if i < 0:
-                return None
-            taken.setdefault(i, []).append((n, form.of((at, min(reach, end), of))))
-            at = reach
-    return [(parts[i], some) for i, some in taken.items()]
+    try:
+        fill(part.known.header.part, payload, wanted, into, came)
+    except ValueError as e:
+        raise Damaged("payload") from e
 
 
 def verify(segments: Segments, located: Located, header: Header) -> None:
@@ -279,39 +228,6 @@ def verify(segments: Segments, located: Located, header: Header) -> None:
     front, nbytes = part.known.payload_at, part.known.payload_bytes
     follow = _Verify(part, data[:front], data[front:][:nbytes], None, lambda layers: None)
     follow(front + nbytes)
-
-
-class Progress:
-    """How many layers are there of sections that come from several parts.
-
-    Args:
-        arrived: called with the number of layers that are there of all sections, one after the
-            other in the order of `wire.order`, up to the first that is not.
-    """
-
-    def __init__(
-        self, into: Sequence[Section], sources: Sources, arrived: Callable[[int], None]
-    ) -> None:
-        self._order = sorted(range(len(into)), key=lambda n: order(into[n].form))
-        self._layers = [section.form.L for section in into]
-        self._have: list[dict[int, int]] = [{} for _ in into]
-        for i, (_, wanted) in enumerate(sources):
-            for n, _ in wanted:
-                self._have[n][i] = 0
-        self._arrived, self._told = arrived, 0
-
-    def have(self, source: int, n: int, layers: int) -> None:
-        """Of section `n` the first layers have come from a source."""
-        self._have[n][source] = layers
-        total = 0
-        for i in self._order:
-            there = min(self._have[i].values())
-            total += there
-            if there < self._layers[i]:
-                break
-        if total > self._told:
-            self._told = total
-            self._arrived(total)
 
 
 def _fetch(segments: Segments, part: Part, deadline: float | None) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmc.store.assembly import Progress, plan
 from lmc.store.disk.directory import REMEMBERED, Directory
 from lmc.store.disk.faults import FAULTS, kind_of
 from lmc.store.disk.folder import Folder
@@ -15,10 +16,8 @@ from lmc.store.disk.header import HeaderError
 from lmc.store.disk.read import (
     Damaged,
     Part,
-    Progress,
     Sources,
     known,
-    plan,
     read_part,
     read_straight,
     straight,
@@ -183,7 +182,8 @@ class Reader:
         if found.whole is not None and (*wanted,) == found.whole.known.forms:
             sources = [(found.whole, [(0, wanted[0])])]
         else:
-            sources = plan(found.parts, wanted)
+            takes = plan([part.known.forms for part in found.parts], wanted)
+            sources = None if takes is None else [(found.parts[i], some) for i, some in takes]
         if sources is None:
             if found.parts[0].fresh:
                 self._counts["other_layout"] += 1
@@ -206,7 +206,7 @@ class Reader:
             with _losing(sources[0][0]):
                 read_straight(segments, sources[0][0], into[0], deadline, arrived)
             return
-        progress = Progress(into, sources, arrived)
+        progress = Progress(into, [wanted for _, wanted in sources], arrived)
         for i, (part, wanted) in enumerate(sources):
             with _losing(part):
                 read_part(segments, part, wanted, into, deadline, partial(progress.have, i))

@@ -1,0 +1,385 @@
+"""A tier on a server that holds bytes by key.
+
+A part of a record (what one rank put) is one value: header and payload as `lmc.store.wire` has
+them. Beside it its header is added to two entries, by content key and by what stands before it, so
+that a lookup of a whole prompt is one question; a second one, whether the parts are still there, is
+asked of what was found alone. Entries only grow, until one begins anew: a server may let go of any
+value at any time, and what an entry tells of is believed only as far as its part is there, and its
+bytes as far as they verify.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+from blake3 import blake3
+
+from lmc.model.layout import KVLayout
+from lmc.store import payload, wire
+from lmc.store.assembly import Progress, fill, plan
+from lmc.store.flights import Flights
+from lmc.store.reads import Reads
+from lmc.store.record import Record, superseded
+from lmc.store.remote.server import Fault, Key, Put, Server
+from lmc.store.sections import Form, Heads, Section, complete, covered, full_attention, own
+from lmc.store.tier import Behind, Durability, Outcome, Wanted
+
+logger = logging.getLogger(__name__)
+
+LATEST = 16  # of what continues one text; the disk tier tells as many
+REMEMBERED = 1 << 14  # records whose parts are known
+BATCH_BYTES = 16 << 20  # of one put on its way
+MOST_ENTRY = 64 << 10  # bytes; one that has grown so long, mostly of what is gone, begins anew
+
+
+class Keyed:
+    """Chunks on a server, for one rank; see `lmc.store.tier.Tier`.
+
+    Args:
+        name: for reports.
+        layout: of the rank.
+        heads: which of the model's heads those of the layout are; by default all.
+        compression: one of `lmc.store.compress.CODECS`.
+        label: the model's name, for people.
+    """
+
+    durability: Durability = "evictable"
+    capacity: int | None = None
+    size: int | None = None
+    epoch: int | None = None
+
+    def __init__(
+        self,
+        name: str,
+        server: Server,
+        layout: KVLayout,
+        heads: Heads | None = None,
+        exact_variants: int = 2,
+        compression: str = "none",
+        label: str = "",
+    ) -> None:
+        self.name = name
+        self.counts: Counter[str] = Counter()
+        self._server, self._layout = server, layout
+        self._heads = heads or (0, layout.G, layout.G)
+        self._exact_variants, self._compression, self._label = exact_variants, compression, label
+        # By record id, its parts: id and forms of each.
+        self._parts: OrderedDict[bytes, dict[bytes, tuple[Form, ...]]] = OrderedDict()
+        self._said: set[str] = set()
+        self.flights: Flights | None = None  # of a server that can tell
+        self._reads = Reads(name, self._read)
+        self.get_many = self._reads.start
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Nothing here is written by a transport of its own."""
+
+    def lookup_many(
+        self, namespace: bytes, keys: Sequence[bytes], behind: Sequence[Behind], deadline: float
+    ) -> tuple[list[list[Record]], list[list[Record]]]:
+        digest = wire.namespace_digest(namespace)
+        asked = [_by_key(digest, key) for key in keys]
+        asked += [_behind(digest, context, first) for context, first in behind]
+        told: list[list[Record]] = [[] for _ in asked]
+        with self._surviving("lookup"):
+            entries = self._entries(dict.fromkeys(asked))
+            found = self._parsed(entries)
+            parts = [part for entry in found.values() for part in entry.parts()]
+            if parts and time.monotonic() < deadline:
+                there = self._there(parts)
+                for i, key in enumerate(asked):
+                    if entries[key]:
+                        told[i] = self._told(found[key], there, namespace)
+        by_key = [[r for r in some if not r.tail] for some in told[: len(keys)]]
+        return by_key, [some[-LATEST:] for some in told[len(keys) :]]
+
+    def contains(self, records: Sequence[Record]) -> list[bool]:
+        held: dict[bytes, dict[bytes, tuple[Form, ...]]] = {}
+        with self._surviving("lookup"):
+            held = self._held(records)
+        return [self._has_own(record, held.get(record.id, {})) for record in records]
+
+    def put(self, items: Sequence[tuple[Record, Sequence[Section]]]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for batch in _batches(items):
+            before = Counter(self.counts)
+            done: list[Outcome] = ["failed"] * len(batch)
+            with self._surviving("put"):
+                done = self._put(batch)
+            if done == ["failed"] * len(batch) and self.counts["failed"] == before["failed"]:
+                self.counts["failed"] += len(batch)
+            outcomes += done
+        return outcomes
+
+    def evict(self, records: Sequence[Record]) -> None:
+        with self._surviving("evict"):
+            held = self._held(records)
+            self._server.delete([Key("part", id) for some in held.values() for id in some])
+        for record in records:
+            self._parts.pop(record.id, None)
+
+    def close(self) -> None:
+        self._reads.close()
+        self._server.close()
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def _put(self, batch: Sequence[tuple[Record, Sequence[Section]]]) -> list[Outcome]:
+        """Of each what became of it; raises Fault."""
+        entries = self._entries({_home(record): None for record, _ in batch})
+        found = self._parsed(entries)
+        there = self._there([part for entry in found.values() for part in entry.parts()])
+        outcomes: list[Outcome] = []
+        new: list[tuple[int, Put]] = []
+        gone: list[Key] = []
+        for record, sections in batch:
+            entry = found[_home(record)]
+            forms = tuple(form for form, _ in sections)
+            mine = {id: have for id, have in entry.of(record.id).items() if id in there}
+            held = [form for have in mine.values() for form in have]
+            if forms and all(covered(form, held) for form in forms):
+                outcomes.append("known")
+                continue
+            known = self._told(entry, there, record.namespace)
+            out = superseded(
+                [r for r in known if r.key == record.key and r.id != record.id],
+                record, self._exact_variants,
+            )  # fmt: skip
+            if out is None and not mine:
+                outcomes.append("known")
+                continue
+            try:
+                encoded = payload.encode(
+                    record, sections, self._compression, self._label, self.counts
+                )
+                header, data = encoded.packed()
+            except (ValueError, IndexError):
+                outcomes.append("failed")
+                continue
+            id = wire.part_id(record.id, encoded.header.forms)
+            key = Key("part", id)
+            new.append((len(outcomes), Put(key, (header, data.data), _keys(record), header)))
+            outcomes.append("stored")
+            gone += [Key("part", part) for other in out or [] for part in entry.of(other.id)]
+            if len(entries[_home(record)]) > MOST_ENTRY:
+                self._server.delete(_keys(record))
+            entry.add(header)
+            there.add(id)
+        for (i, _), fault in zip(new, self._server.put([put for _, put in new]), strict=True):
+            if fault is not None:
+                outcomes[i] = "full" if str(fault) == "full" else "failed"
+                self._count(str(fault), "put")
+        if gone:
+            self._server.delete(gone)
+        self.counts.update(Counter(str(outcome) for outcome in outcomes))
+        return outcomes
+
+    def _read(self, wanted: Wanted, arrived: Callable[[int], None]) -> bool:
+        """Bring a chunk's sections; whether all of it is there."""
+        record, into = wanted.record, wanted.into
+        with self._surviving("get"):
+            parts = self._parts.get(record.id)
+            for fresh in (parts is None, True):
+                if fresh:
+                    parts = self._held([record])[record.id]
+                assert parts is not None
+                takes = plan([*parts.values()], [form for form, _ in into])
+                if takes is None:
+                    continue
+                progress = Progress(into, [some for _, some in takes], arrived)
+                ids = [*parts]
+                came = [
+                    self._take(record, ids[i], some, into, progress, n)
+                    for n, (i, some) in enumerate(takes)
+                ]
+                if all(came):
+                    return True
+            self.counts["missing" if not parts else "not_all_there"] += 1
+        return False
+
+    def _take(
+        self,
+        record: Record,
+        id: bytes,
+        takes: Sequence[tuple[int, Form]],
+        into: Sequence[Section],
+        progress: Progress,
+        source: int,
+    ) -> bool:
+        """Fill sections from one part; whether it was there, and what was put."""
+        data = self._server.get(Key("part", id))
+        if data is None:
+            self._parts.pop(record.id, None)
+            return False
+        try:
+            header = wire.unpack(data)
+            if not _same(header.record, record):
+                raise ValueError("another record")
+            rows = np.frombuffer(data, np.uint8)[header.size :]
+            fill(header, rows, takes, into, lambda n, layers: progress.have(source, n, layers))
+        except ValueError:
+            # It can serve nobody: the next one puts it again.
+            self._count("damaged", "get")
+            self._parts.pop(record.id, None)
+            self._server.delete([Key("part", id)])
+            return False
+        return True
+
+    def _entries(self, keys: Iterable[Key]) -> dict[Key, bytes]:
+        keys = list(keys)
+        return dict(zip(keys, self._server.entries(keys), strict=True)) if keys else {}
+
+    def _parsed(self, entries: dict[Key, bytes]) -> dict[Key, _Entry]:
+        """What entries tell; those that tell what nobody put begin anew."""
+        found = {key: _Entry(data) for key, data in entries.items()}
+        if damaged := [key for key, entry in found.items() if entry.damaged]:
+            self._count("damaged", "lookup")
+            self._server.delete(damaged)
+        return found
+
+    def _there(self, parts: Sequence[bytes]) -> set[bytes]:
+        """Which parts are there."""
+        parts = list(dict.fromkeys(parts))
+        if not parts:
+            return set()
+        held = self._server.holds([Key("part", id) for id in parts])
+        return {id for id, here in zip(parts, held, strict=True) if here}
+
+    def _held(self, records: Sequence[Record]) -> dict[bytes, dict[bytes, tuple[Form, ...]]]:
+        """By record, the parts that are there of it, with their forms."""
+        entries = self._entries({_home(record): None for record in records})
+        found = self._parsed(entries)
+        known = {r.id: found[_home(r)].of(r.id) for r in records}
+        there = self._there([id for some in known.values() for id in some])
+        held = {
+            record: {id: forms for id, forms in some.items() if id in there}
+            for record, some in known.items()
+        }
+        for record, some in held.items():
+            self._remember(record, some)
+        return held
+
+    def _remember(self, record: bytes, parts: dict[bytes, tuple[Form, ...]]) -> None:
+        self._parts[record] = parts
+        while len(self._parts) > REMEMBERED:
+            try:
+                self._parts.popitem(last=False)
+            except KeyError:  # another thread has
+                break
+
+    def _told(self, entry: _Entry, there: set[bytes], namespace: bytes) -> list[Record]:
+        """Records of an entry that this rank can use, the oldest first."""
+        told = []
+        for id, record in entry.records.items():
+            parts = {part: forms for part, forms in entry.of(id).items() if part in there}
+            forms = [form for some in parts.values() for form in some]
+            if not parts or not complete(forms):
+                continue
+            mine = own(forms, self._heads)
+            fits = len(mine) != 1 or mine[0].kind != "kv"
+            if not fits and mine[0] != full_attention(self._layout, record.T, self._heads):
+                continue
+            self._remember(id, parts)
+            nbytes = sum(form.nbytes for form in mine)
+            told.append(replace(record, namespace=namespace, nbytes=nbytes))
+        return told
+
+    def _has_own(self, record: Record, parts: dict[bytes, tuple[Form, ...]]) -> bool:
+        forms = [form for some in parts.values() for form in some]
+        return bool(forms) and all(covered(form, forms) for form in own(forms, self._heads))
+
+    @contextmanager
+    def _surviving(self, doing: str) -> Iterator[None]:
+        """What a server does wrong is counted, and said once a kind."""
+        try:
+            yield
+        except Fault as fault:
+            self._count(str(fault), doing)
+
+    def _count(self, kind: str, doing: str) -> None:
+        self.counts[f"faults:{kind}"] += 1
+        if kind not in self._said:
+            self._said.add(kind)
+            logger.warning("lmc: tier %s: %s at a %s; it goes on without", self.name, kind, doing)
+
+
+class _Entry:
+    """Headers of parts, one behind the other, as a server has them under one key."""
+
+    def __init__(self, data: bytes) -> None:
+        self.records: dict[bytes, Record] = {}  # by id, the oldest first
+        self._of: dict[bytes, dict[bytes, tuple[Form, ...]]] = {}
+        self.damaged = False
+        at = 0
+        while at < len(data) and not self.damaged:
+            try:
+                size, _ = wire.sizes(data[at : at + 64])
+                self.add(data[at : at + size])
+                at += size
+            except wire.HeaderError:
+                self.damaged = True  # it says no more of what is behind it
+
+    def add(self, header: bytes) -> None:
+        """Raises HeaderError."""
+        known = wire.unpack(header)
+        record = known.record
+        self.records.setdefault(record.id, record)
+        self._of.setdefault(record.id, {})[known.id] = known.forms
+
+    def of(self, id: bytes) -> dict[bytes, tuple[Form, ...]]:
+        """A record's parts: id and forms of each."""
+        return self._of.get(id, {})
+
+    def parts(self) -> list[bytes]:
+        """Ids of all parts."""
+        return [part for parts in self._of.values() for part in parts]
+
+
+def _batches(
+    items: Sequence[tuple[Record, Sequence[Section]]],
+) -> Iterator[list[tuple[Record, Sequence[Section]]]]:
+    batch: list[tuple[Record, Sequence[Section]]] = []
+    nbytes = 0
+    for record, sections in items:
+        batch.append((record, sections))
+        nbytes += sum(part.nbytes for _, parts in sections for part in parts)
+        if nbytes >= BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _same(stored: Record, record: Record) -> bool:
+    return (
+        stored.tokens == record.tokens
+        and stored.key == record.key
+        and stored.namespace == wire.namespace_digest(record.namespace)
+    )
+
+
+def _by_key(namespace: bytes, key: bytes) -> Key:
+    return Key("key", blake3(namespace + key).digest(16))
+
+
+def _behind(namespace: bytes, context: bytes, first: bytes) -> Key:
+    return Key("behind", blake3(namespace + context + first).digest(16))
+
+
+def _keys(record: Record) -> list[Key]:
+    """The entries that tell of a record."""
+    digest = wire.namespace_digest(record.namespace)
+    keys = [] if record.tail else [_by_key(digest, record.key)]
+    if record.origin != "blended":
+        keys.append(_behind(digest, record.context, record.tokens[:8]))
+    return keys or [_by_key(digest, record.key)]
+
+
+def _home(record: Record) -> Key:
+    """The entry that tells of all parts of a record, and of its variants where it has any."""
+    return _keys(record)[0]

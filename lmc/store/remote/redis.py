@@ -1,0 +1,76 @@
+"""Redis and Valkey: one value a part, one an entry; also as cluster, behind sentinels, over TLS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from lmc.model.layout import KVLayout
+from lmc.store.compress import CODECS
+from lmc.store.remote.keyed import Keyed
+from lmc.store.remote.redis_flights import RedisFlights
+from lmc.store.remote.redis_server import RedisServer, client_of
+from lmc.store.sections import Heads
+
+SCHEMES = (
+    "redis", "rediss", "unix",
+    "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RedisConfig:
+    """Chunks on a Redis or Valkey server, shared by all who name it.
+
+    Attributes:
+        url: `redis://host:6379/0`, `rediss://` over TLS, `unix:///path`, `redis+cluster://host` or
+            `redis+sentinel://host:26379,other:26379/service/0`; what redis-py takes behind a `?`
+            (`ssl_ca_certs=...`) too. A user and a password may stand in it.
+        password_env: the name of an environment variable that has the password.
+        prefix: of every key.
+        ttl_s: seconds that a chunk lasts behind its put; by default as long as the server likes.
+        timeout_s: of every answer, and of connecting.
+        write: `through` when a chunk is stored, `back` when host memory lets it go.
+        compression: none, zstd, shuffle_zstd (lossless), int8, int4 or fp8.
+    """
+
+    url: str
+    password_env: str = ""
+    prefix: str = "lmc"
+    ttl_s: int | None = None
+    timeout_s: float = 1.0
+    write: Literal["through", "back"] = "through"
+    compression: str = "none"
+
+    def __post_init__(self) -> None:
+        scheme = urlsplit(self.url).scheme
+        if scheme not in SCHEMES:
+            raise ValueError(f"url: got {scheme!r}://..., allowed: {', '.join(SCHEMES)}")
+        if self.compression not in CODECS:
+            raise ValueError(f"compression: got {self.compression!r}, valid: {', '.join(CODECS)}")
+        if self.ttl_s is not None and self.ttl_s < 1:
+            raise ValueError(f"ttl_s: got {self.ttl_s}, want at least 1, or null")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s: got {self.timeout_s}, want more than 0")
+
+    def open(
+        self,
+        layout: KVLayout,
+        *,
+        heads: Heads | None = None,
+        exact_variants: int = 2,
+        label: str = "",
+    ) -> Keyed:
+        """The tier; a server that is not there yet is one that answers nothing.
+
+        Raises:
+            ValueError: a URL that redis-py does not take, a password that is not in the
+                environment, or no redis-py.
+        """
+        client = client_of(self.url, self.password_env, self.timeout_s)
+        server = RedisServer(client, self.prefix, self.ttl_s)
+        of_rank = (layout, heads, exact_variants)
+        tier = Keyed("redis", server, *of_rank, self.compression, label)
+        tier.flights = RedisFlights(server, tier.counts)
+        return tier

@@ -1,0 +1,61 @@
+"""What a tier needs of a server that holds bytes by key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+# Which map a key is of: payloads by part id, and headers of parts by what they are asked for.
+Kind = Literal["part", "key", "behind"]
+
+
+class Key(NamedTuple):
+    """A name in one of the maps; `digest` is of 16 to 40 bytes."""
+
+    kind: Kind
+    digest: bytes
+
+
+class Put(NamedTuple):
+    """A part: its bytes under `part`, and its header added to each of `entries`."""
+
+    part: Key
+    data: Sequence[bytes | memoryview]
+    entries: Sequence[Key]
+    header: bytes
+
+
+class Fault(Exception):  # noqa: N818 a word for what is counted
+    """A server did not do what it was asked; the message is a short word to count it by."""
+
+
+class Server(Protocol):
+    """A server, or several that are one. Methods are called by several threads.
+
+    Raises:
+        Fault: any of the methods but `close`; `full` where there is no room.
+    """
+
+    def entries(self, keys: Sequence[Key]) -> list[bytes]:
+        """Of each key the headers that were added to it, one behind the other; in one go."""
+        ...
+
+    def holds(self, parts: Sequence[Key]) -> list[bool]:
+        """Which of the parts are there; in one go."""
+        ...
+
+    def put(self, items: Sequence[Put]) -> list[Fault | None]:
+        """Hold these, payloads before headers; what went wrong of each."""
+        ...
+
+    def get(self, part: Key) -> memoryview | None:
+        """A part's bytes; None where it is not there."""
+        ...
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        """Let go of parts and entries; of one that is not there, too."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections."""
+        ...

@@ -1,0 +1,304 @@
+"""Redis and Valkey: what a server does wrong is a miss that is counted, and nothing else."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+
+from lmc.store.remote.keyed import Keyed
+from lmc.store.remote.redis import RedisConfig
+from tests.store.disk.chunks import LAYOUT, Spec, empty, right
+from tests.store.remote.servers import Valkey, free_port
+from tests.store.wanted import brought
+
+
+@contextmanager
+def running(*options: str) -> Iterator[Valkey]:
+    server = Valkey(*options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def opened(url: str, **fields: Any) -> Iterator[Keyed]:
+    tier = RedisConfig(url, **{"timeout_s": 0.3} | fields).open(LAYOUT)
+    try:
+        yield tier
+    finally:
+        tier.close()
+
+
+def put(tier: Keyed, *specs: Spec) -> list[str]:
+    return list(tier.put([spec.item() for spec in specs]))
+
+
+def served(tier: Keyed, spec: Spec) -> bool:
+    """Whether it comes; what comes is right."""
+    into = empty(spec.forms())
+    if not brought(tier, spec.record(), into, seconds=2):
+        return False
+    assert right(into, spec)
+    return True
+
+
+def found(tier: Keyed, spec: Spec) -> bool:
+    record = spec.record()
+    (told,), _ = tier.lookup_many(record.namespace, [record.key], [], time.monotonic() + 2)
+    return bool(told)
+
+
+SPECS = [Spec(i, 0, 20) for i in range(4)]
+
+
+@pytest.mark.parametrize("how", ["killed", "held", "never there"])
+def test_a_server_that_is_gone_is_done_without_and_found_again(how: str) -> None:
+    with running() as server, opened(server.url) as tier:
+        if how != "never there":
+            assert put(tier, *SPECS[:2]) == ["stored"] * 2
+        {"killed": server.kill, "held": server.hold, "never there": server.kill}[how]()
+        begun = time.monotonic()
+        assert put(tier, SPECS[2]) == ["failed"]
+        assert not found(tier, SPECS[0]) and not served(tier, SPECS[0])
+        assert tier.contains([SPECS[0].record()]) == [False]
+        tier.evict([SPECS[1].record()])
+        assert time.monotonic() - begun < 6 * 2 * 0.3 + 2
+        kinds = {kind for kind in tier.counts if kind.startswith("faults:")}
+        assert kinds == {"faults:timeout" if how == "held" else "faults:connection"}
+        if how == "held":
+            server.go_on()
+            assert served(tier, SPECS[0])
+        else:
+            server.start()
+        assert put(tier, SPECS[3]) == ["stored"] and served(tier, SPECS[3])
+
+
+def test_a_full_server_is_full() -> None:
+    options = ("--maxmemory", "7mb", "--maxmemory-policy", "noeviction")
+    with running(*options) as server, opened(server.url) as tier:
+        big = [Spec(i, 0, 4000) for i in range(6)]  # 1 MB each
+        outcomes = [put(tier, spec)[0] for spec in big]
+        assert outcomes[0] == "stored" and outcomes[-1] == "full"
+        assert tier.counts["faults:full"] and served(tier, big[0])
+        assert not found(tier, big[-1]) and not served(tier, big[-1])
+
+
+def test_what_a_server_lets_go_of_is_not_told_of() -> None:
+    options = ("--maxmemory", "7mb", "--maxmemory-policy", "allkeys-lru")
+    with running(*options) as server, opened(server.url) as tier:
+        big = [Spec(i, 0, 4000) for i in range(8)]
+        assert {put(tier, spec)[0] for spec in big} == {"stored"}
+        there = [found(tier, spec) for spec in big]
+        assert there == [served(tier, spec) for spec in big] and not all(there) and any(there)
+        assert put(tier, big[there.index(False)]) == ["stored"]
+
+
+def test_what_has_had_its_time_is_gone() -> None:
+    with running() as server, opened(server.url, ttl_s=1) as tier:
+        assert put(tier, SPECS[0]) == ["stored"] and found(tier, SPECS[0])
+        until = time.monotonic() + 10
+        while found(tier, SPECS[0]):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        assert not served(tier, SPECS[0])
+
+
+def test_a_wrong_password_is_refused_and_a_right_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SECRET", "s3cret")
+    monkeypatch.setenv("WRONG", "guess")
+    with running("--requirepass", "s3cret") as server:
+        for fields, outcome in (({}, "failed"), ({"password_env": "WRONG"}, "failed"),
+                                ({"password_env": "SECRET"}, "stored")):  # fmt: skip
+            with opened(server.url, **fields) as tier:
+                assert put(tier, SPECS[0]) == [outcome]
+                assert bool(tier.counts["faults:refused"]) == (outcome == "failed")
+                assert found(tier, SPECS[0]) == (outcome == "stored")
+    with pytest.raises(ValueError, match="there is no NOBODY in the environment"):
+        RedisConfig("redis://h", password_env="NOBODY").open(LAYOUT)
+
+
+def garbage(connection: socket.socket) -> None:
+    while connection.recv(1 << 16):
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n<html>")
+
+
+def reset(connection: socket.socket) -> None:
+    connection.recv(10)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    connection.close()
+
+
+def cut_short(connection: socket.socket) -> None:
+    connection.recv(1 << 16)
+    connection.sendall(b"$1000000\r\nabc")
+    time.sleep(0.05)
+    connection.close()
+
+
+def slow(connection: socket.socket) -> None:
+    time.sleep(0.5)
+    connection.close()
+
+
+@pytest.mark.parametrize("answers", [garbage, reset, cut_short, slow])
+def test_what_answers_otherwise_than_a_server_ends_nothing(
+    answers: Callable[[socket.socket], None],
+) -> None:
+    listening = socket.create_server(("127.0.0.1", free_port()))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=answered, args=(connection,), daemon=True).start()
+
+    def answered(connection: socket.socket) -> None:
+        with suppress(OSError):
+            answers(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        with opened(f"redis://127.0.0.1:{listening.getsockname()[1]}") as tier:
+            assert put(tier, SPECS[0]) == ["failed"]
+            assert not found(tier, SPECS[0]) and not served(tier, SPECS[0])
+            assert tier.counts["failed"] == 1
+            assert any(kind.startswith("faults:") for kind in tier.counts)
+    finally:
+        listening.close()
+
+
+@pytest.mark.parametrize("where", ["payload", "header", "entry", "another's"])
+def test_bytes_that_are_not_what_was_put_are_not_served(where: str) -> None:
+    with running() as server, opened(server.url) as tier:
+        assert put(tier, *SPECS[:2]) == ["stored"] * 2
+        import redis
+
+        client = redis.Redis.from_url(server.url)
+        names = {kind: sorted(client.keys(f"lmc:2:{kind}*")) for kind in "pkb"}
+        for name in names["p"]:
+            value = bytearray(client.get(name))
+            value[-1 if where == "payload" else 60] ^= 1
+            if where in ("payload", "header"):
+                client.set(name, bytes(value))
+        if where == "another's":
+            one, two = (client.get(name) for name in names["p"])
+            client.set(names["p"][0], two)
+            client.set(names["p"][1], one)
+        if where == "entry":
+            for name in [*names["k"], *names["b"]]:
+                client.set(name, bytes(range(200)))
+        with opened(server.url) as another:
+            assert not any(served(another, spec) for spec in SPECS[:2])
+            # It makes room for what is right.
+            assert put(another, SPECS[0]) == ["stored"] and served(another, SPECS[0])
+
+
+def test_engines_share_and_tenants_do_not() -> None:
+    with running() as server, opened(server.url) as one, opened(server.url) as other:
+        assert put(one, SPECS[0]) == ["stored"]
+        assert found(other, SPECS[0]) and served(other, SPECS[0])
+        assert put(other, SPECS[0]) == ["known"]
+        assert not found(other, Spec(0, 0, 20, tenant=1))
+        with opened(server.url, prefix="elsewhere") as elsewhere:
+            assert not found(elsewhere, SPECS[0])
+
+
+def test_a_prompt_of_many_chunks_is_asked_for_in_one_go_and_of_what_is_found_in_a_second() -> None:
+    with running() as server, opened(server.url) as tier:
+        assert put(tier, *SPECS) == ["stored"] * 4
+        import redis
+
+        client = redis.Redis.from_url(server.url)
+        record = SPECS[0].record()
+        keys = [bytes([i, j]) * 16 for i in range(40) for j in range(50)]
+        before = client.info("commandstats")
+        assert not any(tier.lookup_many(record.namespace, keys, [], time.monotonic() + 5)[0])
+        after = client.info("commandstats")
+        grown = {
+            name: after[name]["calls"] - before.get(name, {"calls": 0})["calls"]
+            for name in after if name != "cmdstat_info"
+        }  # fmt: skip
+        assert {name: n for name, n in grown.items() if n} == {"cmdstat_mget": 1}
+
+
+def test_entries_do_not_grow_without_end() -> None:
+    with running() as server, opened(server.url) as tier:
+        import redis
+
+        client = redis.Redis.from_url(server.url)
+        for _ in range(400):
+            assert put(tier, SPECS[0]) == ["stored"]
+            for name in client.keys("lmc:2:p*"):
+                client.delete(name)
+        sizes = [client.strlen(name) for kind in "kb" for name in client.keys(f"lmc:2:{kind}*")]
+        assert len(sizes) == 2 and max(sizes) < 70 << 10
+        assert put(tier, SPECS[0]) == ["stored"] and served(tier, SPECS[0])
+
+
+def test_a_cluster() -> None:
+    port = str(free_port())
+    with running("--cluster-enabled", "yes", "--cluster-port", port) as server:
+        import redis
+
+        redis.Redis.from_url(server.url).execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
+        url = server.url.replace("redis://", "redis+cluster://").removesuffix("/0")
+        until = time.monotonic() + 20
+        with opened(url) as tier:
+            while put(tier, SPECS[0]) == ["failed"]:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            assert put(tier, *SPECS[1:]) == ["stored"] * 3
+            assert all(found(tier, spec) and served(tier, spec) for spec in SPECS)
+            tier.evict([SPECS[0].record()])
+            assert not found(tier, SPECS[0])
+
+
+def test_who_computes_what_is_told_among_engines() -> None:
+    names = [bytes([i]) * 16 for i in range(6)]
+    with running() as server, opened(server.url) as one, opened(server.url) as other:
+        a, b = one.flights, other.flights
+        assert a is not None and b is not None
+        assert a.begin([(dict.fromkeys(names[:3], 7), names[3:])]) == [{}]
+        # All that is free is taken in one go, and what is not is told with its tokens.
+        assert b.begin([(dict.fromkeys(names[2:5], 9), [names[0]])]) == [{names[2]: 7, names[0]: 7}]
+        assert a.others(names) == {names[3]: 9, names[4]: 9}
+        a.end(names[:1])
+        b.end([names[1]])  # another's
+        assert b.others(names) == {names[1]: 7, names[2]: 7}
+        until = time.monotonic() + 10
+        while b.others(names):  # nobody renews them
+            assert time.monotonic() < until
+            b.renew()
+            time.sleep(0.2)
+        assert a.others(names) == {names[3]: 9, names[4]: 9}
+        b.close()
+        assert a.others(names) == {}
+        server.kill()
+        assert a.begin([(dict.fromkeys(names, 1), [])]) == [{}]
+        a.renew()
+        assert one.counts["flights_failed:connection"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"url": "http://h"}, "url: got 'http'://..., allowed: redis, rediss"),
+        ({"url": "redis://h", "ttl_s": 0}, "ttl_s: got 0"),
+        ({"url": "redis://h", "timeout_s": 0}, "timeout_s: got 0"),
+        ({"url": "redis://h", "compression": "zip"}, "compression: got 'zip'"),
+    ],
+)
+def test_wrong_settings_are_named(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says.replace("(", r"\(")):
+        RedisConfig(**fields)
