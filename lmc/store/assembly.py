@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -47,24 +47,23 @@ def plan(
 
 def fill(
     header: Header,
-    payload: np.ndarray,
+    spans: Iterable[np.ndarray],
     takes: Takes,
     into: Sequence[Section],
     arrived: Callable[[int, int], None],
 ) -> None:
-    """Fill sections, or heads of them, from a part's payload, uint8 `[payload_bytes]`.
+    """Fill sections, or heads of them, from a part's payload.
 
     Args:
+        spans: of `header.bands()`, uint8, in their order: the last ones while the first are used.
         arrived: called with the index of a section and how many of its layers are there.
 
     Raises:
-        ValueError: it is not what was put; some may be written.
+        ValueError: it is not what was put; some may be written. And what `spans` raises.
     """
-    if payload.nbytes != header.payload_bytes:
-        raise ValueError(f"got {payload.nbytes} bytes, want {header.payload_bytes}")
-    for (i, first, last, start, end), span in zip(header.bands(), header.sections, strict=True):
-        data = payload[start:end]
-        if digest_of(data) != span.digest:
+    told = zip(header.bands(), header.sections, spans, strict=True)
+    for (i, first, last, *_), span, data in told:
+        if data.nbytes != span.length or digest_of(data) != span.digest:
             raise ValueError("the payload does not match its digests")
         form = header.stored[i].form
         takers = [(n, of) for n, of in takes if of.kin == form.kin and covered_by(of, form)]
@@ -78,6 +77,11 @@ def fill(
         for n, of in takers:
             _copy_heads(rows, form, of, into[n], first, last)
             arrived(n, last)
+
+
+def spans_of(header: Header, payload: np.ndarray) -> list[np.ndarray]:
+    """A payload that is here, uint8, as `fill` takes it."""
+    return [payload[start:end] for *_, start, end in header.bands()]
 
 
 class Progress:

@@ -216,7 +216,11 @@ class TierConfig(Protocol):
 
 TIERS = Registry(
     "tier",
-    {"disk": "lmc.store.disk.config:DiskConfig", "redis": "lmc.store.remote.redis:RedisConfig"},
+    {
+        "disk": "lmc.store.disk.config:DiskConfig",
+        "redis": "lmc.store.remote.redis:RedisConfig",
+        "s3": "lmc.store.remote.s3:S3Config",
+    },
     has=["open", "write"],
 )
 

@@ -20,12 +20,13 @@ from docs.example_tier import PLACES, Remembering
 from lmc.store.memory import HostMemory
 from lmc.store.record import Record
 from lmc.store.remote.redis import RedisConfig
+from lmc.store.remote.s3 import S3Config
 from lmc.store.sections import Section
 from lmc.store.store import Store
 from lmc.store.tier import Behind, Tier, Wanted
 from tests.store.disk.chunks import LAYOUT, NAMESPACES, Kind, Spec, empty, heads_of, opened, right
 from tests.store.faulty import Faulty
-from tests.store.remote.servers import valkey
+from tests.store.remote.servers import seaweedfs, valkey
 from tests.store.wanted import brought
 
 MAKE: dict[str, Callable[[Path, int], Any]] = {
@@ -36,7 +37,15 @@ MAKE: dict[str, Callable[[Path, int], Any]] = {
     ),
     "example": lambda path, capacity: Remembering(str(path)),
     "redis": lambda path, capacity: RedisConfig(valkey().url, prefix=str(path)).open(LAYOUT),
+    "s3": lambda path, capacity: bucket(path).open(LAYOUT),
+    "s3, directory": lambda path, capacity: bucket(path, directory=valkey().url).open(LAYOUT),
 }
+
+
+def bucket(path: Path, **fields: Any) -> S3Config:
+    return S3Config(f"s3://lmc{path}", endpoint=seaweedfs().endpoint, **fields)
+
+
 BOUNDED = ["memory", "disk", "disk, compressed"]
 ONE_RANK: list[Kind] = ["full", "windowed", "latent"]
 Item = tuple[Record, list[Section]]

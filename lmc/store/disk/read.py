@@ -11,7 +11,7 @@ from itertools import accumulate
 import numpy as np
 from xxhash import xxh3_128_digest
 
-from lmc.store.assembly import Takes, fill
+from lmc.store.assembly import Takes, fill, spans_of
 from lmc.store.disk import header as fmt
 from lmc.store.disk.header import Header, digest_of
 from lmc.store.disk.segments import Located, Segments, aligned
@@ -211,7 +211,8 @@ def read_part(
         check_deadline(deadline)
 
     try:
-        fill(part.known.header.part, payload, wanted, into, came)
+        header = part.known.header.part
+        fill(header, spans_of(header, payload), wanted, into, came)
     except ValueError as e:
         raise Damaged("payload") from e
 

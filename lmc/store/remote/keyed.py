@@ -16,24 +16,27 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
-import numpy as np
 from blake3 import blake3
 
 from lmc.model.layout import KVLayout
 from lmc.store import payload, wire
-from lmc.store.assembly import Progress, fill, plan
+from lmc.store.assembly import Progress, Takes, fill, plan
 from lmc.store.flights import Flights
 from lmc.store.reads import Reads
 from lmc.store.record import Record, superseded
 from lmc.store.remote.server import Fault, Key, Put, Server
 from lmc.store.sections import Form, Heads, Section, complete, covered, full_attention, own
 from lmc.store.tier import Behind, Durability, Outcome, Wanted
+from lmc.store.wire import Header
 
 logger = logging.getLogger(__name__)
 
 LATEST = 16  # of what continues one text; the disk tier tells as many
-REMEMBERED = 1 << 14  # records whose parts are known
+REMEMBERED = 1 << 13  # records whose parts are known: four prompts of 128,000 tokens
+
+Parts = dict[bytes, Header]  # of a record, by id
 BATCH_BYTES = 16 << 20  # of one put on its way
 MOST_ENTRY = 64 << 10  # bytes; one that has grown so long, mostly of what is gone, begins anew
 
@@ -69,8 +72,7 @@ class Keyed:
         self._server, self._layout = server, layout
         self._heads = heads or (0, layout.G, layout.G)
         self._exact_variants, self._compression, self._label = exact_variants, compression, label
-        # By record id, its parts: id and forms of each.
-        self._parts: OrderedDict[bytes, dict[bytes, tuple[Form, ...]]] = OrderedDict()
+        self._parts: OrderedDict[bytes, Parts] = OrderedDict()  # by record id
         self._said: set[str] = set()
         self.flights: Flights | None = None  # of a server that can tell
         self._reads = Reads(name, self._read)
@@ -99,10 +101,10 @@ class Keyed:
         return by_key, [some[-LATEST:] for some in told[len(keys) :]]
 
     def contains(self, records: Sequence[Record]) -> list[bool]:
-        held: dict[bytes, dict[bytes, tuple[Form, ...]]] = {}
+        held: dict[bytes, Parts] = {}
         with self._surviving("lookup"):
             held = self._held(records)
-        return [self._has_own(record, held.get(record.id, {})) for record in records]
+        return [self._has_own(held.get(record.id, {})) for record in records]
 
     def put(self, items: Sequence[tuple[Record, Sequence[Section]]]) -> list[Outcome]:
         outcomes: list[Outcome] = []
@@ -140,8 +142,8 @@ class Keyed:
         for record, sections in batch:
             entry = found[_home(record)]
             forms = tuple(form for form, _ in sections)
-            mine = {id: have for id, have in entry.of(record.id).items() if id in there}
-            held = [form for have in mine.values() for form in have]
+            mine = {id: part for id, part in entry.of(record.id).items() if id in there}
+            held = _forms(mine)
             if forms and all(covered(form, held) for form in forms):
                 outcomes.append("known")
                 continue
@@ -188,13 +190,13 @@ class Keyed:
                 if fresh:
                     parts = self._held([record])[record.id]
                 assert parts is not None
-                takes = plan([*parts.values()], [form for form, _ in into])
+                takes = plan([p.forms for p in parts.values()], [form for form, _ in into])
                 if takes is None:
                     continue
                 progress = Progress(into, [some for _, some in takes], arrived)
-                ids = [*parts]
+                some_parts = [*parts.items()]
                 came = [
-                    self._take(record, ids[i], some, into, progress, n)
+                    self._take(record, *some_parts[i], some, into, partial(progress.have, n))
                     for n, (i, some) in enumerate(takes)
                 ]
                 if all(came):
@@ -206,22 +208,21 @@ class Keyed:
         self,
         record: Record,
         id: bytes,
-        takes: Sequence[tuple[int, Form]],
+        header: Header,
+        takes: Takes,
         into: Sequence[Section],
-        progress: Progress,
-        source: int,
+        arrived: Callable[[int, int], None],
     ) -> bool:
         """Fill sections from one part; whether it was there, and what was put."""
-        data = self._server.get(Key("part", id))
-        if data is None:
-            self._parts.pop(record.id, None)
-            return False
         try:
-            header = wire.unpack(data)
+            found = self._server.get(Key("part", id), header)
+            if found is None:
+                self._parts.pop(record.id, None)
+                return False
+            header, spans = found
             if not _same(header.record, record):
                 raise ValueError("another record")
-            rows = np.frombuffer(data, np.uint8)[header.size :]
-            fill(header, rows, takes, into, lambda n, layers: progress.have(source, n, layers))
+            fill(header, spans, takes, into, arrived)
         except ValueError:
             # It can serve nobody: the next one puts it again.
             self._count("damaged", "get")
@@ -250,21 +251,21 @@ class Keyed:
         held = self._server.holds([Key("part", id) for id in parts])
         return {id for id, here in zip(parts, held, strict=True) if here}
 
-    def _held(self, records: Sequence[Record]) -> dict[bytes, dict[bytes, tuple[Form, ...]]]:
-        """By record, the parts that are there of it, with their forms."""
+    def _held(self, records: Sequence[Record]) -> dict[bytes, Parts]:
+        """By record, the parts that are there of it."""
         entries = self._entries({_home(record): None for record in records})
         found = self._parsed(entries)
         known = {r.id: found[_home(r)].of(r.id) for r in records}
         there = self._there([id for some in known.values() for id in some])
         held = {
-            record: {id: forms for id, forms in some.items() if id in there}
+            record: {id: part for id, part in some.items() if id in there}
             for record, some in known.items()
         }
         for record, some in held.items():
             self._remember(record, some)
         return held
 
-    def _remember(self, record: bytes, parts: dict[bytes, tuple[Form, ...]]) -> None:
+    def _remember(self, record: bytes, parts: Parts) -> None:
         self._parts[record] = parts
         while len(self._parts) > REMEMBERED:
             try:
@@ -276,8 +277,8 @@ class Keyed:
         """Records of an entry that this rank can use, the oldest first."""
         told = []
         for id, record in entry.records.items():
-            parts = {part: forms for part, forms in entry.of(id).items() if part in there}
-            forms = [form for some in parts.values() for form in some]
+            parts = {part: header for part, header in entry.of(id).items() if part in there}
+            forms = _forms(parts)
             if not parts or not complete(forms):
                 continue
             mine = own(forms, self._heads)
@@ -289,8 +290,8 @@ class Keyed:
             told.append(replace(record, namespace=namespace, nbytes=nbytes))
         return told
 
-    def _has_own(self, record: Record, parts: dict[bytes, tuple[Form, ...]]) -> bool:
-        forms = [form for some in parts.values() for form in some]
+    def _has_own(self, parts: Parts) -> bool:
+        forms = _forms(parts)
         return bool(forms) and all(covered(form, forms) for form in own(forms, self._heads))
 
     @contextmanager
@@ -313,7 +314,7 @@ class _Entry:
 
     def __init__(self, data: bytes) -> None:
         self.records: dict[bytes, Record] = {}  # by id, the oldest first
-        self._of: dict[bytes, dict[bytes, tuple[Form, ...]]] = {}
+        self._of: dict[bytes, Parts] = {}
         self.damaged = False
         at = 0
         while at < len(data) and not self.damaged:
@@ -329,10 +330,10 @@ class _Entry:
         known = wire.unpack(header)
         record = known.record
         self.records.setdefault(record.id, record)
-        self._of.setdefault(record.id, {})[known.id] = known.forms
+        self._of.setdefault(record.id, {})[known.id] = known
 
-    def of(self, id: bytes) -> dict[bytes, tuple[Form, ...]]:
-        """A record's parts: id and forms of each."""
+    def of(self, id: bytes) -> Parts:
+        """A record's parts."""
         return self._of.get(id, {})
 
     def parts(self) -> list[bytes]:
@@ -353,6 +354,10 @@ def _batches(
             batch, nbytes = [], 0
     if batch:
         yield batch
+
+
+def _forms(parts: Parts) -> list[Form]:
+    return [form for header in parts.values() for form in header.forms]
 
 
 def _same(stored: Record, record: Record) -> bool:

@@ -8,8 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+
+from lmc.store import wire
+from lmc.store.assembly import spans_of
 from lmc.store.remote.server import Fault, Key, Put
-from lmc.store.wire import FORMAT
+from lmc.store.wire import FORMAT, Header
 
 
 class RedisServer:
@@ -49,10 +53,18 @@ class RedisServer:
             return [bool(there) for there in pipe.execute()]
 
     def put(self, items: Sequence[Put]) -> list[Fault | None]:
+        return self._put(items, parts=True)
+
+    def tell(self, items: Sequence[Put]) -> list[Fault | None]:
+        """As `put`, of parts that are elsewhere."""
+        return self._put(items, parts=False)
+
+    def _put(self, items: Sequence[Put], parts: bool) -> list[Fault | None]:
         pipe = self._client.pipeline(transaction=False)
         each = 1 if self._ttl is None else 2  # commands of an entry
         for item in items:
-            pipe.set(self._name(item.part), b"".join(item.data), ex=self._ttl)
+            if parts:
+                pipe.set(self._name(item.part), b"".join(item.data), ex=self._ttl)
             for key in item.entries:
                 pipe.append(self._name(key), item.header)
                 if self._ttl is not None:
@@ -62,16 +74,22 @@ class RedisServer:
         done: list[Fault | None] = []
         start = 0
         for item in items:
-            end = start + 1 + each * len(item.entries)
+            end = start + parts + each * len(item.entries)
             wrong = [r for r in results[start:end] if isinstance(r, Exception)]
             done.append(Fault(self._kind(wrong[0])) if wrong else None)
             start = end
         return done
 
-    def get(self, part: Key) -> memoryview | None:
+    def get(self, part: Key, header: Header) -> tuple[Header, Iterator[np.ndarray]] | None:
         with self._faults():
             value = self._client.get(self._name(part))
-        return None if value is None else memoryview(value)
+        if value is None:
+            return None
+        header = wire.unpack(value)
+        payload = np.frombuffer(value, np.uint8)[header.size :]
+        if payload.nbytes != header.payload_bytes:
+            raise wire.HeaderError(f"got a payload of {payload.nbytes}: {header.payload_bytes}")
+        return header, iter(spans_of(header, payload))
 
     def delete(self, keys: Sequence[Key]) -> None:
         with self._faults():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from lmc.store.wire import Header
 
 # Which map a key is of: payloads by part id, and headers of parts by what they are asked for.
 Kind = Literal["part", "key", "behind"]
@@ -48,8 +52,18 @@ class Server(Protocol):
         """Hold these, payloads before headers; what went wrong of each."""
         ...
 
-    def get(self, part: Key) -> memoryview | None:
-        """A part's bytes; None where it is not there."""
+    def get(self, part: Key, header: Header) -> tuple[Header, Iterator[np.ndarray]] | None:
+        """A part: its header, and its spans as `header.bands()` has them, each uint8, the last ones
+        perhaps while the first are used. None where it is not there.
+
+        What goes wrong on the way is raised by the iterator too.
+
+        Args:
+            header: as an entry has it; another engine may have put the part again since.
+
+        Raises:
+            HeaderError: what is there is no part.
+        """
         ...
 
     def delete(self, keys: Sequence[Key]) -> None:

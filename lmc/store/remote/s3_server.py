@@ -1,0 +1,246 @@
+"""S3-compatible object stores, through obstore: an object a part, and an object an entry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lmc.store import wire
+from lmc.store.remote.redis_server import RedisServer
+from lmc.store.remote.server import Fault, Key, Put
+from lmc.store.wire import FORMAT, Header
+
+AT_ONCE = 8  # requests; with 32 SeaweedFS answered a fifth as fast
+RANGE_BYTES = 4 << 20  # of a part that is longer the first layers come first
+MULTIPART_BYTES = 16 << 20
+TRIES = 4  # to add to an entry that others add to
+STATUS = re.compile(r"status code: (\d+)")
+TIMED_OUT = re.compile(r"timed ?out", re.IGNORECASE)
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+
+class S3Server:
+    """As `lmc.store.remote.server.Server`; entries are objects too.
+
+    Args:
+        store: of obstore.
+    """
+
+    def __init__(self, store: Any) -> None:
+        import obstore
+
+        self._obs: Any = obstore
+        self._store = store
+        self._missing = (obstore.exceptions.NotFoundError, FileNotFoundError)
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lmc-s3")
+
+    def entries(self, keys: Sequence[Key]) -> list[bytes]:
+        return self._all(lambda key: self._whole(key) or b"", keys)
+
+    def holds(self, parts: Sequence[Key]) -> list[bool]:
+        return self._all(self._is_there, parts)
+
+    def put(self, items: Sequence[Put]) -> list[Fault | None]:
+        return self._all(self._put_one, items)
+
+    def get(self, part: Key, header: Header) -> tuple[Header, Iterator[np.ndarray]] | None:
+        total = header.size + header.payload_bytes
+        if total <= RANGE_BYTES:
+            data = self._whole(part)
+            if data is None:
+                return None
+            header = wire.unpack(data)
+            return header, self._ranges(part, header, data)
+        front = self._range(part, 0, max(header.size + header.sections[0].length, RANGE_BYTES))
+        if front is None:
+            return None
+        size, _ = wire.sizes(front)
+        if size > len(front):
+            front = self._range(part, 0, size) or b""
+        header = wire.unpack(front)
+        return header, self._ranges(part, header, front)
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        self._all(self._delete_one, keys)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def put_part(self, item: Put) -> None:
+        """The object of a part. Raises Fault."""
+        with self._faults():
+            data = b"".join(item.data)
+            long = len(data) > MULTIPART_BYTES
+            options = {"chunk_size": MULTIPART_BYTES // 2, "max_concurrency": AT_ONCE}
+            more: dict[str, Any] = {"use_multipart": long} | (options if long else {})
+            self._obs.put(self._store, _path(item.part), data, **more)
+
+    def _put_one(self, item: Put) -> Fault | None:
+        try:
+            self.put_part(item)
+            for key in item.entries:
+                self._add(key, item.header)
+        except Fault as fault:
+            return fault
+        return None
+
+    def _add(self, key: Key, header: bytes) -> None:
+        """Add to an entry; where others do so all the time, it is told of another time."""
+        errors = self._obs.exceptions
+        with self._faults():
+            for _ in range(TRIES):
+                try:
+                    found = self._obs.get(self._store, _path(key))
+                    before: bytes = bytes(found.bytes())
+                    mode: Any = {"e_tag": found.meta["e_tag"]}
+                except self._missing:
+                    before, mode = b"", "create"
+                try:
+                    self._obs.put(self._store, _path(key), before + header, mode=mode)
+                    return
+                except (errors.AlreadyExistsError, errors.PreconditionError):
+                    continue
+                except errors.NotSupportedError:  # a store without conditions: the last one tells
+                    self._obs.put(self._store, _path(key), before + header)
+                    return
+
+    def _ranges(self, part: Key, header: Header, front: bytes) -> Iterator[np.ndarray]:
+        """Spans: of `front`, which begins the object, and then what is behind it, in order."""
+        bands = [(header.size + start, header.size + end) for *_, start, end in header.bands()]
+        here = np.frombuffer(front, np.uint8)
+        behind = [band for band in bands if band[1] > len(front)]
+        yield from (here[start:end] for start, end in bands[: len(bands) - len(behind)])
+        groups = list(_grouped(behind))
+        # As many at once as are allowed, the first ones first.
+        coming = [self._threads.submit(self._range, part, g[0][0], g[-1][1]) for g in groups]
+        for group, future in zip(groups, coming, strict=True):
+            data = np.frombuffer(future.result() or b"", np.uint8)
+            first = group[0][0]
+            yield from (data[start - first : end - first] for start, end in group)
+
+    def _range(self, key: Key, start: int, end: int) -> bytes | None:
+        with self._faults(), suppress(*self._missing):
+            return bytes(self._obs.get_range(self._store, _path(key), start=start, end=end))
+        return None
+
+    def _whole(self, key: Key) -> bytes | None:
+        with self._faults(), suppress(*self._missing):
+            return bytes(self._obs.get(self._store, _path(key)).bytes())
+        return None
+
+    def _is_there(self, key: Key) -> bool:
+        with self._faults(), suppress(*self._missing):
+            self._obs.head(self._store, _path(key))
+            return True
+        return False
+
+    def _delete_one(self, key: Key) -> None:
+        with self._faults(), suppress(*self._missing):
+            self._obs.delete(self._store, _path(key))
+
+    def _all(self, do: Callable[[A], T], items: Iterable[A]) -> list[T]:
+        try:
+            return list(self._threads.map(do, items))
+        except RuntimeError as error:  # it is closed
+            raise Fault("closed") from error
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except self._missing as error:
+            raise Fault("no_bucket") from error
+        except (self._obs.exceptions.BaseError, OSError, RuntimeError) as error:
+            raise Fault(self._kind(error)) from error
+
+    def _kind(self, error: Exception) -> str:
+        """A short word for what went wrong."""
+        errors, said = self._obs.exceptions, str(error)
+        if isinstance(error, errors.PermissionDeniedError | errors.UnauthenticatedError):
+            return "refused"
+        if status := STATUS.search(said):
+            return {"401": "refused", "403": "refused", "507": "full"}.get(status[1], "error")
+        lost = "error sending request" in said or "connect" in said
+        return "timeout" if TIMED_OUT.search(said) else "connection" if lost else "error"
+
+
+class Listed:
+    """Parts in one place, entries in another: a directory that answers for a prompt in one go."""
+
+    def __init__(self, parts: S3Server, directory: RedisServer) -> None:
+        self._parts, self._directory = parts, directory
+        self.entries = directory.entries
+        self.holds, self.get = parts.holds, parts.get
+
+    def put(self, items: Sequence[Put]) -> list[Fault | None]:
+        def one(item: Put) -> Fault | None:
+            try:
+                self._parts.put_part(item)
+            except Fault as fault:
+                return fault
+            return None
+
+        done = self._parts._all(one, items)
+        told = [item for item, fault in zip(items, done, strict=True) if fault is None]
+        said = iter(self._directory.tell(told))
+        return [next(said) if fault is None else fault for fault in done]
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        self._parts.delete([key for key in keys if key.kind == "part"])
+        self._directory.delete([key for key in keys if key.kind != "part"])
+
+    def close(self) -> None:
+        self._parts.close()
+        self._directory.close()
+
+
+def store_of(bucket: str, prefix: str, endpoint: str, timeout_s: float) -> Any:
+    """A store of obstore; nothing is sent before it is used.
+
+    Raises:
+        ValueError: what obstore does not take, or no obstore.
+    """
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import S3Store
+    except ImportError as e:
+        raise ValueError("the s3 tier needs obstore: pip install 'lmc-kv[s3]'") from e
+    said: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
+    client: Any = {
+        "timeout": timedelta(seconds=timeout_s),
+        "connect_timeout": timedelta(seconds=timeout_s),
+        "allow_http": endpoint.startswith("http://"),
+    }
+    retries: Any = {"max_retries": 1, "retry_timeout": timedelta(seconds=timeout_s)}
+    try:
+        return S3Store(
+            bucket, prefix=prefix or None, client_options=client, retry_config=retries, **said
+        )
+    except BaseError as e:
+        raise ValueError(f"s3: {e}") from e
+
+
+def _path(key: Key) -> str:
+    return f"lmc-{FORMAT}/{key.kind}/{key.digest.hex()}"
+
+
+def _grouped(bands: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Bands that are asked for in one range."""
+    group: list[tuple[int, int]] = []
+    for band in bands:
+        if group and band[1] - group[0][0] > RANGE_BYTES:
+            yield group
+            group = []
+        group.append(band)
+    if group:
+        yield group

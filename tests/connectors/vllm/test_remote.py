@@ -1,0 +1,43 @@
+"""Two engines, one after the other, and a server between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.connectors.vllm.engine import run_scenario
+from tests.store.remote.servers import Valkey
+
+pytestmark = pytest.mark.engine
+
+
+def same(one: Any, other: Any) -> bool:
+    near = bool(np.abs(one.logprobs - other.logprobs).max() < 1e-4)
+    return one.tokens == other.tokens and near
+
+
+def test_documents_of_one_engine_are_reused_and_moved_by_another(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    server = Valkey()
+    try:
+        tier = {"name": "redis", "url": server.url, "timeout_s": 0.5}
+        settings: dict[str, Any] = {"lmc": {"tiers": [tier]}}
+        module = "tests.connectors.vllm.remote:"
+        run_scenario(module + "stores", tiny_llama_dir, tmp_path, **settings)
+        got = run_scenario(
+            module + "shares", tiny_llama_dir, tmp_path, given=(server.pid,), **settings
+        )
+    finally:
+        server.stop()
+    assert got["recompute"].kinds == {"exact": 110, "recomputed": 140, "new": 20}
+    assert same(got["recompute"], got["plain"]) and same(got["exact"], got["plain"])
+    assert got["epic"].kinds == {"exact": 110, "moved": 124, "recomputed": 16, "new": 20}
+    per_token = sum(got["recompute"].report["bytes"].values()) // 250
+    assert got["epic"].report["bytes"] == {"host": 0, "redis": 250 * per_token}
+    # What hangs is done without, and is left alone.
+    assert got["held"].kinds == {"new": 270} and same(got["held"], got["plain"])
+    assert got["counts"]["redis:faults:timeout"] >= 1
