@@ -46,10 +46,11 @@ class Reads:
         name: of the tier.
         read: makes one, and returns at its deadline at the latest if it can; what it raises is a
             miss.
+        most: threads.
     """
 
-    def __init__(self, name: str, read: Read) -> None:
-        self._name, self._read = name, read
+    def __init__(self, name: str, read: Read, most: int = THREADS) -> None:
+        self._name, self._read, self._most = name, read, most
         self._changed = threading.Condition()
         self._waiting: deque[_Reading] = deque()
         self._threads: list[threading.Thread] = []
@@ -63,7 +64,7 @@ class Reads:
             closing = self._closing
             if not closing:
                 self._waiting += handles
-                missing = min(len(self._waiting) - self._idle, THREADS - len(self._threads))
+                missing = min(len(self._waiting) - self._idle, self._most - len(self._threads))
                 for _ in range(missing):
                     name = f"lmc-read-{self._name}-{len(self._threads)}"
                     thread = threading.Thread(target=self._take, name=name, daemon=True)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from blake3 import blake3
+import numpy as np
 
 from lmc.model.layout import KVLayout
 from lmc.store import payload, wire
@@ -26,17 +26,17 @@ from lmc.store.assembly import Progress, Takes, fill, plan
 from lmc.store.flights import Flights
 from lmc.store.reads import Reads
 from lmc.store.record import Record, superseded
-from lmc.store.remote.server import Fault, Key, Put, Server
+from lmc.store.remote.entries import Entry, Parts, behind_key, content_key, home_of, keys_of
+from lmc.store.remote.server import Fault, Key, Put, Server, header_of
 from lmc.store.sections import Form, Heads, Section, complete, covered, full_attention, own
 from lmc.store.tier import Behind, Durability, Outcome, Wanted
 from lmc.store.wire import Header
 
 logger = logging.getLogger(__name__)
 
+_FRONT = 1024  # bytes of a header, at most, but for its tokens and spans
 LATEST = 16  # of what continues one text; the disk tier tells as many
 REMEMBERED = 1 << 13  # records whose parts are known: four prompts of 128,000 tokens
-
-Parts = dict[bytes, Header]  # of a record, by id
 BATCH_BYTES = 16 << 20  # of one put on its way
 MOST_ENTRY = 64 << 10  # bytes; one that has grown so long, mostly of what is gone, begins anew
 
@@ -75,7 +75,7 @@ class Keyed:
         self._parts: OrderedDict[bytes, Parts] = OrderedDict()  # by record id
         self._said: set[str] = set()
         self.flights: Flights | None = None  # of a server that can tell
-        self._reads = Reads(name, self._read)
+        self._reads = Reads(name, self._read, server.reads)
         self.get_many = self._reads.start
 
     def register(self, address: int, nbytes: int) -> None:
@@ -85,8 +85,8 @@ class Keyed:
         self, namespace: bytes, keys: Sequence[bytes], behind: Sequence[Behind], deadline: float
     ) -> tuple[list[list[Record]], list[list[Record]]]:
         digest = wire.namespace_digest(namespace)
-        asked = [_by_key(digest, key) for key in keys]
-        asked += [_behind(digest, context, first) for context, first in behind]
+        asked = [content_key(digest, key) for key in keys]
+        asked += [behind_key(digest, context, first) for context, first in behind]
         told: list[list[Record]] = [[] for _ in asked]
         with self._surviving("lookup"):
             entries = self._entries(dict.fromkeys(asked))
@@ -133,14 +133,14 @@ class Keyed:
 
     def _put(self, batch: Sequence[tuple[Record, Sequence[Section]]]) -> list[Outcome]:
         """Of each what became of it; raises Fault."""
-        entries = self._entries({_home(record): None for record, _ in batch})
+        entries = self._entries({home_of(record): None for record, _ in batch})
         found = self._parsed(entries)
         there = self._there([part for entry in found.values() for part in entry.parts()])
         outcomes: list[Outcome] = []
         new: list[tuple[int, Put]] = []
         gone: list[Key] = []
         for record, sections in batch:
-            entry = found[_home(record)]
+            entry = found[home_of(record)]
             forms = tuple(form for form, _ in sections)
             mine = {id: part for id, part in entry.of(record.id).items() if id in there}
             held = _forms(mine)
@@ -156,22 +156,18 @@ class Keyed:
                 outcomes.append("known")
                 continue
             try:
-                encoded = payload.encode(
-                    record, sections, self._compression, self._label, self.counts
-                )
-                header, data = encoded.packed()
+                id, header, data = self._encoded(record, sections)
             except (ValueError, IndexError):
                 outcomes.append("failed")
                 continue
-            id = wire.part_id(record.id, encoded.header.forms)
-            key = Key("part", id)
-            new.append((len(outcomes), Put(key, (header, data.data), _keys(record), header)))
+            new.append((len(outcomes), Put(Key("part", id), data, keys_of(record), header)))
             outcomes.append("stored")
             gone += [Key("part", part) for other in out or [] for part in entry.of(other.id)]
-            if len(entries[_home(record)]) > MOST_ENTRY:
-                self._server.delete(_keys(record))
+            if len(entries[home_of(record)]) > MOST_ENTRY:
+                self._server.delete(keys_of(record))
             entry.add(header)
             there.add(id)
+            self._remember(record.id, mine | {id: header_of(header)})
         for (i, _), fault in zip(new, self._server.put([put for _, put in new]), strict=True):
             if fault is not None:
                 outcomes[i] = "full" if str(fault) == "full" else "failed"
@@ -180,6 +176,27 @@ class Keyed:
             self._server.delete(gone)
         self.counts.update(Counter(str(outcome) for outcome in outcomes))
         return outcomes
+
+    def _encoded(
+        self, record: Record, sections: Sequence[Section]
+    ) -> tuple[bytes, bytes, memoryview]:
+        """A part's id, its header, and header and payload as one; ValueError as `encode`."""
+        room: list[np.ndarray] = []
+        front = _FRONT + 4 * record.T + sum(64 + 32 * form.L for form, _ in sections)
+
+        def memory(n: int) -> np.ndarray:
+            room.append(np.empty(front + n, np.uint8))
+            return room[0][front:]
+
+        codec, label = self._compression, self._label
+        encoded = payload.encode(record, sections, codec, label, self.counts, memory)
+        if not room:  # it is where it was
+            memory(encoded.payload.nbytes)[:] = encoded.payload
+        header, _ = encoded.packed()
+        start = front - len(header)
+        room[0][start:front] = np.frombuffer(header, np.uint8)
+        id = wire.part_id(record.id, encoded.header.forms)
+        return id, header, room[0][start : front + encoded.payload.nbytes].data
 
     def _read(self, wanted: Wanted, arrived: Callable[[int], None]) -> bool:
         """Bring a chunk's sections; whether all of it is there."""
@@ -235,9 +252,9 @@ class Keyed:
         keys = list(keys)
         return dict(zip(keys, self._server.entries(keys), strict=True)) if keys else {}
 
-    def _parsed(self, entries: dict[Key, bytes]) -> dict[Key, _Entry]:
+    def _parsed(self, entries: dict[Key, bytes]) -> dict[Key, Entry]:
         """What entries tell; those that tell what nobody put begin anew."""
-        found = {key: _Entry(data) for key, data in entries.items()}
+        found = {key: Entry(data) for key, data in entries.items()}
         if damaged := [key for key, entry in found.items() if entry.damaged]:
             self._count("damaged", "lookup")
             self._server.delete(damaged)
@@ -253,9 +270,9 @@ class Keyed:
 
     def _held(self, records: Sequence[Record]) -> dict[bytes, Parts]:
         """By record, the parts that are there of it."""
-        entries = self._entries({_home(record): None for record in records})
+        entries = self._entries({home_of(record): None for record in records})
         found = self._parsed(entries)
-        known = {r.id: found[_home(r)].of(r.id) for r in records}
+        known = {r.id: found[home_of(r)].of(r.id) for r in records}
         there = self._there([id for some in known.values() for id in some])
         held = {
             record: {id: part for id, part in some.items() if id in there}
@@ -273,7 +290,7 @@ class Keyed:
             except KeyError:  # another thread has
                 break
 
-    def _told(self, entry: _Entry, there: set[bytes], namespace: bytes) -> list[Record]:
+    def _told(self, entry: Entry, there: set[bytes], namespace: bytes) -> list[Record]:
         """Records of an entry that this rank can use, the oldest first."""
         told = []
         for id, record in entry.records.items():
@@ -309,38 +326,6 @@ class Keyed:
             logger.warning("lmc: tier %s: %s at a %s; it goes on without", self.name, kind, doing)
 
 
-class _Entry:
-    """Headers of parts, one behind the other, as a server has them under one key."""
-
-    def __init__(self, data: bytes) -> None:
-        self.records: dict[bytes, Record] = {}  # by id, the oldest first
-        self._of: dict[bytes, Parts] = {}
-        self.damaged = False
-        at = 0
-        while at < len(data) and not self.damaged:
-            try:
-                size, _ = wire.sizes(data[at : at + 64])
-                self.add(data[at : at + size])
-                at += size
-            except wire.HeaderError:
-                self.damaged = True  # it says no more of what is behind it
-
-    def add(self, header: bytes) -> None:
-        """Raises HeaderError."""
-        known = wire.unpack(header)
-        record = known.record
-        self.records.setdefault(record.id, record)
-        self._of.setdefault(record.id, {})[known.id] = known
-
-    def of(self, id: bytes) -> Parts:
-        """A record's parts."""
-        return self._of.get(id, {})
-
-    def parts(self) -> list[bytes]:
-        """Ids of all parts."""
-        return [part for parts in self._of.values() for part in parts]
-
-
 def _batches(
     items: Sequence[tuple[Record, Sequence[Section]]],
 ) -> Iterator[list[tuple[Record, Sequence[Section]]]]:
@@ -366,25 +351,3 @@ def _same(stored: Record, record: Record) -> bool:
         and stored.key == record.key
         and stored.namespace == wire.namespace_digest(record.namespace)
     )
-
-
-def _by_key(namespace: bytes, key: bytes) -> Key:
-    return Key("key", blake3(namespace + key).digest(16))
-
-
-def _behind(namespace: bytes, context: bytes, first: bytes) -> Key:
-    return Key("behind", blake3(namespace + context + first).digest(16))
-
-
-def _keys(record: Record) -> list[Key]:
-    """The entries that tell of a record."""
-    digest = wire.namespace_digest(record.namespace)
-    keys = [] if record.tail else [_by_key(digest, record.key)]
-    if record.origin != "blended":
-        keys.append(_behind(digest, record.context, record.tokens[:8]))
-    return keys or [_by_key(digest, record.key)]
-
-
-def _home(record: Record) -> Key:
-    """The entry that tells of all parts of a record, and of its variants where it has any."""
-    return _keys(record)[0]

@@ -12,17 +12,21 @@ import numpy as np
 
 from lmc.store import wire
 from lmc.store.assembly import spans_of
-from lmc.store.remote.server import Fault, Key, Put
+from lmc.store.remote.server import Fault, Key, Put, header_of
 from lmc.store.wire import FORMAT, Header
 
 
 class RedisServer:
     """As `lmc.store.remote.server.Server`.
 
+    A value is read by Python, so that more threads than two wait for each other.
+
     Args:
         client: of redis-py, of one server or of a cluster.
         prefix: of every key. ttl_s: seconds that a key lasts, or None.
     """
+
+    reads = 2
 
     def __init__(self, client: Any, prefix: str, ttl_s: int | None) -> None:
         import redis
@@ -64,7 +68,7 @@ class RedisServer:
         each = 1 if self._ttl is None else 2  # commands of an entry
         for item in items:
             if parts:
-                pipe.set(self._name(item.part), b"".join(item.data), ex=self._ttl)
+                pipe.set(self._name(item.part), item.data, ex=self._ttl)
             for key in item.entries:
                 pipe.append(self._name(key), item.header)
                 if self._ttl is not None:
@@ -85,7 +89,7 @@ class RedisServer:
             value = self._client.get(self._name(part))
         if value is None:
             return None
-        header = wire.unpack(value)
+        header = header_of(value[: wire.sizes(value[:64])[0]])
         payload = np.frombuffer(value, np.uint8)[header.size :]
         if payload.nbytes != header.payload_bytes:
             raise wire.HeaderError(f"got a payload of {payload.nbytes}: {header.payload_bytes}")

@@ -13,11 +13,11 @@ import numpy as np
 
 from lmc.store import wire
 from lmc.store.remote.redis_server import RedisServer
-from lmc.store.remote.server import Fault, Key, Put
+from lmc.store.remote.server import Fault, Key, Put, header_of
 from lmc.store.wire import FORMAT, Header
 
 AT_ONCE = 8  # requests; with 32 SeaweedFS answered a fifth as fast
-RANGE_BYTES = 4 << 20  # of a part that is longer the first layers come first
+RANGE_BYTES = 4 << 20  # of a part of more than two the first layers come first
 MULTIPART_BYTES = 16 << 20
 TRIES = 4  # to add to an entry that others add to
 STATUS = re.compile(r"status code: (\d+)")
@@ -34,6 +34,8 @@ class S3Server:
         store: of obstore.
     """
 
+    reads = AT_ONCE
+
     def __init__(self, store: Any) -> None:
         import obstore
 
@@ -43,7 +45,7 @@ class S3Server:
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lmc-s3")
 
     def entries(self, keys: Sequence[Key]) -> list[bytes]:
-        return self._all(lambda key: self._whole(key) or b"", keys)
+        return self._all(lambda key: bytes(self._whole(key) or b""), keys)
 
     def holds(self, parts: Sequence[Key]) -> list[bool]:
         return self._all(self._is_there, parts)
@@ -53,19 +55,19 @@ class S3Server:
 
     def get(self, part: Key, header: Header) -> tuple[Header, Iterator[np.ndarray]] | None:
         total = header.size + header.payload_bytes
-        if total <= RANGE_BYTES:
+        if total <= 2 * RANGE_BYTES:
             data = self._whole(part)
             if data is None:
                 return None
-            header = wire.unpack(data)
+            header = header_of(bytes(data[: wire.sizes(data[:64])[0]]))
             return header, self._ranges(part, header, data)
         front = self._range(part, 0, max(header.size + header.sections[0].length, RANGE_BYTES))
         if front is None:
             return None
         size, _ = wire.sizes(front)
         if size > len(front):
-            front = self._range(part, 0, size) or b""
-        header = wire.unpack(front)
+            front = self._range(part, 0, size) or memoryview(b"")
+        header = header_of(bytes(front[:size]))
         return header, self._ranges(part, header, front)
 
     def delete(self, keys: Sequence[Key]) -> None:
@@ -79,7 +81,7 @@ class S3Server:
     def put_part(self, item: Put) -> None:
         """The object of a part. Raises Fault."""
         with self._faults():
-            data = b"".join(item.data)
+            data = item.data
             long = len(data) > MULTIPART_BYTES
             options = {"chunk_size": MULTIPART_BYTES // 2, "max_concurrency": AT_ONCE}
             more: dict[str, Any] = {"use_multipart": long} | (options if long else {})
@@ -114,7 +116,7 @@ class S3Server:
                     self._obs.put(self._store, _path(key), before + header)
                     return
 
-    def _ranges(self, part: Key, header: Header, front: bytes) -> Iterator[np.ndarray]:
+    def _ranges(self, part: Key, header: Header, front: memoryview) -> Iterator[np.ndarray]:
         """Spans: of `front`, which begins the object, and then what is behind it, in order."""
         bands = [(header.size + start, header.size + end) for *_, start, end in header.bands()]
         here = np.frombuffer(front, np.uint8)
@@ -128,14 +130,14 @@ class S3Server:
             first = group[0][0]
             yield from (data[start - first : end - first] for start, end in group)
 
-    def _range(self, key: Key, start: int, end: int) -> bytes | None:
+    def _range(self, key: Key, start: int, end: int) -> memoryview | None:
         with self._faults(), suppress(*self._missing):
-            return bytes(self._obs.get_range(self._store, _path(key), start=start, end=end))
+            return memoryview(self._obs.get_range(self._store, _path(key), start=start, end=end))
         return None
 
-    def _whole(self, key: Key) -> bytes | None:
+    def _whole(self, key: Key) -> memoryview | None:
         with self._faults(), suppress(*self._missing):
-            return bytes(self._obs.get(self._store, _path(key)).bytes())
+            return memoryview(self._obs.get(self._store, _path(key)).bytes())
         return None
 
     def _is_there(self, key: Key) -> bool:
@@ -180,7 +182,7 @@ class Listed:
     def __init__(self, parts: S3Server, directory: RedisServer) -> None:
         self._parts, self._directory = parts, directory
         self.entries = directory.entries
-        self.holds, self.get = parts.holds, parts.get
+        self.holds, self.get, self.reads = parts.holds, parts.get, parts.reads
 
     def put(self, items: Sequence[Put]) -> list[Fault | None]:
         def one(item: Put) -> Fault | None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from lmc.store import wire
 from lmc.store.wire import Header
 
 # Which map a key is of: payloads by part id, and headers of parts by what they are asked for.
 Kind = Literal["part", "key", "behind"]
+
+
+@lru_cache(maxsize=4096)  # to unpack one takes longer than to check a small chunk
+def header_of(data: bytes) -> Header:
+    """`wire.unpack`, of a header alone."""
+    return wire.unpack(data)
 
 
 class Key(NamedTuple):
@@ -21,10 +29,10 @@ class Key(NamedTuple):
 
 
 class Put(NamedTuple):
-    """A part: its bytes under `part`, and its header added to each of `entries`."""
+    """A part: its bytes under `part`; its header, which they begin with, added to each entry."""
 
     part: Key
-    data: Sequence[bytes | memoryview]
+    data: memoryview
     entries: Sequence[Key]
     header: bytes
 
@@ -36,9 +44,14 @@ class Fault(Exception):  # noqa: N818 a word for what is counted
 class Server(Protocol):
     """A server, or several that are one. Methods are called by several threads.
 
+    Attributes:
+        reads: how many gets at a time it answers soonest.
+
     Raises:
         Fault: any of the methods but `close`; `full` where there is no room.
     """
+
+    reads: int
 
     def entries(self, keys: Sequence[Key]) -> list[bytes]:
         """Of each key the headers that were added to it, one behind the other; in one go."""
