@@ -6,7 +6,8 @@ second time behind nothing: in blocks borrowed from vLLM's pool, a bounded numbe
 while answers are decoded or nothing runs at all, and seldom beside other prompts. Of a span the
 client says that it may come again. A chunk of any other text has to have done so: it is computed
 alone when it is met a second time, elsewhere than the first (as "cache on second hit" has it, Maggs
-and Sitaraman 2015), so that what never comes back costs nothing. The chunks of a span follow each
+and Sitaraman 2015), so that what never comes back costs nothing; and then while nothing runs, or
+seldom, since nobody has asked for answers to wait for it. The chunks of a span follow each
 other when they are moved, as in the text.
 """
 
@@ -31,6 +32,7 @@ SHORTEST = 16  # tokens; less is not worth the bookkeeping
 WAITING = 1 << 16  # tokens that may wait; the oldest are dropped
 SPARE = 8  # one block in so many stays free for requests
 PATIENT = 8  # steps that compute prompts are left alone, but for one in so many
+LATER = 64  # and any step at all, by what no client told of
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ class Isolation:
         self._max_rows = max_rows
         self._credit = 0
         self._waited = 0  # steps, since something was computed
-        self._waiting: OrderedDict[bytes, _Wanted] = OrderedDict()
+        # What clients told of, and what was met a second time.
+        self._told: OrderedDict[bytes, _Wanted] = OrderedDict()
+        self._met: OrderedDict[bytes, _Wanted] = OrderedDict()
         self._tokens = 0
         self._longest = config.limits.chunk_tokens
         self._lent: dict[int, _Lent] = {}  # by slot
@@ -85,7 +89,7 @@ class Isolation:
     @property
     def pending(self) -> int:
         """How many chunks wait to be computed."""
-        return len(self._waiting)
+        return len(self._told) + len(self._met)
 
     def want(
         self,
@@ -116,15 +120,18 @@ class Isolation:
             content = np.ascontiguousarray(tokens[start:end], "<i8")
             key = chunk_key(known.namespace, content)
             parts = [tokens[p.start : p.end].astype("<i8").tobytes() for p in group]
-            if key in self._waiting or known.alone(parts):
+            if key in self._told or (key in self._met and not told_of) or known.alone(parts):
                 continue
             if not told_of and not known.displaced(parts[0], start, contexts):
                 continue
             ends = [piece.end - start for piece in group]
-            self._waiting[key] = _Wanted(known.namespace, front, content, ends)
+            if key in self._met:
+                self._drop(key)
+            waiting = self._told if told_of else self._met
+            waiting[key] = _Wanted(known.namespace, front, content, ends)
             self._tokens += len(content)
         while self._tokens > WAITING:
-            self._drop(next(iter(self._waiting)))
+            self._drop(next(iter(self._met or self._told)))
             self.counts["chunks_not_computed_alone"] += 1
 
     def take(self, pool: Any, scheduled: int, prompts: bool) -> list[Encode]:
@@ -134,7 +141,7 @@ class Isolation:
             pool: vLLM's block pool.
             prompts: whether the step computes prompts, whose first tokens somebody waits for.
         """
-        if not self._waiting:
+        if not self.pending:
             self._credit = self._waited = 0
             return []
         self._credit = min(self._credit + self._rate, self._most)
@@ -143,8 +150,9 @@ class Isolation:
             return []
         left = self._max_rows - scheduled
         encodes: list[Encode] = []
-        while self._waiting:
-            key, wanted = next(iter(self._waiting.items()))
+        later = scheduled > 0 and self._waited < LATER
+        while waiting := self._told or (not later and self._met):
+            key, wanted = next(iter(waiting.items()))
             T = len(wanted.front) + len(wanted.content)
             blocks = -(-T // self._groups.block_size) * len(self._groups.specs)
             # What is longer than a step takes one in which nothing else is computed, or has waited.
@@ -175,11 +183,13 @@ class Isolation:
 
     def clear(self) -> None:
         """Nothing that waits is of use any more."""
-        self._waiting.clear()
+        self._told.clear()
+        self._met.clear()
         self._tokens = 0
 
     def _drop(self, key: bytes) -> None:
-        self._tokens -= len(self._waiting.pop(key).content)
+        wanted = self._told.pop(key, None) or self._met.pop(key)
+        self._tokens -= len(wanted.content)
 
     def _texts(
         self, pieces: Sequence[Piece], spans: Sequence[tuple[int, int]]

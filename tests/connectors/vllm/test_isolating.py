@@ -271,6 +271,26 @@ def test_text_that_no_client_told_of_is_computed_alone_once_it_has_come_again() 
     assert world.isolation.pending == 1
 
 
+def test_what_was_only_met_again_waits_until_nothing_runs_or_long_enough() -> None:
+    world = World(isolated_tokens=100)
+    front, a, b, c = text(9, 32), text(1, 60), text(2, 50), text(3, 70)
+    world.stored(front, a, b)
+    world.prompt(text(4, 32), b, a, spans=[])
+    assert [world.step(scheduled=4) for _ in range(10)] == [[]] * 10
+    # What a client told of does not wait, and does not take the others along.
+    world.prompt(text(5, 32), c)
+    assert lengths(world.step(scheduled=4)) == [70]
+    # Nor does it, once a client has told of it.
+    world.prompt(text(6, 32), a)
+    assert lengths(world.step(scheduled=4)) == [60]
+    taken = [lengths(world.step(scheduled=4)) for _ in range(64)]
+    assert taken == [[]] * 63 + [[50]]
+    world.prompt(text(7, 32), text(8, 60), text(9, 50), spans=[])
+    world.stored(text(7, 32), text(8, 60), text(9, 50))
+    world.prompt(text(10, 32), text(9, 50), text(8, 60), spans=[])
+    assert lengths(world.step()) == [50, 60]  # nothing runs
+
+
 def test_of_a_span_every_chunk_counts_as_told_of() -> None:
     world = World()
     a, b, c, d = (text(i, 40) for i in range(4))
