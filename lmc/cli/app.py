@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from lmc.cli.calibrate import calibrate
+from lmc.cli.doctor import doctor
 from lmc.cli.errors import errors_in_one_line
 from lmc.cli.explain import explain
 from lmc.cli.fit import fit
@@ -34,7 +35,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(trace_app, name="trace")
 app.add_typer(workload_app, name="workload")
 app.add_typer(store_app, name="store")
-for command in (run, calibrate, explain, sim, reuse, fit, kernels):
+for command in (doctor, run, calibrate, explain, sim, reuse, fit, kernels):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
