@@ -147,11 +147,9 @@ class Keyed:
             if forms and all(covered(form, held) for form in forms):
                 outcomes.append("known")
                 continue
-            known = self._told(entry, there, record.namespace)
-            out = superseded(
-                [r for r in known if r.key == record.key and r.id != record.id],
-                record, self._exact_variants,
-            )  # fmt: skip
+            known = [r for r in self._told(entry, there, record.namespace) if r.id != record.id]
+            alike = [r for r in known if _rivals(r, record)]
+            out = superseded(alike, record, self._exact_variants)
             if out is None and not mine:
                 outcomes.append("known")
                 continue
@@ -343,6 +341,13 @@ def _batches(
 
 def _forms(parts: Parts) -> list[Form]:
     return [form for header in parts.values() for form in header.forms]
+
+
+def _rivals(known: Record, new: Record) -> bool:
+    """Whether one of them may take the place of the other: of a content, or tails of a context."""
+    if new.tail:
+        return known.tail and known.context == new.context
+    return known.key == new.key
 
 
 def _same(stored: Record, record: Record) -> bool:
