@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -287,6 +289,47 @@ def test_behind_sentinels() -> None:
         finally:
             sentinel.terminate()
             sentinel.wait(10)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")
+def test_over_tls(tmp_path: Path) -> None:
+    """Behind a proxy that ends TLS: the server of the tests is built without."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+         "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out",
+         str(certificate)], check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with running() as server, socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def pump(source: socket.socket, sink: socket.socket) -> None:
+            with suppress(OSError):
+                while data := source.recv(1 << 16):
+                    sink.sendall(data)
+                sink.close()
+
+        def serve() -> None:
+            while True:
+                try:
+                    plain, _ = listening.accept()
+                    inside = context.wrap_socket(plain, server_side=True)
+                except ssl.SSLError:
+                    continue
+                except OSError:
+                    return
+                behind = socket.create_connection(("127.0.0.1", server.port))
+                for pair in ((inside, behind), (behind, inside)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"rediss://127.0.0.1:{listening.getsockname()[1]}/0"
+        with opened(f"{url}?ssl_ca_certs={certificate}") as tier:
+            assert put(tier, SPECS[0]) == ["stored"] and served(tier, SPECS[0])
+        with opened(url) as stranger:  # nobody vouches for the certificate
+            assert put(stranger, SPECS[1]) == ["failed"]
+            assert stranger.counts["faults:connection"]
 
 
 def test_a_cluster() -> None:
