@@ -12,12 +12,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from lmc.cli.errors import EXTRAS, errors_in_one_line
+from lmc.model.layout import KVLayout
+from lmc.store.record import Record
+from lmc.store.sections import Section, full_attention
 
 WIDTH = 20
 SOON_S = 5.0  # a tier answers by then, or not
+LAYOUT = KVLayout(L=1, G=1, D=8, dtype="float32")
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,8 @@ def _models() -> Iterator[Finding]:
 
 
 def _tiers_of(path: Path) -> Iterator[Finding]:
-    """Each tier of a config, asked for something that it does not have."""
+    """Each tier of a config, tried."""
     from lmc.connectors.vllm.config import load_config
-    from lmc.model.layout import KVLayout
     from lmc.store.tier import TIERS
 
     config = load_config({"lmc": str(path)})
@@ -122,22 +126,30 @@ def _tiers_of(path: Path) -> Iterator[Finding]:
             yield Finding(name, makes, f"{folder} {'will be made' if makes else 'cannot be made'}")
             continue
         try:
-            yield _asked(name, tier.open(KVLayout(L=1, G=1, D=8, dtype="float32")))
+            yield _asked(name, tier.open(LAYOUT))
         except (ValueError, OSError) as error:
             yield Finding(name, False, " ".join(str(error).split()))
 
 
 def _asked(name: str, tier: Any) -> Finding:
+    """A chunk put there, told of, and let go of."""
+    ids = np.arange(4, dtype="<i8").tobytes()
+    record = Record(-1, b"doctor", bytes(32), ids, 0, bytes(32), bytes(32), "exact", 0)
+    form = full_attention(LAYOUT, record.T)
+    section = Section(form, [np.zeros(form.shape, np.uint8)])
     begun = time.monotonic()
     try:
-        tier.lookup_many(b"doctor", [bytes(32)], [], begun + SOON_S)
+        (outcome,) = tier.put([(record, [section])])
+        told = tier.lookup_many(record.namespace, [record.key], [], begun + SOON_S)[0][0]
         took = time.monotonic() - begun
-        faults = [kind for kind in tier.counts if kind.startswith(("faults:", "lookup_failed"))]
+        tier.evict([record])
+        faults = [kind for kind in tier.counts if kind.startswith("faults:")]
     finally:
         tier.close()
-    if faults:
-        return Finding(name, False, f"does not answer: {', '.join(faults)}")
-    return Finding(name, True, f"answers a lookup in {1000 * took:.1f} ms")
+    if outcome not in ("stored", "known") or not told:
+        why = f": {', '.join(faults)}" if faults else ""
+        return Finding(name, False, f"takes nothing ({outcome}){why}")
+    return Finding(name, True, f"takes a chunk and tells of it, {1000 * took:.1f} ms")
 
 
 def _version_of(package: str) -> str | None:

@@ -61,6 +61,7 @@ def fill(
     Raises:
         ValueError: it is not what was put; some may be written. And what `spans` raises.
     """
+    served: set[int] = set()
     told = zip(header.bands(), header.sections, spans, strict=True)
     for (i, first, last, *_), span, data in told:
         if data.nbytes != span.length or digest_of(data) != span.digest:
@@ -77,6 +78,9 @@ def fill(
         for n, of in takers:
             _copy_heads(rows, form, of, into[n], first, last)
             arrived(n, last)
+            served.add(n)
+    if lacking := {n for n, _ in takes} - served:
+        raise ValueError(f"the part does not have {len(lacking)} of the sections that it should")
 
 
 def spans_of(header: Header, payload: np.ndarray) -> list[np.ndarray]:

@@ -56,11 +56,13 @@ def test_tiers_of_a_config_are_asked(tmp_path: Path) -> None:
         f"  - {{name: redis, url: '{valkey().url}'}}\n"
     )
     code, said = asked("--config", str(config))
-    assert code == 0 and "answers a lookup in" in said and f"{folder} will be made" in said
+    assert (
+        code == 0 and "takes a chunk and tells of it" in said and f"{folder} will be made" in said
+    )
     assert not folder.exists()
     config.write_text(f"tiers: [{{name: redis, url: '{gone}'}}]")
     code, said = asked("--config", str(config))
-    assert code == 1 and "redis               does not answer: faults:connection" in said
+    assert code == 1 and "redis               takes nothing (failed): faults:connection" in said
     config.write_text("tiers: [{name: redis, url: 'ftp://h'}]")
     code, said = asked("--config", str(config))
-    assert code == 2 and "url: got 'ftp'" in said
+    assert code == 2 and "url: want one that begins with redis://" in said

@@ -3,9 +3,9 @@
 A part of a record (what one rank put) is one value: header and payload as `lmc.store.wire` has
 them. Beside it its header is added to two entries, by content key and by what stands before it, so
 that a lookup of a whole prompt is one question; a second one, whether the parts are still there, is
-asked of what was found alone. Entries only grow, until one begins anew: a server may let go of any
-value at any time, and what an entry tells of is believed only as far as its part is there, and its
-bytes as far as they verify.
+asked of what was found alone. A server may let go of any value at any time: what an entry tells of
+is believed only as far as its part is there, and its bytes as far as they verify, and whoever puts
+what is there tells of it again where an entry does not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lmc.store.flights import Flights
 from lmc.store.reads import Reads
 from lmc.store.record import Record, superseded
 from lmc.store.remote.entries import Entry, Parts, behind_key, content_key, home_of, keys_of
-from lmc.store.remote.server import Fault, Key, Put, Server, header_of
+from lmc.store.remote.server import CACHED, Fault, Key, Put, Server, header_of
 from lmc.store.sections import Form, Heads, Section, complete, covered, full_attention, own
 from lmc.store.tier import Behind, Durability, Outcome, Wanted
 from lmc.store.wire import Header
@@ -38,7 +38,6 @@ _FRONT = 1024  # bytes of a header, at most, but for its tokens and spans
 LATEST = 16  # of what continues one text; the disk tier tells as many
 REMEMBERED = 1 << 13  # records whose parts are known: four prompts of 128,000 tokens
 BATCH_BYTES = 16 << 20  # of one put on its way
-MOST_ENTRY = 64 << 10  # bytes; one that has grown so long, mostly of what is gone, begins anew
 
 
 class Keyed:
@@ -71,7 +70,8 @@ class Keyed:
         self.counts: Counter[str] = Counter()
         self._server, self._layout = server, layout
         self._heads = heads or (0, layout.G, layout.G)
-        self._exact_variants, self._compression, self._label = exact_variants, compression, label
+        self._exact_variants, self._compression = exact_variants, compression
+        self._label = label.encode()[:255].decode(errors="ignore")
         self._parts: OrderedDict[bytes, Parts] = OrderedDict()  # by record id
         self._said: set[str] = set()
         self.flights: Flights | None = None  # of a server that can tell
@@ -95,7 +95,7 @@ class Keyed:
             if parts and time.monotonic() < deadline:
                 there = self._there(parts)
                 for i, key in enumerate(asked):
-                    if entries[key]:
+                    if entries[key] and time.monotonic() < deadline:
                         told[i] = self._told(found[key], there, namespace)
         by_key = [[r for r in some if not r.tail] for some in told[: len(keys)]]
         return by_key, [some[-LATEST:] for some in told[len(keys) :]]
@@ -133,11 +133,10 @@ class Keyed:
 
     def _put(self, batch: Sequence[tuple[Record, Sequence[Section]]]) -> list[Outcome]:
         """Of each what became of it; raises Fault."""
-        entries = self._entries({home_of(record): None for record, _ in batch})
-        found = self._parsed(entries)
+        found = self._parsed(self._entries({k: None for r, _ in batch for k in keys_of(r)}))
         there = self._there([part for entry in found.values() for part in entry.parts()])
         outcomes: list[Outcome] = []
-        new: list[tuple[int, Put]] = []
+        new: list[tuple[int | None, Put]] = []
         gone: list[Key] = []
         for record, sections in batch:
             entry = found[home_of(record)]
@@ -146,6 +145,9 @@ class Keyed:
             held = _forms(mine)
             if forms and all(covered(form, held) for form in forms):
                 outcomes.append("known")
+                # A server may have let go of what tells of it by one of its names.
+                untold = [k for k in keys_of(record) if mine.keys() - found[k].of(record.id).keys()]
+                new += [(None, _frame(id, header, untold)) for id, header in mine.items() if untold]
                 continue
             known = [r for r in self._told(entry, there, record.namespace) if r.id != record.id]
             alike = [r for r in known if _rivals(r, record)]
@@ -158,18 +160,19 @@ class Keyed:
             except (ValueError, IndexError):
                 outcomes.append("failed")
                 continue
-            new.append((len(outcomes), Put(Key("part", id), data, keys_of(record), header)))
+            of_part = Put(Key("part", id), data, keys_of(record), id + header)
+            new.append((len(outcomes), of_part))
             outcomes.append("stored")
             gone += [Key("part", part) for other in out or [] for part in entry.of(other.id)]
-            if len(entries[home_of(record)]) > MOST_ENTRY:
-                self._server.delete(keys_of(record))
-            entry.add(header)
+            for key in keys_of(record):
+                found[key].add(id + header)
             there.add(id)
             self._remember(record.id, mine | {id: header_of(header)})
         for (i, _), fault in zip(new, self._server.put([put for _, put in new]), strict=True):
             if fault is not None:
-                outcomes[i] = "full" if str(fault) == "full" else "failed"
                 self._count(str(fault), "put")
+                if i is not None:
+                    outcomes[i] = "full" if str(fault) == "full" else "failed"
         if gone:
             self._server.delete(gone)
         self.counts.update(Counter(str(outcome) for outcome in outcomes))
@@ -235,8 +238,8 @@ class Keyed:
                 self._parts.pop(record.id, None)
                 return False
             header, spans = found
-            if not _same(header.record, record):
-                raise ValueError("another record")
+            if header.id != id or not _same(header.record, record):
+                raise ValueError("another part")
             fill(header, spans, takes, into, arrived)
         except ValueError:
             # It can serve nobody: the next one puts it again.
@@ -251,11 +254,10 @@ class Keyed:
         return dict(zip(keys, self._server.entries(keys), strict=True)) if keys else {}
 
     def _parsed(self, entries: dict[Key, bytes]) -> dict[Key, Entry]:
-        """What entries tell; those that tell what nobody put begin anew."""
+        """What entries tell, as far as they can be read; who adds to one mends it."""
         found = {key: Entry(data) for key, data in entries.items()}
-        if damaged := [key for key, entry in found.items() if entry.damaged]:
+        if any(entry.damaged for entry in found.values()):
             self._count("damaged", "lookup")
-            self._server.delete(damaged)
         return found
 
     def _there(self, parts: Sequence[bytes]) -> set[bytes]:
@@ -281,6 +283,8 @@ class Keyed:
         return held
 
     def _remember(self, record: bytes, parts: Parts) -> None:
+        if any(header.size > CACHED for header in parts.values()):
+            return
         self._parts[record] = parts
         while len(self._parts) > REMEMBERED:
             try:
@@ -316,6 +320,9 @@ class Keyed:
             yield
         except Fault as fault:
             self._count(str(fault), doing)
+        except Exception:  # nothing of a server's is a caller's to bear
+            logger.exception("lmc: tier %s: a %s failed", self.name, doing)
+            self._count("unexpected", doing)
 
     def _count(self, kind: str, doing: str) -> None:
         self.counts[f"faults:{kind}"] += 1
@@ -341,6 +348,11 @@ def _batches(
 
 def _forms(parts: Parts) -> list[Form]:
     return [form for header in parts.values() for form in header.forms]
+
+
+def _frame(id: bytes, header: Header, entries: Sequence[Key]) -> Put:
+    """What tells of a part that is there."""
+    return Put(Key("part", id), memoryview(b""), entries, id + wire.pack(header))
 
 
 def _rivals(known: Record, new: Record) -> bool:

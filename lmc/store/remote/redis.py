@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
-from urllib.parse import urlsplit
 
 from lmc.model.layout import KVLayout
 from lmc.store.compress import CODECS
 from lmc.store.remote.keyed import Keyed
+from lmc.store.remote.redis_client import check_url, connecting
 from lmc.store.remote.redis_flights import RedisFlights
-from lmc.store.remote.redis_server import RedisServer, client_of
+from lmc.store.remote.redis_server import RedisServer
 from lmc.store.sections import Heads
-
-SCHEMES = (
-    "redis", "rediss", "unix",
-    "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,7 @@ class RedisConfig:
         compression: none, zstd, shuffle_zstd (lossless), int8, int4 or fp8.
     """
 
-    url: str
+    url: str = field(repr=False)
     password_env: str = ""
     prefix: str = "lmc"
     ttl_s: int | None = None
@@ -44,9 +39,7 @@ class RedisConfig:
     compression: str = "none"
 
     def __post_init__(self) -> None:
-        scheme = urlsplit(self.url).scheme
-        if scheme not in SCHEMES:
-            raise ValueError(f"url: got {scheme!r}://..., allowed: {', '.join(SCHEMES)}")
+        check_url(self.url)
         if self.compression not in CODECS:
             raise ValueError(f"compression: got {self.compression!r}, valid: {', '.join(CODECS)}")
         if self.ttl_s is not None and self.ttl_s < 1:
@@ -68,8 +61,8 @@ class RedisConfig:
             ValueError: a URL that redis-py does not take, a password that is not in the
                 environment, or no redis-py.
         """
-        client = client_of(self.url, self.password_env, self.timeout_s)
-        server = RedisServer(client, self.prefix, self.ttl_s)
+        connect = connecting(self.url, self.password_env, self.timeout_s)
+        server = RedisServer(connect, self.prefix, self.ttl_s)
         of_rank = (layout, heads, exact_variants)
         tier = Keyed("redis", server, *of_rank, self.compression, label)
         tier.flights = RedisFlights(server, tier.counts)

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from lmc.store import wire
 from lmc.store.assembly import spans_of
+from lmc.store.remote.entries import ID_BYTES, MOST, MOST_BYTES
 from lmc.store.remote.server import Fault, Key, Put, header_of
 from lmc.store.wire import FORMAT, Header
+
+# `lmc.store.remote.entries.merged`, on the server, so that nobody's frames are lost.
+# KEYS: the entry. ARGV: most frames, most bytes, seconds or 0, new frames.
+MERGE = f"""
+local old = redis.pcall('GET', KEYS[1])
+if type(old) ~= 'string' then
+  if type(old) == 'table' then redis.call('DEL', KEYS[1]) end
+  old = ''
+end
+local kept, new, at, total = {{}}, {{}}, 1, 0
+for i = 4, #ARGV do new[string.sub(ARGV[i], 1, {ID_BYTES})] = true end
+while at <= #old and string.sub(old, at + {ID_BYTES}, at + {ID_BYTES + 3}) == 'LMCW' do
+  local a, b, c, d = string.byte(old, at + {ID_BYTES + 8}, at + {ID_BYTES + 11})
+  local size = d and {ID_BYTES} + a + b * 256 + c * 65536 + d * 16777216
+  if not size or size <= {ID_BYTES} or at + size - 1 > #old then break end
+  if not new[string.sub(old, at, at + {ID_BYTES - 1})] then
+    kept[#kept + 1] = string.sub(old, at, at + size - 1)
+  end
+  at = at + size
+end
+for i = 4, #ARGV do kept[#kept + 1] = ARGV[i] end
+for _, frame in ipairs(kept) do total = total + #frame end
+local first = 1
+while first < #kept and (#kept - first + 1 > tonumber(ARGV[1]) or total > tonumber(ARGV[2])) do
+  total = total - #kept[first]
+  first = first + 1
+end
+local value = table.concat(kept, '', first)
+if tonumber(ARGV[3]) > 0 then
+  redis.call('SET', KEYS[1], value, 'EX', ARGV[3])
+else
+  redis.call('SET', KEYS[1], value)
+end
+"""
 
 
 class RedisServer:
@@ -22,19 +56,22 @@ class RedisServer:
     A value is read by Python, so that more threads than two wait for each other.
 
     Args:
-        client: of redis-py, of one server or of a cluster.
+        connect: makes a client of redis-py, of one server or of a cluster, which may connect; it is
+            called when one is needed first, and again where it failed.
         prefix: of every key. ttl_s: seconds that a key lasts, or None.
     """
 
     reads = 2
 
-    def __init__(self, client: Any, prefix: str, ttl_s: int | None) -> None:
+    def __init__(self, connect: Callable[[], Any], prefix: str, ttl_s: int | None) -> None:
         import redis
 
         self._redis = redis
         self._prefix = f"{prefix}:{FORMAT}:".encode()
-        self._client, self._ttl = client, ttl_s
-        self._cluster = isinstance(client, redis.RedisCluster)
+        self._connect, self._ttl = connect, ttl_s
+        self._made: Any = None
+        self._closed = False
+        self._lock = threading.Lock()
 
     def entries(self, keys: Sequence[Key]) -> list[bytes]:
         return [value or b"" for value in self._get([self._name(key) for key in keys])]
@@ -46,47 +83,60 @@ class RedisServer:
     def script(self, script: str, names: Sequence[bytes], arguments: Sequence[Any]) -> Any:
         """Run a script over such keys, all of one slot. Raises Fault."""
         keys = [self._prefix + name for name in names]
-        with self._faults():
-            return self._client.eval(script, len(keys), *keys, *arguments)
+        with self._faults() as client:
+            return client.eval(script, len(keys), *keys, *arguments)
 
     def holds(self, parts: Sequence[Key]) -> list[bool]:
-        with self._faults():
-            pipe = self._client.pipeline(transaction=False)
+        with self._faults() as client:
+            pipe = client.pipeline(transaction=False)
             for part in parts:
                 pipe.exists(self._name(part))
-            return [bool(there) for there in pipe.execute()]
+            said = pipe.execute()
+            if not all(type(there) is int for there in said):
+                raise ValueError(f"got {type(said[0]).__name__} for whether a key exists")
+            return [bool(there) for there in said]
 
     def put(self, items: Sequence[Put]) -> list[Fault | None]:
-        return self._put(items, parts=True)
-
-    def tell(self, items: Sequence[Put]) -> list[Fault | None]:
-        """As `put`, of parts that are elsewhere."""
-        return self._put(items, parts=False)
-
-    def _put(self, items: Sequence[Put], parts: bool) -> list[Fault | None]:
-        pipe = self._client.pipeline(transaction=False)
-        each = 1 if self._ttl is None else 2  # commands of an entry
-        for item in items:
-            if parts:
-                pipe.set(self._name(item.part), item.data, ex=self._ttl)
+        if not items:
+            return []
+        new: dict[Key, list[int]] = {}  # by entry, the items of which frames are added
+        for i, item in enumerate(items):
             for key in item.entries:
-                pipe.append(self._name(key), item.header)
-                if self._ttl is not None:
-                    pipe.expire(self._name(key), self._ttl)
-        with self._faults():
-            results = pipe.execute(raise_on_error=False)
-        done: list[Fault | None] = []
-        start = 0
-        for item in items:
-            end = start + parts + each * len(item.entries)
-            wrong = [r for r in results[start:end] if isinstance(r, Exception)]
-            done.append(Fault(self._kind(wrong[0])) if wrong else None)
-            start = end
+                new.setdefault(key, []).append(i)
+        done: list[Fault | None] = [None] * len(items)
+        with self._faults() as client:
+            parts = [i for i, item in enumerate(items) if len(item.data)]
+            pipe = client.pipeline(transaction=False)
+            for i in parts:
+                pipe.set(self._name(items[i].part), items[i].data, ex=self._ttl)
+            # A cluster's pipelines take no scripts.
+            apart = isinstance(client, self._redis.RedisCluster)
+            for key, some in () if apart else new.items():
+                pipe.eval(*self._merging(key, [items[i].frame for i in some]))
+            said = pipe.execute(raise_on_error=False)
+            for i, result in zip(parts, said, strict=False):
+                if isinstance(result, Exception):
+                    done[i] = Fault(self._kind(result))
+            told = said[len(parts) :]
+            if apart:
+                told = [self._merged(client, key, items, some) for key, some in new.items()]
+            for some, result in zip(new.values(), told, strict=True):
+                if isinstance(result, Exception):
+                    fault = result if isinstance(result, Fault) else Fault(self._kind(result))
+                    for i in some:
+                        done[i] = done[i] or fault
         return done
 
     def get(self, part: Key, header: Header) -> tuple[Header, Iterator[np.ndarray]] | None:
-        with self._faults():
-            value = self._client.get(self._name(part))
+        with self._faults() as client:
+            try:
+                value = client.get(self._name(part))
+            except self._redis.ResponseError as error:
+                if not str(error).startswith("WRONGTYPE"):
+                    raise
+                value = b""
+            if value is not None and not isinstance(value, bytes):
+                raise ValueError(f"got {type(value).__name__} for a value")
         if value is None:
             return None
         header = header_of(value[: wire.sizes(value[:64])[0]])
@@ -96,30 +146,62 @@ class RedisServer:
         return header, iter(spans_of(header, payload))
 
     def delete(self, keys: Sequence[Key]) -> None:
-        with self._faults():
-            pipe = self._client.pipeline(transaction=False)
+        with self._faults() as client:
+            pipe = client.pipeline(transaction=False)
             for key in keys:
                 pipe.unlink(self._name(key))
             pipe.execute()
 
     def close(self) -> None:
-        self._client.close()
+        with self._lock:
+            client, self._made, self._closed = self._made, None, True
+        if client is not None:
+            client.close()
+
+    # -- parts -------------------------------------------------------------------------------
 
     def _get(self, names: Sequence[bytes]) -> list[bytes | None]:
         if not names:
             return []
-        with self._faults():
-            get = self._client.mget_nonatomic if self._cluster else self._client.mget
-            return list(get(names))
+        with self._faults() as client:
+            apart = isinstance(client, self._redis.RedisCluster)
+            said = (client.mget_nonatomic if apart else client.mget)(names)
+            if not isinstance(said, list) or len(said) != len(names):
+                raise ValueError(f"got no {len(names)} values")
+            if not all(value is None or isinstance(value, bytes) for value in said):
+                raise ValueError("got values that are no bytes")
+            return said
+
+    def _merging(self, key: Key, frames: Sequence[bytes]) -> tuple[Any, ...]:
+        return (MERGE, 1, self._name(key), MOST, MOST_BYTES, self._ttl or 0, *frames)
+
+    def _merged(
+        self, client: Any, key: Key, items: Sequence[Put], some: Sequence[int]
+    ) -> Fault | None:
+        try:
+            with self._faults():
+                client.eval(*self._merging(key, [items[i].frame for i in some]))
+        except Fault as fault:
+            return fault
+        return None
 
     def _name(self, key: Key) -> bytes:
         return self._prefix + key.kind[:1].encode() + key.digest
 
     @contextmanager
-    def _faults(self) -> Iterator[None]:
+    def _faults(self) -> Iterator[Any]:
+        """A client; whatever it or the server does is a Fault."""
         try:
-            yield
-        except (self._redis.RedisError, OSError, ValueError) as error:
+            with self._lock:
+                if self._closed:
+                    raise Fault("closed")
+                if self._made is None:
+                    self._made = self._connect()
+                client = self._made
+            yield client
+        except Fault:
+            raise
+        except Exception as error:  # redis-py raises of all kinds where a server talks nonsense
             raise Fault(self._kind(error)) from error
 
     def _kind(self, error: Exception) -> str:
@@ -130,57 +212,12 @@ class RedisServer:
             (errors.AuthenticationError, "refused"),
             (errors.NoPermissionError, "refused"),
             ((errors.TimeoutError, TimeoutError), "timeout"),
-            ((errors.ConnectionError, OSError), "connection"),
+            ((errors.ConnectionError, errors.RedisClusterException, OSError), "connection"),
             (errors.ReadOnlyError, "read_only"),
             (errors.InvalidResponse, "garbage"),
         ):
             if isinstance(error, types):
                 return word
-        return "garbage" if isinstance(error, ValueError) else "error"
-
-
-def client_of(url: str, password_env: str, timeout_s: float) -> Any:
-    """A client of redis-py for a URL; nothing is sent before it is used.
-
-    Args:
-        As the fields of `lmc.store.remote.redis.RedisConfig`.
-
-    Raises:
-        ValueError: as `RedisConfig.open`.
-    """
-    try:
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.cluster import RedisCluster
-        from redis.retry import Retry
-        from redis.sentinel import Sentinel
-    except ImportError as e:
-        raise ValueError("the redis tier needs redis-py: pip install 'lmc-kv[redis]'") from e
-
-    said: dict[str, Any] = {
-        "socket_timeout": timeout_s,
-        "socket_connect_timeout": timeout_s,
-        # A connection that a server has closed since is opened anew; what is slow is not waited for
-        # twice.
-        "retry": Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-    }
-    if password_env:
-        if (password := os.environ.get(password_env)) is None:
-            raise ValueError(f"password_env: there is no {password_env} in the environment")
-        said["password"] = password
-    scheme, _, way = urlsplit(url).scheme.partition("+")
-    plain = url.replace(f"+{way}", "", 1) if way else url
-    if way == "cluster":
-        return RedisCluster.from_url(plain, **said)
-    if way != "sentinel":
-        return redis.Redis.from_url(plain, **said)
-    parts = urlsplit(plain)
-    where = parts.netloc.rpartition("@")[2].split(",")
-    hosts = [(host, int(port or 26379)) for host, _, port in (w.partition(":") for w in where)]
-    service, _, db = parts.path.strip("/").partition("/")
-    if not service:
-        raise ValueError("url: got no service name, want redis+sentinel://host:26379/service")
-    said |= {"ssl": scheme == "rediss", "db": int(db or 0), "username": parts.username}
-    said.setdefault("password", parts.password)
-    timeouts = {name: said[name] for name in ("socket_timeout", "socket_connect_timeout")}
-    return Sentinel(hosts, sentinel_kwargs=timeouts).master_for(service, **said)
+        if "OOM" in str(error)[:200]:  # out of a script
+            return "full"
+        return "error" if isinstance(error, errors.RedisError) else "garbage"

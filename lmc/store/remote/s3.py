@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
 from lmc.model.layout import KVLayout
 from lmc.store.compress import CODECS
 from lmc.store.remote.keyed import Keyed
+from lmc.store.remote.redis_client import connecting
 from lmc.store.remote.redis_flights import RedisFlights
-from lmc.store.remote.redis_server import RedisServer, client_of
+from lmc.store.remote.redis_server import RedisServer
 from lmc.store.remote.s3_server import Listed, S3Server, store_of
 from lmc.store.sections import Heads
 
@@ -34,8 +35,8 @@ class S3Config:
     """
 
     url: str
-    endpoint: str = ""
-    directory: str = ""
+    endpoint: str = field(default="", repr=False)
+    directory: str = field(default="", repr=False)
     directory_password_env: str = ""
     timeout_s: float = 5.0
     write: Literal["through", "back"] = "through"
@@ -43,10 +44,10 @@ class S3Config:
 
     def __post_init__(self) -> None:
         where = urlsplit(self.url)
-        if where.scheme != "s3" or not where.netloc:
-            raise ValueError(f"url: got {self.url!r}, want s3://bucket or s3://bucket/prefix")
+        if where.scheme != "s3" or not where.netloc or "@" in where.netloc:
+            raise ValueError("url: want s3://bucket or s3://bucket/prefix")
         if self.endpoint and urlsplit(self.endpoint).scheme not in ("http", "https"):
-            raise ValueError(f"endpoint: got {self.endpoint!r}, want http:// or https://")
+            raise ValueError("endpoint: want one that begins with http:// or https://")
         if self.compression not in CODECS:
             raise ValueError(f"compression: got {self.compression!r}, valid: {', '.join(CODECS)}")
         if not self.timeout_s > 0:
@@ -71,8 +72,8 @@ class S3Config:
         of_rank = (layout, heads, exact_variants, self.compression, label)
         if not self.directory:
             return Keyed("s3", parts, *of_rank)
-        client = client_of(self.directory, self.directory_password_env, self.timeout_s)
-        entries = RedisServer(client, f"lmc:{bucket}/{prefix}", None)
+        connect = connecting(self.directory, self.directory_password_env, self.timeout_s)
+        entries = RedisServer(connect, f"lmc:{bucket}/{prefix}", None)
         tier = Keyed("s3", Listed(parts, entries), *of_rank)
         tier.flights = RedisFlights(entries, tier.counts)
         return tier

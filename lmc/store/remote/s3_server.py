@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lmc.store import wire
+from lmc.store.remote.entries import merged
 from lmc.store.remote.redis_server import RedisServer
 from lmc.store.remote.server import Fault, Key, Put, header_of
 from lmc.store.wire import FORMAT, Header
@@ -19,8 +22,10 @@ from lmc.store.wire import FORMAT, Header
 AT_ONCE = 8  # requests; with 32 SeaweedFS answered a fifth as fast
 RANGE_BYTES = 4 << 20  # of a part of more than two the first layers come first
 MULTIPART_BYTES = 16 << 20
-TRIES = 4  # to add to an entry that others add to
+TRIES = 10  # to add to an entry that others add to
+FIRST_WAIT_S = 0.004
 STATUS = re.compile(r"status code: (\d+)")
+KINDS = {"401": "refused", "403": "refused", "416": "no_such_range", "507": "full"}
 TIMED_OUT = re.compile(r"timed ?out", re.IGNORECASE)
 
 T = TypeVar("T")
@@ -51,7 +56,21 @@ class S3Server:
         return self._all(self._is_there, parts)
 
     def put(self, items: Sequence[Put]) -> list[Fault | None]:
-        return self._all(self._put_one, items)
+        done = self.put_parts(items)
+        new: dict[Key, list[int]] = {}  # by entry, the items of which frames are added
+        for i, item in enumerate(items):
+            for key in item.entries if done[i] is None else ():
+                new.setdefault(key, []).append(i)
+        frames = [(key, [items[i].frame for i in some]) for key, some in new.items()]
+        added = self._all(lambda of: self._add(*of), frames)
+        for some, fault in zip(new.values(), added, strict=True):
+            for i in some:
+                done[i] = done[i] or fault
+        return done
+
+    def put_parts(self, items: Sequence[Put]) -> list[Fault | None]:
+        """The objects of parts, without what tells of them."""
+        return self._all(self._put_part, items)
 
     def get(self, part: Key, header: Header) -> tuple[Header, Iterator[np.ndarray]] | None:
         total = header.size + header.payload_bytes
@@ -64,7 +83,7 @@ class S3Server:
         front = self._range(part, 0, max(header.size + header.sections[0].length, RANGE_BYTES))
         if front is None:
             return None
-        size, _ = wire.sizes(front)
+        size, _ = wire.sizes(front[:64])
         if size > len(front):
             front = self._range(part, 0, size) or memoryview(b"")
         header = header_of(bytes(front[:size]))
@@ -87,34 +106,39 @@ class S3Server:
             more: dict[str, Any] = {"use_multipart": long} | (options if long else {})
             self._obs.put(self._store, _path(item.part), data, **more)
 
-    def _put_one(self, item: Put) -> Fault | None:
+    def _put_part(self, item: Put) -> Fault | None:
         try:
-            self.put_part(item)
-            for key in item.entries:
-                self._add(key, item.header)
+            if len(item.data):
+                self.put_part(item)
         except Fault as fault:
             return fault
         return None
 
-    def _add(self, key: Key, header: bytes) -> None:
-        """Add to an entry; where others do so all the time, it is told of another time."""
-        errors = self._obs.exceptions
-        with self._faults():
-            for _ in range(TRIES):
-                try:
-                    found = self._obs.get(self._store, _path(key))
-                    before: bytes = bytes(found.bytes())
-                    mode: Any = {"e_tag": found.meta["e_tag"]}
-                except self._missing:
-                    before, mode = b"", "create"
-                try:
-                    self._obs.put(self._store, _path(key), before + header, mode=mode)
-                    return
-                except (errors.AlreadyExistsError, errors.PreconditionError):
-                    continue
-                except errors.NotSupportedError:  # a store without conditions: the last one tells
-                    self._obs.put(self._store, _path(key), before + header)
-                    return
+    def _add(self, key: Key, frames: Sequence[bytes]) -> Fault | None:
+        """Add to an entry, as often as others are first."""
+        errors, wait = self._obs.exceptions, FIRST_WAIT_S
+        try:
+            with self._faults():
+                for _ in range(TRIES):
+                    try:
+                        found = self._obs.get(self._store, _path(key))
+                        before: bytes = bytes(found.bytes())
+                        mode: Any = {"e_tag": found.meta["e_tag"]}
+                    except self._missing:
+                        before, mode = b"", "create"
+                    data = merged(before, frames)
+                    try:
+                        self._obs.put(self._store, _path(key), data, mode=mode)
+                        return None
+                    except (errors.AlreadyExistsError, errors.PreconditionError):
+                        time.sleep(wait * (0.5 + random.random()))
+                        wait *= 2
+                    except errors.NotSupportedError:  # a store without conditions
+                        self._obs.put(self._store, _path(key), data)
+                        return None
+        except Fault as fault:
+            return fault
+        return Fault("contended")
 
     def _ranges(self, part: Key, header: Header, front: memoryview) -> Iterator[np.ndarray]:
         """Spans: of `front`, which begins the object, and then what is behind it, in order."""
@@ -131,8 +155,14 @@ class S3Server:
             yield from (data[start - first : end - first] for start, end in group)
 
     def _range(self, key: Key, start: int, end: int) -> memoryview | None:
-        with self._faults(), suppress(*self._missing):
-            return memoryview(self._obs.get_range(self._store, _path(key), start=start, end=end))
+        try:
+            with self._faults(), suppress(*self._missing):
+                data = self._obs.get_range(self._store, _path(key), start=start, end=end)
+                return memoryview(data)
+        except Fault as fault:
+            if str(fault) == "no_such_range":  # it is shorter than what was put
+                raise wire.HeaderError("got less than a part") from fault
+            raise
         return None
 
     def _whole(self, key: Key) -> memoryview | None:
@@ -153,7 +183,7 @@ class S3Server:
     def _all(self, do: Callable[[A], T], items: Iterable[A]) -> list[T]:
         try:
             return list(self._threads.map(do, items))
-        except RuntimeError as error:  # it is closed
+        except (RuntimeError, CancelledError) as error:  # it is closed
             raise Fault("closed") from error
 
     @contextmanager
@@ -171,7 +201,7 @@ class S3Server:
         if isinstance(error, errors.PermissionDeniedError | errors.UnauthenticatedError):
             return "refused"
         if status := STATUS.search(said):
-            return {"401": "refused", "403": "refused", "507": "full"}.get(status[1], "error")
+            return KINDS.get(status[1], "error")
         lost = "error sending request" in said or "connect" in said
         return "timeout" if TIMED_OUT.search(said) else "connection" if lost else "error"
 
@@ -185,17 +215,13 @@ class Listed:
         self.holds, self.get, self.reads = parts.holds, parts.get, parts.reads
 
     def put(self, items: Sequence[Put]) -> list[Fault | None]:
-        def one(item: Put) -> Fault | None:
-            try:
-                self._parts.put_part(item)
-            except Fault as fault:
-                return fault
-            return None
-
-        done = self._parts._all(one, items)
-        told = [item for item, fault in zip(items, done, strict=True) if fault is None]
-        said = iter(self._directory.tell(told))
-        return [next(said) if fault is None else fault for fault in done]
+        done = self._parts.put_parts(items)
+        nothing = memoryview(b"")
+        there = [i for i, fault in enumerate(done) if fault is None]
+        told = self._directory.put([items[i]._replace(data=nothing) for i in there])
+        for i, fault in zip(there, told, strict=True):
+            done[i] = fault
+        return done
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._parts.delete([key for key in keys if key.kind == "part"])

