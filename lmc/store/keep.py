@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ def keep(
     bytes_per_token: int,
     spans: Sequence[tuple[int, int]] = (),
     done: int = 0,
+    without: Container[int] = (),
 ) -> list[tuple[Piece, Record]]:
     """Make room in `index` for every chunk of tokens [T] that it lacks and takes.
 
@@ -30,6 +31,7 @@ def keep(
         bytes_per_token: of one rank.
         spans: texts that are cut into several of them, and count as computed as one.
         done: what ends up to here was seen to before.
+        without: where chunks start of which there are no bytes.
     """
     ids = np.ascontiguousarray(tokens, "<i8")
     contexts = context_digests(ids, [*(p.start for p in pieces), len(ids)])
@@ -38,7 +40,7 @@ def keep(
     second_end = ends.get(first_end)
     kept = []
     for piece, context, after in zip(pieces, contexts, contexts[1:], strict=False):
-        if piece.end <= done:
+        if piece.end <= done or piece.start in without:
             continue
         content = ids[piece.start : piece.end]
         record = index.put(

@@ -134,12 +134,16 @@ class Admission:
         if plan.claimed and self._local.hits_uncomputed(tracked, local, others):
             self.counts["deferred"] += 1
             return None
-        if plan.claimed and not self._local.pin(tracked, local):
-            if others:  # when they are over there may be room
+        running = any(r.request.status.name == "RUNNING" for r in others)
+        # Where nothing runs, what was pinned in vain will be in vain again.
+        in_vain = any(tracked.front) and not running
+        if plan.claimed and (in_vain or not self._local.pin(tracked, local)):
+            if running:  # when they are over there may be room
                 self.counts["deferred_for_windows"] += 1
                 return None
             self.counts["claims_without_windows"] += 1
-            plan = tracked.admitted = plan.nothing()
+            plan, tracked.front = plan.nothing(), []
+            tracked.admitted = plan
         if plan.selective and plan.first_moved is not None and local > plan.first_moved:
             # Out of fewer moved rows it may choose others than the hashes stand for.
             recipes = plan.recipes(self._block_size, nonce=os.urandom(16))

@@ -96,20 +96,22 @@ class Keeping:
         spans = [span for span in spans if span[1] <= end]
         namespace, blended_from = tracked.namespace, tracked.blended_from
         per_token = self._bytes_per_token
+        P, reads = self._block_size, dict[int, set[int]]()  # by where a chunk starts
+        for piece in (piece for piece in pieces if piece.end > tracked.seen_to):
+            here = slice(piece.start // P, -(-piece.end // P))
+            reads[piece.start] = {block for of_group in blocks for block in of_group[here]}
+        # Before anything makes room for them: what a window has left behind.
+        gone = {start for start, some in reads.items() if 0 in some}
+        computed_from = max(tracked.local, tracked.admitted.end if tracked.admitted else 0)
+        self.counts["saves_behind_window"] += sum(start >= computed_from for start in gone)
         of = (namespace, tokens[:end], pieces, blended_from, per_token, spans, tracked.seen_to)
-        kept = keep(self._index, *of)
+        kept = keep(self._index, *of, without=gone)
         tracked.seen_to = end
         request_id, slots = tracked.request.request_id, []
         for piece, record in kept:
-            first, behind = piece.start // self._block_size, -(-piece.end // self._block_size)
-            reads = {block for of_group in blocks for block in of_group[first:behind]}
-            if 0 in reads:  # a window has left some of them behind
-                self._index.drop(record.slot)
-                self.counts["saves_behind_window"] += 1
-                continue
             self._saves.append(ChunkSave(record, request_id, piece.start, piece.end, blocks))
             self._missing[record.slot] = self._ranks
-            self._reads[record.slot] = reads
+            self._reads[record.slot] = reads[piece.start]
             slots.append(record.slot)
         return slots
 
@@ -122,8 +124,9 @@ class Keeping:
         Of a chunk that is not whole then the blocks are held until it is.
         """
         for request_id in scheduler_output.preempted_req_ids or ():
-            if request_id in requests:
-                self.let_go(requests[request_id])
+            if tracked := requests.get(request_id):
+                self.let_go(tracked)
+                tracked.holds = False  # it may have been for want of these
         for request_id, n in scheduler_output.num_scheduled_tokens.items():
             tracked = requests.get(request_id)
             if tracked is None or not tracked.saves:
@@ -143,19 +146,26 @@ class Keeping:
             pool.free_blocks([tracked.open.pop(key) for key in gone])
 
     def _hold(self, tracked: Tracked, computed: int) -> None:
-        """Hold what a window leaves behind in the next step of a chunk that is not whole."""
+        """Hold what a window leaves behind in the next step of a chunk that is not whole.
+
+        Nothing where some of the chunk is gone already, or the request may want for it.
+        """
         manager, P = self._local.manager, self._block_size
-        pool = manager.block_pool
+        pool, first = manager.block_pool, tracked.seen_to // P
         blocks = manager.get_blocks(tracked.request.request_id).blocks
+        wanted = []
         for group, of_group in enumerate(blocks):
-            window, first = self._groups.window(group), tracked.seen_to // P
+            window = self._groups.window(group)
             behind = max(0, computed - window + 1) // P if window else 0
-            for i in range(first, behind):
-                if pool.get_num_free_blocks() < pool.num_gpu_blocks // SPARE:
-                    return
-                if not of_group[i].is_null and (group, i) not in tracked.open:
-                    pool.touch([of_group[i]])
-                    tracked.open[group, i] = of_group[i]
+            new = [(group, i) for i in range(first, behind) if (group, i) not in tracked.open]
+            if any(of_group[i].is_null for _, i in new):
+                return
+            wanted += new
+        most = pool.get_num_free_blocks() - self._local.needs(tracked, computed)
+        if tracked.holds and len(wanted) <= most - pool.num_gpu_blocks // SPARE:
+            for group, i in wanted:
+                pool.touch([blocks[group][i]])
+                tracked.open[group, i] = blocks[group][i]
 
     def missing(self, slots: Iterable[int]) -> list[int]:
         """Those of them that are on their way."""

@@ -61,7 +61,9 @@ class LocalCache:
         for window, of_group in zip(windows, blocks, strict=True):
             seen = of_group[max(0, local - window + 1) // P :] if window else []
             front.append([block for block in seen if not block.is_null])
-            takes += -(-min(T, window + self._rows) // P) if window else -(-(T - local) // P)
+            # Those that nobody uses are taken too, out of what is free.
+            used = sum(block.ref_cnt > 0 for block in of_group)
+            takes += -(-min(T, window + self._rows) // P) if window else -(-T // P) - used
         pinned = [block for of in front for block in of]
         idle = sum(block.ref_cnt == 0 for block in pinned)
         if takes > pool.get_num_free_blocks() - idle:
@@ -70,6 +72,12 @@ class LocalCache:
         self._pinned += pinned
         tracked.front = [[block.block_id for block in of] for of in front]
         return True
+
+    def needs(self, tracked: Tracked, computed: int) -> int:
+        """Blocks that a request takes at most for the rest of its tokens, behind those computed."""
+        rest, P = max(0, tracked.request.num_tokens - computed), self.block_size
+        windows = map(self.groups.window, range(len(self.groups.specs)))
+        return sum(1 - (-(min(rest, self._rows) if window else rest) // P) for window in windows)
 
     def unpin(self) -> None:
         """The workers are told what to do in this step, in front of all that comes later."""

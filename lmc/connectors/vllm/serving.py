@@ -44,6 +44,7 @@ class Attempt:
         whole: whether all of its rows are computed, out of its tokens alone.
         arriving: chunks that come layer by layer while rows are computed.
         held: chunks that are in host memory.
+        lost: those that must be computed; None where all must.
     """
 
     claim: Claim
@@ -51,6 +52,7 @@ class Attempt:
     whole: bool = False
     arriving: LayeredLoad | None = None
     held: list[tuple[ChunkLoad, list[Run]]] = field(default_factory=list)
+    lost: list[ChunkLoad] | None = None
 
 
 class Serving:
@@ -112,7 +114,10 @@ class Serving:
             again: list[Attempt] = []
             for attempt in left:
                 try:
-                    forward = self._begin(attempt, deadline)
+                    if self._parted(attempt, deadline) and len(left) > 1:
+                        again.append(attempt)
+                        continue
+                    forward = self._begin(attempt)
                     begun += [(attempt, forward)] if forward is not None else []
                 except Exception as error:
                     again += self._anew(attempt, error, failed)
@@ -140,13 +145,22 @@ class Serving:
                 left = []
         return failed
 
-    def _begin(self, attempt: Attempt, deadline: float) -> Forward | None:
-        """Load a claim; what is left to be computed of it, rows of lost chunks among it."""
-        claim, lost = attempt.claim, None
+    def _parted(self, attempt: Attempt, deadline: float) -> bool:
+        """Load a claim; whether all of it must be computed, in parts that want all of the scratch.
+
+        Then no other claim may have any of that.
+        """
         if not attempt.whole:
-            lost = self._load(attempt, deadline)
-        if lost is None:  # out of its tokens alone: what full prefill gives
-            attempt.whole, attempt.arriving, attempt.held = True, None, []
+            attempt.lost = self._load(attempt, deadline)
+        if attempt.lost is None or attempt.whole:
+            # Out of its tokens alone: what full prefill gives.
+            attempt.whole, attempt.arriving, attempt.held, attempt.lost = True, None, [], None
+        return attempt.whole and self.scratch is not None
+
+    def _begin(self, attempt: Attempt) -> Forward | None:
+        """What is left to be computed of a claim, rows of lost chunks among it."""
+        claim, lost = attempt.claim, attempt.lost
+        if lost is None:
             rows = np.arange(claim.start, claim.end, dtype=np.int64)
             forward = self._whole(attempt, rows)
             self._told.recomputed(claim.request_id, np.setdiff1d(rows, claim.rows))

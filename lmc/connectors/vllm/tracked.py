@@ -83,6 +83,7 @@ class Tracked:
         seen_to: chunks that end up to here have been kept, or were not to be.
         storing: slots of its chunks that were given to the workers.
         open: by group and index, blocks of a chunk that is not whole, which a window leaves behind.
+        holds: whether any may be held.
         prompt_saved: whether the prompt's chunks have been given to the workers.
         unsaved: its KV is, or may be, of no use to others: nothing of it is stored any more.
         report: what the client is told.
@@ -122,6 +123,7 @@ class Tracked:
     seen_to: int = 0
     storing: list[int] = field(default_factory=list)
     open: dict[tuple[int, int], Any] = field(default_factory=dict)
+    holds: bool = True
     prompt_saved: bool = False
     unsaved: bool = False
     report: dict[str, Any] | None = None

@@ -106,9 +106,25 @@ def test_windows_that_vllm_keeps_apart_are_seen_by_every_row_and_nothing_is_lost
         assert losses[name].kinds["recomputed"] >= 245, name
     for name in ("one", "all", "whole", "in_parts"):
         assert same(losses[name], losses["plain"]), name
+    assert same(losses["together"], losses["together_plain"])
+    assert same(losses["beside"], losses["plain"])
     assert churn["wrong"] == [] and churn["lost"] == 0
     assert churn["preempted"] > 0
     assert churn["counts"]["deferred_for_windows"] > 0
+
+
+@pytest.mark.engine
+def test_what_is_kept_of_a_pool_is_never_wanted_for(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    decoder("Gemma3", **IDS | {"sliding_window": 100}).save_pretrained(model)
+    got = run_scenario(
+        "tests.connectors.vllm.windowed:small_pool", model, tmp_path, max_model_len=720,
+        kv_cache_memory_bytes=17 * BLOCK * 4 * 2 * 2 * 32 * 4,
+        lmc={"chunker": {"name": "fixed", "n": 620}, "memory_bytes": 2 << 20},
+    )  # fmt: skip
+    for name in ("long", "claim"):
+        assert same(got[name], got[f"{name}_plain"]), name
+    assert got["lost"] == 0 and got["evicted"] <= 0
 
 
 @pytest.mark.engine

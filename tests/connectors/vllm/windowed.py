@@ -80,8 +80,32 @@ def losses(session: Session) -> dict[str, Any]:
         noise(session)
         worker.serving.scratch.pages = pages
         results[name] = session.ask(asked, save=False)
+    # Of two claims of one step neither has pages that the other needs.
+    noise(session)
+    worker.serving.scratch.pages = 8
+    both = [session.add(parts, save=False) for parts in (prompt(2), asked)]
+    answers = session.finish()
     worker.serving._place = kept
-    return results
+    results |= {"together_plain": plain(session, prompt(2)), "together": answers[both[0]]}
+    return results | {"beside": answers[both[1]]}
+
+
+def small_pool(session: Session) -> dict[str, Any]:
+    """No more pages than the longest prompt takes: what lmc keeps of them must not be missed."""
+    local, moved, long = text(500, 512), text(501, 105), text(502, 620)
+    results: dict[str, Any] = {}
+    for name, parts in (("long", [long]), ("claim", [local, moved, text(503, 60)])):
+        results[f"{name}_plain"] = plain(session, parts)
+    results["long"] = session.fresh([long])
+    session.fresh([SYSTEM, moved], tokens=1)
+    session.fresh([local], tokens=1)
+    results["claim"] = session.ask([local, moved, text(503, 60)], "full_recompute")
+    held = session.scheduler.connector._scheduler.index
+    before = len(held)
+    session.ask([local, moved], tokens=1)  # vLLM has its windows no more
+    results["evicted"] = before - len(held)
+    pool = session.scheduler.kv_cache_manager.block_pool
+    return results | {"lost": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()}
 
 
 def churn(session: Session, rounds: int) -> dict[str, Any]:
