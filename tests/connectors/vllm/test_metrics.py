@@ -34,6 +34,8 @@ def counted_names() -> set[str]:
         names = {name for node in ast.walk(tree) for name in names_of(node)}
         if path.parent.name == "disk" or path.name == "payload.py":
             names = {f"disk:{name}" for name in names}
+        if path.parent.name == "remote":
+            names = {f"redis:{name}" for name in names}
         prefix = prefixes.get(path.name, "")
         found |= {name if ":" in name else prefix + name for name in names}
     return found
