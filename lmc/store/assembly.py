@@ -83,6 +83,24 @@ def fill(
         raise ValueError(f"the part does not have {len(lacking)} of the sections that it should")
 
 
+def decode(header: Header, payload: np.ndarray, into: Sequence[Section]) -> None:
+    """Verify a payload, uint8 `[payload_bytes]`, and write the sections that are asked for.
+
+    Args:
+        into: of forms that the header has, each of some or all of its heads; none to verify alone.
+
+    Raises:
+        ValueError: another payload, or what is asked for is not in it; some may be written.
+    """
+    if payload.nbytes != header.payload_bytes:
+        raise ValueError(f"got {payload.nbytes} bytes, want {header.payload_bytes}")
+    taken = plan([header.forms], [form for form, _ in into])
+    if taken is None:
+        raise ValueError("the record does not have what is asked for")
+    takes = [take for _, some in taken for take in some]
+    fill(header, spans_of(header, payload), takes, into, lambda n, layers: None)
+
+
 def spans_of(header: Header, payload: np.ndarray) -> list[np.ndarray]:
     """A payload that is here, uint8, as `fill` takes it."""
     return [payload[start:end] for *_, start, end in header.bands()]

@@ -20,10 +20,15 @@ _QUANTISED = ("int8", "int4", "fp8")
 LEVEL = 1  # of zstd: the only one that keeps up with a disk
 
 
-def check_codec(codec: str, layout: KVLayout) -> None:
-    """Raise ValueError for an unknown codec, or one that cannot take chunks of this layout."""
+def check_name(codec: str) -> None:
+    """Raise ValueError for an unknown codec."""
     if codec not in CODECS:
         raise ValueError(f"compression: got {codec!r}, valid: {', '.join(CODECS)}")
+
+
+def check_codec(codec: str, layout: KVLayout) -> None:
+    """Raise ValueError for an unknown codec, or one that cannot take chunks of this layout."""
+    check_name(codec)
     if codec == "int4" and layout.D % 2:
         raise ValueError(f"compression int4 needs an even head dim, got D={layout.D}")
 

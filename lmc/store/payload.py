@@ -15,7 +15,7 @@ from lmc.store import compress, wire
 from lmc.store.record import Record
 from lmc.store.rows import copy_rows
 from lmc.store.sections import Form, Section
-from lmc.store.wire import Header, Span, Stored, digest_of, layout_of
+from lmc.store.wire import Header, Span, Stored, layout_of
 
 BAND_BYTES = 1 << 20  # at least, of layers that are not compressed
 
@@ -149,37 +149,6 @@ def decode_span(stored: Stored, data: np.ndarray, out: np.ndarray) -> None:
         out[...] = data.reshape(out.shape)
     else:
         compress.decode(stored.codec, data.data, out[0], layout_of(stored.form))
-
-
-def decode(header: Header, payload: np.ndarray, into: Sequence[Section]) -> None:
-    """Verify a payload, uint8 `[payload_bytes]`, and write the sections that are asked for.
-
-    Args:
-        into: of forms that the header has, each of some or all of its heads; none to verify alone.
-
-    Raises:
-        ValueError: another payload, or what is asked for is not in it; some may be written.
-    """
-    if payload.nbytes != header.payload_bytes:
-        raise ValueError(f"got {payload.nbytes} bytes, want {header.payload_bytes}")
-    spans = header.sections
-    taken = 0
-    for (i, first, last, start, end), span in zip(header.bands(), spans, strict=True):
-        data = payload[start:end]
-        if digest_of(data) != span.digest:
-            raise ValueError("the payload does not match its digests")
-        form = header.stored[i].form
-        wanted = [s for s in into if s.form.kin == form.kin and covered_by(s.form, form)]
-        if not wanted:
-            continue
-        rows = np.empty((last - first, *form.shape[1:]), np.uint8)
-        decode_span(header.stored[i], data, rows)
-        for section in wanted:
-            lo, hi = head_bytes(form, section.form)
-            copy_rows([rows[..., lo:hi]], [part[first:last] for part in section.parts])
-            taken += first == 0
-    if taken < len(into):
-        raise ValueError("the record does not have what is asked for")
 
 
 def covered_by(form: Form, other: Form) -> bool:

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from lmc.cli import doctor
 from lmc.cli.app import app
-from tests.store.remote.servers import free_port, valkey
+from lmc.experiment.vllm.servers import free_port
+from tests.store.remote.servers import valkey
 
 
 def asked(*arguments: str) -> tuple[int, str]:

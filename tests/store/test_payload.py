@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmc.store import wire
+from lmc.store.assembly import decode
 from lmc.store.compress import CODECS
-from lmc.store.payload import decode, encode
+from lmc.store.payload import encode
 from lmc.store.record import Record
 from lmc.store.sections import Form, Kind, Section, complete, covered, whole
 from tests.store.disk.chunks import KINDS, Spec, empty, heads_of

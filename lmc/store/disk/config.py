@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lmc.model.layout import KVLayout
 from lmc.sizes import parse_bytes
-from lmc.store.compress import CODECS
+from lmc.store.compress import check_name
 from lmc.store.disk.tier import Disk
 from lmc.store.sections import Heads
 
@@ -36,8 +36,7 @@ class DiskConfig:
             parse_bytes(self.capacity)
         except ValueError as e:
             raise ValueError(f"capacity: {e}") from e
-        if self.compression not in CODECS:
-            raise ValueError(f"compression: got {self.compression!r}, valid: {', '.join(CODECS)}")
+        check_name(self.compression)
 
     def open(
         self,

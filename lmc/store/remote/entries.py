@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from lmc.store import wire
 from lmc.store.record import Record
-from lmc.store.remote.server import Key, header_of
+from lmc.store.remote.server import Key, Put, header_of
 from lmc.store.wire import Header
 
 ID_BYTES = 40
@@ -79,6 +79,15 @@ def merged(data: bytes, new: Sequence[bytes]) -> bytes:
     while len(kept) > 1 and sum(map(len, kept)) > MOST_BYTES:
         del kept[0]
     return b"".join(kept)
+
+
+def by_entry(items: Sequence[Put]) -> dict[Key, list[int]]:
+    """Of each entry that is added to, the items, by index, of which frames are added."""
+    found: dict[Key, list[int]] = {}
+    for i, item in enumerate(items):
+        for key in item.entries:
+            found.setdefault(key, []).append(i)
+    return found
 
 
 def content_key(namespace: bytes, key: bytes) -> Key:

@@ -109,13 +109,11 @@ class Keyed:
     def put(self, items: Sequence[tuple[Record, Sequence[Section]]]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for batch in _batches(items):
-            before = Counter(self.counts)
             done: list[Outcome] = ["failed"] * len(batch)
             with self._surviving("put"):
                 done = self._put(batch)
-            if done == ["failed"] * len(batch) and self.counts["failed"] == before["failed"]:
-                self.counts["failed"] += len(batch)
             outcomes += done
+        self.counts.update(outcomes)
         return outcomes
 
     def evict(self, records: Sequence[Record]) -> None:
@@ -175,7 +173,6 @@ class Keyed:
                     outcomes[i] = "full" if str(fault) == "full" else "failed"
         if gone:
             self._server.delete(gone)
-        self.counts.update(Counter(str(outcome) for outcome in outcomes))
         return outcomes
 
     def _encoded(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmc.model.layout import KVLayout
-from lmc.store.compress import CODECS
+from lmc.store.compress import check_name
 from lmc.store.remote.keyed import Keyed
 from lmc.store.remote.redis_client import check_url, connecting
 from lmc.store.remote.redis_flights import RedisFlights
@@ -40,8 +40,7 @@ class RedisConfig:
 
     def __post_init__(self) -> None:
         check_url(self.url)
-        if self.compression not in CODECS:
-            raise ValueError(f"compression: got {self.compression!r}, valid: {', '.join(CODECS)}")
+        check_name(self.compression)
         if self.ttl_s is not None and self.ttl_s < 1:
             raise ValueError(f"ttl_s: got {self.ttl_s}, want at least 1, or null")
         if not self.timeout_s > 0:

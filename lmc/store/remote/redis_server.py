@@ -11,7 +11,7 @@ import numpy as np
 
 from lmc.store import wire
 from lmc.store.assembly import spans_of
-from lmc.store.remote.entries import ID_BYTES, MOST, MOST_BYTES
+from lmc.store.remote.entries import ID_BYTES, MOST, MOST_BYTES, by_entry
 from lmc.store.remote.server import Fault, Key, Put, header_of
 from lmc.store.wire import FORMAT, Header
 
@@ -99,10 +99,7 @@ class RedisServer:
     def put(self, items: Sequence[Put]) -> list[Fault | None]:
         if not items:
             return []
-        new: dict[Key, list[int]] = {}  # by entry, the items of which frames are added
-        for i, item in enumerate(items):
-            for key in item.entries:
-                new.setdefault(key, []).append(i)
+        new = by_entry(items)
         done: list[Fault | None] = [None] * len(items)
         with self._faults() as client:
             parts = [i for i, item in enumerate(items) if len(item.data)]

@@ -7,7 +7,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from lmc.model.layout import KVLayout
-from lmc.store.compress import CODECS
+from lmc.store.compress import check_name
 from lmc.store.remote.keyed import Keyed
 from lmc.store.remote.redis_client import connecting
 from lmc.store.remote.redis_flights import RedisFlights
@@ -48,8 +48,7 @@ class S3Config:
             raise ValueError("url: want s3://bucket or s3://bucket/prefix")
         if self.endpoint and urlsplit(self.endpoint).scheme not in ("http", "https"):
             raise ValueError("endpoint: want one that begins with http:// or https://")
-        if self.compression not in CODECS:
-            raise ValueError(f"compression: got {self.compression!r}, valid: {', '.join(CODECS)}")
+        check_name(self.compression)
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s: got {self.timeout_s}, want more than 0")
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lmc.store import wire
-from lmc.store.remote.entries import merged
+from lmc.store.remote.entries import by_entry, merged
 from lmc.store.remote.redis_server import RedisServer
 from lmc.store.remote.server import Fault, Key, Put, header_of
 from lmc.store.wire import FORMAT, Header
@@ -56,17 +56,7 @@ class S3Server:
         return self._all(self._is_there, parts)
 
     def put(self, items: Sequence[Put]) -> list[Fault | None]:
-        done = self.put_parts(items)
-        new: dict[Key, list[int]] = {}  # by entry, the items of which frames are added
-        for i, item in enumerate(items):
-            for key in item.entries if done[i] is None else ():
-                new.setdefault(key, []).append(i)
-        frames = [(key, [items[i].frame for i in some]) for key, some in new.items()]
-        added = self._all(lambda of: self._add(*of), frames)
-        for some, fault in zip(new.values(), added, strict=True):
-            for i in some:
-                done[i] = done[i] or fault
-        return done
+        return then_told(items, self.put_parts(items), self._tell)
 
     def put_parts(self, items: Sequence[Put]) -> list[Fault | None]:
         """The objects of parts, without what tells of them."""
@@ -97,22 +87,28 @@ class S3Server:
 
     # -- parts -------------------------------------------------------------------------------
 
-    def put_part(self, item: Put) -> None:
-        """The object of a part. Raises Fault."""
-        with self._faults():
-            data = item.data
-            long = len(data) > MULTIPART_BYTES
-            options = {"chunk_size": MULTIPART_BYTES // 2, "max_concurrency": AT_ONCE}
-            more: dict[str, Any] = {"use_multipart": long} | (options if long else {})
-            self._obs.put(self._store, _path(item.part), data, **more)
-
     def _put_part(self, item: Put) -> Fault | None:
+        data = item.data
+        long = len(data) > MULTIPART_BYTES
+        options = {"chunk_size": MULTIPART_BYTES // 2, "max_concurrency": AT_ONCE}
+        more: dict[str, Any] = {"use_multipart": long} | (options if long else {})
         try:
-            if len(item.data):
-                self.put_part(item)
+            with self._faults():
+                if len(data):
+                    self._obs.put(self._store, _path(item.part), data, **more)
         except Fault as fault:
             return fault
         return None
+
+    def _tell(self, items: Sequence[Put]) -> list[Fault | None]:
+        """Add the frames of parts that are there to their entries."""
+        new, done = by_entry(items), list[Fault | None]([None] * len(items))
+        frames = [(key, [items[i].frame for i in some]) for key, some in new.items()]
+        added = self._all(lambda of: self._add(*of), frames)
+        for some, fault in zip(new.values(), added, strict=True):
+            for i in some:
+                done[i] = done[i] or fault
+        return done
 
     def _add(self, key: Key, frames: Sequence[bytes]) -> Fault | None:
         """Add to an entry, as often as others are first."""
@@ -215,13 +211,7 @@ class Listed:
         self.holds, self.get, self.reads = parts.holds, parts.get, parts.reads
 
     def put(self, items: Sequence[Put]) -> list[Fault | None]:
-        done = self._parts.put_parts(items)
-        nothing = memoryview(b"")
-        there = [i for i, fault in enumerate(done) if fault is None]
-        told = self._directory.put([items[i]._replace(data=nothing) for i in there])
-        for i, fault in zip(there, told, strict=True):
-            done[i] = fault
-        return done
+        return then_told(items, self._parts.put_parts(items), self._directory.put)
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._parts.delete([key for key in keys if key.kind == "part"])
@@ -230,6 +220,23 @@ class Listed:
     def close(self) -> None:
         self._parts.close()
         self._directory.close()
+
+
+def then_told(
+    items: Sequence[Put],
+    done: list[Fault | None],
+    tell: Callable[[Sequence[Put]], list[Fault | None]],
+) -> list[Fault | None]:
+    """Have told of what is there, and of nothing else; what went wrong of each.
+
+    Args:
+        done: what went wrong of the payloads.
+    """
+    there = [i for i, fault in enumerate(done) if fault is None]
+    told = tell([items[i]._replace(data=memoryview(b"")) for i in there])
+    for i, fault in zip(there, told, strict=True):
+        done[i] = fault
+    return done
 
 
 def store_of(bucket: str, prefix: str, endpoint: str, timeout_s: float) -> Any:

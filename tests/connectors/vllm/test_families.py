@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.connectors.hf.tiny import MIXED, decoder
 from tests.connectors.vllm.engine import BLOCK, run_scenario
 from tests.connectors.vllm.scenarios import Answer
+from tests.connectors.vllm.windowed import same
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 YARN = {
@@ -37,10 +37,6 @@ def answers(family: str, tmp_path: Path, hybrid: bool = False, **options: Any) -
         disable_hybrid_kv_cache_manager=not hybrid,
     )  # fmt: skip
     return answers
-
-
-def same(one: Answer, other: Answer) -> bool:
-    return one.tokens == other.tokens and bool(np.abs(one.logprobs - other.logprobs).max() < 1e-4)
 
 
 @pytest.mark.engine

@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.connectors.vllm.engine import run_scenario
+from tests.connectors.vllm.windowed import same
 from tests.store.remote.servers import Valkey
 
 pytestmark = pytest.mark.engine
-
-
-def same(one: Any, other: Any) -> bool:
-    near = bool(np.abs(one.logprobs - other.logprobs).max() < 1e-4)
-    return one.tokens == other.tokens and near
 
 
 def test_documents_of_one_engine_are_reused_and_moved_by_another(
@@ -29,7 +24,7 @@ def test_documents_of_one_engine_are_reused_and_moved_by_another(
         module = "tests.connectors.vllm.remote:"
         run_scenario(module + "stores", tiny_llama_dir, tmp_path, **settings)
         got = run_scenario(
-            module + "shares", tiny_llama_dir, tmp_path, given=(server.pid,), **settings
+            module + "shares", tiny_llama_dir, tmp_path, given=(server.process.pid,), **settings
         )
     finally:
         server.stop()

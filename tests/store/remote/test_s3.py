@@ -15,8 +15,8 @@ import pytest
 from lmc.store.remote.keyed import Keyed
 from lmc.store.remote.s3 import S3Config
 from tests.store.disk.chunks import LAYOUT, Spec, empty, right
+from tests.store.remote.kept import SPECS, found, put, served
 from tests.store.remote.servers import SeaweedFS, seaweedfs, valkey
-from tests.store.remote.test_redis import SPECS, found, put, served
 from tests.store.wanted import brought
 
 

@@ -1,0 +1,54 @@
+"""What the tests of remote tiers put, ask for and get."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lmc.store.remote.keyed import Keyed
+from lmc.store.remote.redis import RedisConfig
+from tests.store.disk.chunks import LAYOUT, Spec, empty, right
+from tests.store.remote.servers import Valkey
+from tests.store.wanted import brought
+
+
+@contextmanager
+def running(*options: str) -> Iterator[Valkey]:
+    server = Valkey(*options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def opened(url: str, **fields: Any) -> Iterator[Keyed]:
+    tier = RedisConfig(url, **{"timeout_s": 0.3} | fields).open(LAYOUT)
+    try:
+        yield tier
+    finally:
+        tier.close()
+
+
+def put(tier: Keyed, *specs: Spec) -> list[str]:
+    return list(tier.put([spec.item() for spec in specs]))
+
+
+def served(tier: Keyed, spec: Spec) -> bool:
+    """Whether it comes; what comes is right."""
+    into = empty(spec.forms())
+    if not brought(tier, spec.record(), into, seconds=2):
+        return False
+    assert right(into, spec)
+    return True
+
+
+def found(tier: Keyed, spec: Spec) -> bool:
+    record = spec.record()
+    (told,), _ = tier.lookup_many(record.namespace, [record.key], [], time.monotonic() + 2)
+    return bool(told)
+
+
+SPECS = [Spec(i, 0, 20) for i in range(4)]
