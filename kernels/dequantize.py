@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lmc.kernels.cases import make_chunk, make_paged, make_rotation, make_slots
-from lmc.kernels.gather import chunk_shape
 from lmc.kernels.paged import AOT_ARGS, PagedKV, check_slots, describe
 from lmc.kernels.quantize import (
     FORMATS,
@@ -169,7 +168,7 @@ def scatter_quantised(
     int4 has two dims in a byte, so it takes only rotations whose halves are even: R % 4 == 0.
     """
     check_slots(slots, paged)
-    shape = chunk_shape(paged, len(slots))
+    shape = paged.shape(len(slots))
     if q.shape != shape:
         raise ValueError(f"q must be of a chunk {list(shape)}, got {list(q.shape)}")
     if (cos is None) != (sin is None):

@@ -1,13 +1,12 @@
 """Collect a chunk's rows from the paged KV cache: all layers, K and V, in one launch.
 
 Shapes: pages L x [N, P, G, D] of K and of V, slots [T] -> out [L, 2, T, G, D]; or the latents of
-         MLA, pages L x [N, P, D] -> out [L, 1, T, D].
+         MLA, pages L x [N, P, D] -> out [L, 1, T, 1, D].
 Formula: out[l, 0, t] = k[l][slots[t] // P, slots[t] % P], out[l, 1, t] the same of v; -1: left out.
 Bytes:   reads and writes 2*L*T*G*D*b each (latents: L*T*D*b), and reads the slots.
 Source:  the inverse of vLLM's reshape_and_cache, over all layers through a table of addresses.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,42 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lmc.kernels.cases import Case, make_paged, make_slots, poison
-from lmc.kernels.paged import AOT_ARGS, PagedKV, check_slots, describe, page_runs
+from lmc.kernels.paged import AOT_ARGS, PagedKV, PagedLatents, check_slots, describe, page_runs
 from lmc.kernels.spec import EXACT, KernelSpec, block_rows, use_kernel
-
-
-class PagedLatents(PagedKV):
-    """MLA's paged cache: one tensor [N, P, D] a layer, whose last dims of a row are the rotated.
-
-    To the kernels it is the K of one head; its V is the same memory and never moved by itself.
-    """
-
-    def __init__(self, pages: Sequence[Tensor]) -> None:
-        for layer, x in enumerate(pages):
-            if x.ndim != 3:
-                raise ValueError(f"pages must be [N, P, D] each, got pages[{layer}] {describe(x)}")
-        heads = tuple(x.unsqueeze(2) for x in pages)
-        super().__init__(heads, heads)
-
-
-def chunk_shape(paged: PagedKV, T: int) -> tuple[int, ...]:
-    """Of T tokens: [L, 2, T, G, D], or [L, 1, T, D] of latents."""
-    if isinstance(paged, PagedLatents):
-        return paged.L, 1, T, paged.D
-    return paged.L, 2, T, paged.G, paged.D
-
-
-def by_heads(chunk: Tensor) -> Tensor:
-    """The chunk with the axis G that latents lack."""
-    return chunk.unsqueeze(3) if chunk.ndim == 4 else chunk
 
 
 def gather_reference(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None:
-        shape = chunk_shape(paged, len(slots))
-        out = torch.zeros(shape, dtype=paged.dtype, device=paged.device)
+        out = torch.zeros(paged.shape(len(slots)), dtype=paged.dtype, device=paged.device)
     runs = list(page_runs(slots, paged.P))
-    for layer, new in enumerate(by_heads(out)):
+    for layer, new in enumerate(out):
         # Latents are one side.
         sides = list(zip(new, (paged.k[layer], paged.v[layer]), strict=False))
         for rows, page, offsets in runs:
@@ -89,12 +61,13 @@ def _gather_kernel(
 
 
 def gather(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
-    """The rows of `slots` as one chunk [L, 2, T, G, D], of latents [L, 1, T, D], where pages are.
+    """The rows of `slots` as one chunk [L, 2, T, G, D], where the pages are.
 
-    Slot -1 leaves that row of out untouched; in an out made here it is zero.
+    Of latents it is [L, 1, T, 1, D]. Slot -1 leaves that row of out untouched; in an out made here
+    it is zero.
     """
     check_slots(slots, paged)
-    shape = chunk_shape(paged, len(slots))
+    shape = paged.shape(len(slots))
     if out is not None and (out.shape, out.dtype, out.device) != (shape, paged.dtype, paged.device):
         raise ValueError(
             f"out must be {paged.dtype} {list(shape)} on {paged.device}, got {describe(out)}"
@@ -109,7 +82,7 @@ def gather(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
         grid = (paged.G, triton.cdiv(len(slots), BLOCK_T), shape[1] * paged.L)
         with torch.cuda.device_of(out):
             _gather_kernel[grid](
-                out, slots.contiguous(), len(slots), *by_heads(out).stride()[:4],
+                out, slots.contiguous(), len(slots), *out.stride()[:4],
                 **paged.kernel_args, O_D=out.stride(-1), D=paged.D, SIDES=shape[1],
                 BLOCK_T=BLOCK_T, BLOCK_D=triton.next_power_of_2(paged.D),
             )  # fmt: skip
@@ -141,7 +114,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     return {
         "paged": paged,
         "slots": make_slots(case, device),
-        "out": poison(torch.Size(chunk_shape(paged, case.T)), dtype, device),
+        "out": poison(torch.Size(paged.shape(case.T)), dtype, device),
     }
 
 

@@ -3,10 +3,10 @@
 A page table row is a flat slot, s = page * P + offset; slot -1 means "leave this row out".
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ class PagedKV:
     layers; K's and V's may differ. vLLM's CPU backend, for one, keeps K transposed inside a page.
     """
 
-    k: tuple[Tensor, ...]
-    v: tuple[Tensor, ...]
+    k: Sequence[Tensor]
+    v: Sequence[Tensor]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", tuple(self.k))
@@ -57,6 +57,28 @@ class PagedKV:
                         f"PagedKV: strides of {name}[{layer}] are {x.stride()}, "
                         f"expected those of {name}[0], {layers[0].stride()}"
                     )
+
+    sides: ClassVar[int] = 2  # of a chunk: K, then V
+
+    def shape(self, T: int) -> tuple[int, int, int, int, int]:
+        """Of a chunk of T tokens: [L, 2, T, G, D], or [L, 1, T, 1, D] of latents."""
+        return (self.L, self.sides, T, self.G, self.D)
+
+    def some(self, first: int, behind: int) -> "PagedKV":
+        """The same of the layers [first, behind)."""
+        return PagedKV(self.k[first:behind], self.v[first:behind])
+
+    def to(self, dtype: torch.dtype) -> "PagedKV":
+        """A copy in another dtype."""
+        return PagedKV([x.to(dtype) for x in self.k], [x.to(dtype) for x in self.v])
+
+    def fresh(self, k: Tensor, v: Tensor) -> Tensor:
+        """Rows k and v [T, G, D] of one layer as a chunk."""
+        return torch.stack((k, v))[None]
+
+    def turned_from(self, R: int) -> int:
+        """The first of the R dims of a key that turn."""
+        return 0
 
     @property
     def L(self) -> int:  # noqa: N802
@@ -105,6 +127,34 @@ class PagedKV:
             "K_D": k_d, "V_D": v_d, "P": self.P,
             "ALIGN": 16 if aligned else self.k[0].element_size(),
         }  # fmt: skip
+
+
+class PagedLatents(PagedKV):
+    """MLA's paged cache: one tensor [N, P, D] a layer, whose last dims of a row are the rotated.
+
+    To the kernels it is the K of one head; its V is the same memory and never moved by itself.
+    """
+
+    sides = 1
+
+    def __init__(self, pages: Sequence[Tensor]) -> None:
+        for layer, x in enumerate(pages):
+            if x.ndim != 3:
+                raise ValueError(f"pages must be [N, P, D] each, got pages[{layer}] {describe(x)}")
+        heads = tuple(x.unsqueeze(2) for x in pages)
+        super().__init__(heads, heads)
+
+    def some(self, first: int, behind: int) -> "PagedLatents":
+        return PagedLatents([x.squeeze(2) for x in self.k[first:behind]])
+
+    def to(self, dtype: torch.dtype) -> "PagedLatents":
+        return PagedLatents([x.squeeze(2).to(dtype) for x in self.k])
+
+    def fresh(self, k: Tensor, v: Tensor) -> Tensor:
+        return k[None, None]
+
+    def turned_from(self, R: int) -> int:
+        return self.D - R
 
 
 AOT_ARGS: dict[str, str | int] = {

@@ -15,12 +15,14 @@ Tile = tuple[int, int, int]
 # Pairs of a tile, keys of a step, warps. A kv head's keys are read once for all pairs of a tile, so
 # more pairs spare L2, until their results fill the registers, which a large D does sooner. A few
 # rows, as in decoding, would leave most of them idle; 16 is the least that matrix units take.
-TILES: tuple[Tile, ...] = ((16, 32, 4), (64, 32, 8), (128, 32, 8))
+TILES: tuple[Tile, ...] = ((16, 32, 4), (64, 32, 8), (128, 32, 8), (16, 16, 8))
 # Keys below which a share of a tile's keys is not worth a partial result.
 SPLIT_KEYS = 256
 
 
 def choose_tile(pairs: int, D: int) -> Tile:
+    if D > 256:
+        return TILES[3]
     if pairs <= 16:
         return TILES[0]
     return TILES[2] if D <= 128 else TILES[1]
@@ -106,12 +108,15 @@ class Prompts:
     P: int = 16
     window: int | None = None
     softcap: float | None = None
+    D_v: int | None = None  # of values that are dims of the keys, as of latents
     layout: Layout = "nhd"
 
     def __str__(self) -> str:
         shape = f"H{self.H}-G{self.G}-D{self.D}-P{self.P}-{self.layout}"
         requests = "+".join(f"{rows}of{T}" for T, rows in self.requests)
-        limits = "".join(f"-{n}{x}" for n in ("window", "softcap") if (x := getattr(self, n)))
+        limits = "".join(
+            f"-{n}{x}" for n in ("window", "softcap", "D_v") if (x := getattr(self, n))
+        )
         return f"{requests}-{shape}{limits}"
 
     @property

@@ -114,12 +114,19 @@ def check_rotation(cos: Tensor, sin: Tensor, D: int) -> None:
 
 
 def rerotate(
-    k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, out: Tensor | None = None
-) -> Tensor:
+    k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, out: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:  # fmt: skip
     """Keys k [..., D] rotated by the delta whose angles have these cosines and sines.
 
-    out may be k itself, but must not otherwise overlap it. Math in fp32.
+    out may be k itself, but must not otherwise overlap it. Math in fp32. first: the first dim that
+    turns; those before are copied.
     """
+    if first:
+        out = torch.empty_like(k) if out is None else out
+        out[..., :first] = k[..., :first]
+        rerotate(k[..., first:], cos, sin, interleaved=interleaved, out=out[..., first:])
+        return out
     if k.ndim < 1 or k.dtype not in DTYPES:
         raise ValueError(f"k must be floating [..., D], got {describe(k)}")
     check_rotation(cos, sin, k.shape[-1])

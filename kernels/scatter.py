@@ -1,7 +1,7 @@
 """Put a chunk's rows into the paged KV cache, its keys rotated by one position delta on the way.
 
 Shapes: chunk [L, 2, T, G, D], slots [T], cos and sin [R/2] -> pages L x [N, P, G, D] of K and of V;
-         or the latents of MLA, chunk [L, 1, T, D] -> pages L x [N, P, D].
+         or the latents of MLA, chunk [L, 1, T, 1, D] -> pages L x [N, P, D].
 Formula: k[l][slots[t] // P, slots[t] % P] = rotate(chunk[l, 0, t]), v the plain copy; -1: left out.
          Of keys the first R dims turn, of latents the last R.
 Bytes:   reads and writes 2*L*T*G*D*b each (latents: L*T*D*b), and reads the slots.
@@ -18,10 +18,7 @@ from torch import Tensor
 from lmc.kernels.cases import Case, make_chunk, make_paged, make_rotation, make_slots
 from lmc.kernels.gather import (
     LatentCase,
-    PagedLatents,
-    by_heads,
     chunk_bytes,
-    chunk_shape,
     make_latents,
 )
 from lmc.kernels.host import scatter_host
@@ -41,9 +38,9 @@ def scatter_reference(
 ) -> None:
     runs = list(page_runs(slots, paged.P))
     # One layer at a time: its rotated keys are still in the processor's cache when they are copied.
-    for layer, (new_k, *new_v) in enumerate(by_heads(chunk)):
+    for layer, (new_k, *new_v) in enumerate(chunk):
         if cos is not None and sin is not None:
-            R0 = chunk.shape[-1] - 2 * len(cos) if chunk.ndim == 4 else 0
+            R0 = paged.turned_from(2 * len(cos))
             turned = rotated(new_k[..., R0:], cos, sin, interleaved)
             new_k = torch.cat((new_k[..., :R0], turned), -1) if R0 else turned
         sides = list(zip((new_k, *new_v), (paged.k[layer], paged.v[layer]), strict=False))
@@ -99,14 +96,14 @@ def scatter(
 ) -> None:
     """Write chunk [L, 2, T, G, D] to `slots`, keys rotated by the delta of cos and sin, if given.
 
-    Latents are [L, 1, T, D], and their pages a PagedLatents. Slots must be distinct; -1 skips a
+    Latents are [L, 1, T, 1, D], and their pages a PagedLatents. Slots must be distinct; -1 skips a
     row. The chunk may lie in pinned host memory: it is then staged by one asynchronous copy, or,
     with zero_copy, read over the bus by the kernel itself, to which Triton passes the address that
     the driver gives pinned memory on the device (untested on a GPU). Either way keep it unchanged
     until the current stream has passed.
     """
     check_slots(slots, paged)
-    shape = chunk_shape(paged, len(slots))
+    shape = paged.shape(len(slots))
     if chunk.shape != shape or chunk.dtype != paged.dtype:
         raise ValueError(f"chunk must be {paged.dtype} {list(shape)}, got {describe(chunk)}")
     if (cos is None) != (sin is None):
@@ -120,14 +117,14 @@ def scatter(
     if cos is not None and sin is not None:
         check_rotation(cos, sin, paged.D)
         R = 2 * cos.numel()
-        R0 = paged.D - R if isinstance(paged, PagedLatents) else 0
+        R0 = paged.turned_from(R)
         cos, sin = (x.to(paged.device, non_blocking=True).contiguous() for x in (cos, sin))
     slots = slots.to(paged.device, non_blocking=True)
     if not zero_copy:
         # A copy engine and then a kernel on the device beat a kernel that reads host memory itself.
         chunk = chunk.to(paged.device, non_blocking=True)
     if not use_kernel(paged.k[0]):
-        if chunk.dtype == torch.float32 and chunk.ndim == 5:
+        if chunk.dtype == torch.float32 and paged.sides == 2:
             scatter_host(chunk, paged, slots, cos, sin, interleaved)
         else:
             scatter_reference(chunk, paged, slots, cos, sin, interleaved=interleaved)
@@ -137,7 +134,7 @@ def scatter(
         grid = (paged.G, triton.cdiv(len(slots), BLOCK_T), shape[1] * paged.L)
         with torch.cuda.device_of(paged.k[0]):
             _scatter_kernel[grid](
-                chunk, slots.contiguous(), cos, sin, len(slots), *by_heads(chunk).stride()[:4],
+                chunk, slots.contiguous(), cos, sin, len(slots), *chunk.stride()[:4],
                 **paged.kernel_args, C_D=chunk.stride(-1), D=paged.D, SIDES=shape[1], R0=R0,
                 BLOCK_T=BLOCK_T, BLOCK_D=triton.next_power_of_2(copied),
                 **rotate_args(R, paged.D - R0, interleaved),
@@ -148,7 +145,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     chunk = make_chunk(case, dtype, device)
     latents = isinstance(case, LatentCase)
     return {
-        "chunk": chunk[:, :1, :, 0] if latents else chunk,
+        "chunk": chunk[:, :1] if latents else chunk,
         "paged": (make_latents if latents else make_paged)(case, dtype, device, poisoned=True),
         "slots": make_slots(case, device),
         **make_rotation(case, device),

@@ -1,9 +1,10 @@
 """Put rows that lie in runs anywhere in one buffer into the paged KV cache, each run turned alone.
 
 Shapes: buffer [U, G, D], slots [M], runs [n, 5], cos and sin [C, R/2], by_layer [L]
-         -> pages L x [N, P, G, D] of K and of V.
+         -> pages L x [N, P, G, D] of K and of V; or latents, buffer [U, 1, D] -> L x [N, P, D].
 Formula: that of lmc.kernels.scatter for each run (first, T, base, stride, turn): its row i goes to
-         slots[first + i] and is, of layer l and side s, buffer[base + (2*l + s) * stride + i].
+         slots[first + i] and is, of layer l and side s, buffer[base + (2*l + s) * stride + i];
+         of latents, which have one side, buffer[base + l * stride + i].
          Keys turn by cos[t] and sin[t], t = by_layer[l] + turn; where either is -1, not at all.
 Bytes:   reads and writes 2*L*M*G*D*b each, and reads the slots.
 Source:  a claim is many chunks: a launch for each would cost more than its bytes. vLLM's
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmc.kernels.cases import Case, make_paged, make_slots
-from lmc.kernels.gather import chunk_bytes
+from lmc.kernels.gather import LatentCase, chunk_bytes, make_latents
 from lmc.kernels.host import scatter_runs_host
 from lmc.kernels.paged import AOT_ARGS, PagedKV, check_slots, describe
 from lmc.kernels.rerotate import rotate_args, rotate_tile
@@ -39,13 +40,13 @@ def scatter_runs_reference(
     interleaved: bool = False,
     layers: tuple[int, int] | None = None,
 ) -> None:
-    G, D = paged.G, paged.D
+    G, D, sides = paged.G, paged.D, paged.sides
     before = [0] * paged.L if by_layer is None else by_layer.tolist()
     for i in range(*(layers or (0, paged.L))):
-        one = PagedKV(paged.k[i : i + 1], paged.v[i : i + 1])
+        one = paged.some(i, i + 1)
         for first, T, base, stride, turn in runs.tolist():
-            strides = (2 * stride * G * D, stride * G * D, G * D, D, 1)
-            chunk = buffer[base + 2 * i * stride :].as_strided((1, 2, T, G, D), strides)
+            strides = (sides * stride * G * D, stride * G * D, G * D, D, 1)
+            chunk = buffer[base + sides * i * stride :].as_strided((1, sides, T, G, D), strides)
             angles: tuple[Tensor, ...] = ()
             if cos is not None and sin is not None and min(turn, before[i]) >= 0:
                 angles = cos[before[i] + turn], sin[before[i] + turn]
@@ -64,18 +65,18 @@ def _scatter_runs_kernel(
     table, L, limit, k_n, k_p, k_g, v_n, v_p, v_g,
     K_D: tl.constexpr, V_D: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    BY_LAYER: tl.constexpr,
+    BY_LAYER: tl.constexpr, SIDES: tl.constexpr, R0: tl.constexpr,
     R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     p_run = runs + tl.program_id(0).to(tl.int64) * 5
     i_g = tl.program_id(1).to(tl.int64)
-    i_l = first_layer + tl.program_id(2).to(tl.int64) // 2
-    i_kv = tl.program_id(2).to(tl.int64) % 2
+    i_l = first_layer + tl.program_id(2).to(tl.int64) // SIDES
+    i_kv = tl.program_id(2).to(tl.int64) % SIDES
     first, T, turn = tl.load(p_run), tl.load(p_run + 1), tl.load(p_run + 4)
     if BY_LAYER:
         before = tl.load(by_layer + i_l)
         turn = tl.where((turn < 0) | (before < 0), -1, before + turn)
-    at = tl.load(p_run + 2) + (2 * i_l + i_kv) * tl.load(p_run + 3)
+    at = tl.load(p_run + 2) + (SIDES * i_l + i_kv) * tl.load(p_run + 3)
     # On a GPU nobody checked them: what is out of range is left alone.
     inside = (first >= 0) & (first + T <= M) & (at >= 0) & (at + T <= U) & (turn < C)
     base = tl.multiple_of(tl.load(table + i_kv * L + i_l).to(buffer.dtype), ALIGN)
@@ -93,10 +94,13 @@ def _scatter_runs_kernel(
             if turn < 0:
                 tl.store(p_k[:, None] + (o_d * K_D)[None, :], tl.load(p_x, mask=m), mask=m)
             elif R > 0:
+                if R0 > 0:
+                    m_0 = m_t[:, None] & (o_d < R0)[None, :]
+                    tl.store(p_k[:, None] + (o_d * K_D)[None, :], tl.load(p_x, mask=m_0), mask=m_0)
                 p_cos, p_sin = cos + turn * (R // 2), sin + turn * (R // 2)
                 rotate_tile(
-                    p_row, p_k, m_t, p_cos, p_sin,
-                    1, K_D, D, R, INTERLEAVED, BLOCK_R, BLOCK_REST,
+                    p_row + R0, p_k + R0 * K_D, m_t, p_cos, p_sin,
+                    1, K_D, D - R0, R, INTERLEAVED, BLOCK_R, BLOCK_REST,
                 )  # fmt: skip
         else:
             p_v = base + i_g * v_g + b_page * v_n + b_offset * v_p
@@ -154,23 +158,26 @@ def scatter_runs(
             raise ValueError(f"cos and sin must be alike, got {describe(cos)}, {describe(sin)}")
         C, R = len(cos), 2 * cos.shape[1]
         cos, sin = (x.to(paged.device, non_blocking=True).contiguous() for x in (cos, sin))
-    _check_runs(runs, len(slots), len(buffer), C - n, paged.L)
+    _check_runs(runs, len(slots), len(buffer), C - n, paged.L, paged.sides)
     slots, runs, offsets = (
         x.to(paged.device, non_blocking=True).contiguous()
         for x in (slots, runs, slots if by_layer is None else by_layer)
     )
     if not use_kernel(paged.k[0]):
-        put = scatter_runs_host if paged.dtype == torch.float32 else scatter_runs_reference
+        host = paged.dtype == torch.float32 and paged.sides == 2
+        put = scatter_runs_host if host else scatter_runs_reference
         how: dict[str, Any] = {"by_layer": by_layer, "interleaved": interleaved}
         put(buffer, paged, slots, runs, cos, sin, layers=(low, high), **how)
     elif len(runs):
-        grid = (len(runs), paged.G, 2 * (high - low))
+        R0 = paged.turned_from(R) if R else 0
+        grid = (len(runs), paged.G, paged.sides * (high - low))
         with torch.cuda.device_of(paged.k[0]):
             _scatter_runs_kernel[grid](
                 buffer, slots, runs, cos, sin, offsets, len(buffer), len(slots), C, low,
                 **paged.kernel_args, G=paged.G, D=paged.D,
                 BLOCK_T=block_rows(len(slots), paged.D), BLOCK_D=triton.next_power_of_2(paged.D),
-                BY_LAYER=int(by_layer is not None), **rotate_args(R, paged.D, interleaved),
+                BY_LAYER=int(by_layer is not None), SIDES=paged.sides, R0=R0,
+                **rotate_args(R, paged.D - R0, interleaved),
             )  # fmt: skip
 
 
@@ -187,7 +194,7 @@ def _rotations(by_layer: Tensor | None, L: int) -> int:
     return max(0, int(by_layer.max()))
 
 
-def _check_runs(runs: Tensor, M: int, U: int, C: int, L: int) -> None:
+def _check_runs(runs: Tensor, M: int, U: int, C: int, L: int, sides: int) -> None:
     """Raise unless runs is int64 [n, 5] of runs inside slots [M], buffer [U] and angles [C].
 
     What is in them is checked where that is free, on the host, as slots are.
@@ -198,7 +205,7 @@ def _check_runs(runs: Tensor, M: int, U: int, C: int, L: int) -> None:
         return
     first, T, base, stride, turn = runs.unbind(1)
     wrong = (runs[:, :4] < 0).any(1) | (first + T > M) | (turn < -1) | (turn >= C)
-    wrong |= base + (2 * L - 1) * stride + T > U
+    wrong |= base + (sides * L - 1) * stride + T > U
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise ValueError(
@@ -220,16 +227,23 @@ class RunsCase(Case):
     apart: bool = False
 
 
+@dataclass(frozen=True)
+class LatentRunsCase(LatentCase, RunsCase):
+    """Latents, the last R dims of which are rotated."""
+
+
 def make_inputs(case: RunsCase, dtype: torch.dtype, device: str) -> dict[str, Any]:
     random = torch.Generator().manual_seed(case.T * 1009 + case.G * 31 + case.D)
     starts = list(range(0, case.T, case.run))
     lengths = [min(case.run, case.T - start) for start in starts]
+    latents = isinstance(case, LatentCase)
+    sides = 1 if latents else 2
     runs, token = [], 3  # a few that are nobody's lie before
     for i in torch.randperm(len(starts), generator=random).tolist():
         turn = i % 3 - 1 if case.rotate else -1
-        runs.append((starts[i], lengths[i], token * 2 * case.L, lengths[i], turn))
+        runs.append((starts[i], lengths[i], token * sides * case.L, lengths[i], turn))
         token += lengths[i]
-    buffer = torch.randn((token * 2 * case.L, case.G, case.D), generator=random)
+    buffer = torch.randn((token * sides * case.L, case.G, case.D), generator=random)
     angles: dict[str, Any] = {}
     if case.rotate:
         R = case.R or case.D
@@ -240,7 +254,7 @@ def make_inputs(case: RunsCase, dtype: torch.dtype, device: str) -> dict[str, An
         angles = {"cos": angle.cos().float().to(device), "sin": angle.sin().float().to(device)}
     return {
         "buffer": buffer.to(device, dtype),
-        "paged": make_paged(case, dtype, device, poisoned=True),
+        "paged": (make_latents if latents else make_paged)(case, dtype, device, poisoned=True),
         "slots": make_slots(case, device),
         "runs": torch.tensor(runs, dtype=torch.int64, device=device).view(-1, 5),
         **angles,
@@ -253,14 +267,16 @@ def make_inputs(case: RunsCase, dtype: torch.dtype, device: str) -> dict[str, An
 
 
 def _signature(
-    D: int, R: int, interleaved: bool = False, apart: bool = False
+    D: int, R: int, interleaved: bool = False, apart: bool = False, latents: bool = False
 ) -> dict[str, str | int]:
+    R0 = D - R if latents else 0
     return {
         "buffer": "*b:16", "slots": "*i64", "runs": "*i64", "cos": "*fp32:16", "sin": "*fp32:16",
         "by_layer": "*i64", "BY_LAYER": int(apart),
         "U": "i64", "M": "i32", "C": "i32", "first_layer": "i32", **AOT_ARGS,
-        "G": 8, "D": D, "BLOCK_T": block_rows(8192, D), "BLOCK_D": triton.next_power_of_2(D),
-        **rotate_args(R, D, interleaved),
+        "G": 1 if latents else 8, "D": D, "SIDES": 1 if latents else 2, "R0": R0,
+        "BLOCK_T": block_rows(8192, D), "BLOCK_D": triton.next_power_of_2(D),
+        **rotate_args(R, D - R0, interleaved),
     }  # fmt: skip
 
 
@@ -282,6 +298,9 @@ SPEC = KernelSpec(
         RunsCase(T=33, G=2, D=80, R=32, L=4, slots="shuffled", apart=True, first=1),
         RunsCase(T=7, G=2, D=64, slots="none"),
         RunsCase(T=0, G=2, D=64),
+        LatentRunsCase(T=37, slots="shuffled", interleaved=True),
+        LatentRunsCase(T=19, D=288, R=32, L=3, slots="holes", apart=True, first=1),
+        LatentRunsCase(T=9, rotate=False),
     ),
     bench=RunsCase(L=32, T=2048, G=8, D=128, run=33),
     inputs=make_inputs,
@@ -293,6 +312,7 @@ SPEC = KernelSpec(
         "interleaved": _signature(128, 128, interleaved=True),
         "partial": _signature(80, 32),
         "apart": _signature(128, 128, apart=True),
+        "latents": _signature(576, 64, interleaved=True, latents=True),
     },
     traffic={
         "copy": RunsCase(L=1, T=256, G=2, D=128, rotate=False, run=64),
@@ -300,6 +320,7 @@ SPEC = KernelSpec(
         "interleaved": RunsCase(L=1, T=256, G=2, D=128, interleaved=True, run=64),
         "partial": RunsCase(L=1, T=256, G=2, D=80, R=32, run=64),
         "apart": RunsCase(L=3, T=256, G=2, D=128, apart=True, run=64),
+        "latents": LatentRunsCase(L=1, T=128, interleaved=True, run=64),
     },
     bus=chunk_bytes,
 )

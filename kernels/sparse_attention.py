@@ -1,8 +1,10 @@
 """Attention of any rows of a prompt against paged keys and values, masked by absolute position.
 
-Shapes:  q [M, H, D], positions [M], k and v [N, P, G, D], tables [B, pages] -> out [M, H, D].
+Shapes:  q [M, H, D], positions [M], k [N, P, G, D], v [N, P, G, D_v], tables [B, pages]
+         -> out [M, H, D_v]. Latents of MLA are keys of one head, D_v of their dims its values.
 Formula: out[i] = softmax(scale q[i] K^T) V over the keys k_pos <= positions[i] of its request.
-Bytes:   reads q and, once, the keys and values that any row needs, 2*G*D*b a token; writes out.
+Bytes:   reads q and, once, the keys and values that any row needs, G*(D + D_v)*b a token; writes
+         out.
          Tiles of one request read them again, but out of L2, where a layer's 32 MiB at 8K stay.
 Source:  FlashAttention-2, arXiv 2307.08691; splits over keys: Flash-Decoding, Dao et al. 2023.
 """
@@ -42,7 +44,7 @@ def sparse_attention_reference(
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
-    out = torch.empty_like(q) if out is None else out
+    out = q.new_empty(*q.shape[:2], v.shape[3]) if out is None else out
     wide = torch.promote_types(q.dtype, torch.float32)
     P, G = k.shape[1:3]
     for request, (first, end) in enumerate(pairwise(rows.cu_rows)):
@@ -76,6 +78,14 @@ def _pairs(bits, BLOCK_M):
     return BLOCK_M if bits == 16 else 16
 
 
+@triton.constexpr_function
+def _dims(bits, BLOCK_D):
+    # Of q and of keys at a time: all that registers hold beside the results.
+    if BLOCK_D < 32 or (bits == 16 and BLOCK_D <= 256):
+        return BLOCK_D
+    return 64 if bits == 16 else 32 if BLOCK_D <= 256 else 64
+
+
 @triton.jit
 def capped(x, softcap):
     # softcap * tanh(x / softcap). 1 - 2/(e^2y + 1) cancels near 0; there Lambert's continued
@@ -91,12 +101,13 @@ def _attention_kernel(
     q, k, v, out, lse, tables, positions, tiles, scale, softcap,
     q_m, q_h, o_s, o_m, o_h, l_s, l_m, t_b, k_n, k_p, k_g, v_n, v_p, v_g,
     K_D: tl.constexpr, V_D: tl.constexpr, P: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     BITS: tl.constexpr = q.dtype.element_ty.primitive_bitwidth
     PAIRS: tl.constexpr = _pairs(BITS, BLOCK_M)
-    DIMS: tl.constexpr = BLOCK_D if BITS == 16 or BLOCK_D < 32 else 32
+    DIMS: tl.constexpr = _dims(BITS, BLOCK_D)
     # A step is loaded in two stages, its pages and what they hold: 3 keep one step in shared
     # memory and 5 two, as they fit into the 64 KiB that AMD has.
     STAGES: tl.constexpr = 5 if BLOCK_D * BITS <= 2048 else 3 if BLOCK_D * BITS <= 4096 else 1
@@ -109,12 +120,12 @@ def _attention_kernel(
     m_pair = o_pair < tl.load(tiles + 3 * i_tile + 2)
     o_row, o_head = o_pair // GROUP, i_g * GROUP + o_pair % GROUP
     o_d = tl.arange(0, BLOCK_D)
-    m_d = (o_d < D)[None, :]
-    m_q = m_pair[:, None] & m_d
+    o_dv = tl.arange(0, BLOCK_V)
+    m_dv = (o_dv < D_V)[None, :]
     b_pos = tl.load(positions + o_row, mask=m_pair, other=-1).to(tl.int32)
     p_q = q + (o_row * q_m + o_head * q_h)[:, None]
     if DIMS == BLOCK_D:
-        b_q = tl.load(p_q + o_d[None, :], mask=m_q, other=0.0)
+        b_q = tl.load(p_q + o_d[None, :], mask=m_pair[:, None] & (o_d < D)[None, :], other=0.0)
         if UPCAST:
             b_q = b_q.to(tl.float32)
 
@@ -132,10 +143,10 @@ def _attention_kernel(
     full = tl.minimum(tl.maximum(tl.cdiv(low, BLOCK_N), begin), end)
     full_end = tl.minimum(tl.maximum((smallest + 1) // BLOCK_N, full), end)
 
-    b_acc = tl.zeros((PAIRS, BLOCK_D), tl.float32)
+    b_acc = tl.zeros((PAIRS, BLOCK_V), tl.float32)
     b_max = tl.full((PAIRS,), -1e30, tl.float32)  # finite: the difference of two stays a number
     b_sum = tl.zeros((PAIRS,), tl.float32)
-    p_k, p_v = k + i_g * k_g, v + i_g * v_g + (o_d * V_D)[None, :]
+    p_k, p_v = k + i_g * k_g, v + i_g * v_g + (o_dv * V_D)[None, :]
     unit = 1.0 if SOFTCAP else scale
     to_exp2 = unit * 1.4426950408889634  # the hardware has only powers of two
     for MASKED in tl.static_range(2):
@@ -150,7 +161,7 @@ def _attention_kernel(
             b_page = tl.load(tables + i_b * t_b + o_n // P, mask=m_n, other=0).to(tl.int64)
             o_k, o_v = b_page * k_n + o_n % P * k_p, b_page * v_n + o_n % P * v_p
             b_s = tl.zeros((PAIRS, BLOCK_N), tl.float32)
-            for d in tl.static_range(0, BLOCK_D, DIMS):
+            for d in tl.static_range(0, D, DIMS):
                 o_c = d + tl.arange(0, DIMS)
                 m_c = (o_c < D)[None, :]
                 p_c = p_k + o_k[:, None] + (o_c * K_D)[None, :]
@@ -159,6 +170,8 @@ def _attention_kernel(
                     b_k = b_k.to(tl.float32)
                 if DIMS < BLOCK_D:
                     b_q = tl.load(p_q + o_c[None, :], mask=m_pair[:, None] & m_c, other=0.0)
+                    if UPCAST:
+                        b_q = b_q.to(tl.float32)
                 b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision="ieee")
             if SOFTCAP:
                 b_s = capped(b_s * scale, softcap)
@@ -174,7 +187,7 @@ def _attention_kernel(
             b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
             b_max = b_new
             # What no row sees may be NaN, and 0 times NaN is NaN: those values are masked to 0.
-            b_v = tl.load(p_v + o_v[:, None], mask=m_n[:, None] & m_d, other=0.0)
+            b_v = tl.load(p_v + o_v[:, None], mask=m_n[:, None] & m_dv, other=0.0)
             b_p = b_p.to(b_v.dtype)
             if UPCAST:
                 b_p, b_v = b_p.to(tl.float32), b_v.to(tl.float32)
@@ -182,8 +195,8 @@ def _attention_kernel(
 
     # A split may hold no key of a row: 0, and of no weight beside those that do.
     b_sum = tl.where(b_sum == 0, 1, b_sum)
-    p_out = out + i_split * o_s + (o_row * o_m + o_head * o_h)[:, None] + o_d[None, :]
-    tl.store(p_out, b_acc / b_sum[:, None], mask=m_q)
+    p_out = out + i_split * o_s + (o_row * o_m + o_head * o_h)[:, None] + o_dv[None, :]
+    tl.store(p_out, b_acc / b_sum[:, None], mask=m_pair[:, None] & m_dv)
     if LSE:
         p_lse = lse + i_split * l_s + o_row * l_m + o_head
         tl.store(p_lse, b_max * unit + tl.log(b_sum), mask=m_pair)
@@ -193,12 +206,15 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, tables: Tensor, rows: QueryRows,
     out: Tensor | None, lse: Tensor | None, numbers: dict[str, float | None],
 ) -> None:  # fmt: skip
-    paged, (M,) = PagedKV((k,), (v,)), rows.positions.shape
+    paged, (M,) = PagedKV((k,), (k,)), rows.positions.shape
+    like_k = v.ndim == 4 and v.shape[:3] == k.shape[:3] and 1 <= v.shape[3] <= paged.D
+    if not like_k or (v.dtype, v.device) != (k.dtype, k.device):
+        raise ValueError(f"v must be like k, {describe(k)}, of no more dims, got {describe(v)}")
     B, pages, H = len(rows.cu_rows) - 1, -(-rows.keys // paged.P), paged.G * rows.group
     for name, x, shape, dtype in (
         ("positions", rows.positions, (M,), torch.int64),
         ("q", q, (M, H, paged.D), paged.dtype),
-        ("out", out, (M, H, paged.D), paged.dtype),
+        ("out", out, (M, H, v.shape[3]), paged.dtype),
         ("lse", lse, (M, H), torch.float32),
         ("tables", tables, (B, max(pages, tables.shape[-1])), torch.int32),
     ):
@@ -230,8 +246,9 @@ def sparse_attention(
     lse: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Attention of the query rows q [M, H, D] against one layer's pages, k and v [N, P, G, D].
+    """Attention of the query rows q [M, H, D] against one layer's pages, [M, H, D_v].
 
+    k is [N, P, G, D] and v [N, P, G, D_v], which may be dims of k's own memory, as of latents.
     Row i sees the keys of its request at k_pos <= positions[i], its own included, so that must be
     in the pages; with a window only those at k_pos > positions[i] - window. softcap c makes
     c tanh(x / c) of a logit x. Page numbers in tables [B, pages] are used up to a request's
@@ -243,8 +260,8 @@ def sparse_attention(
         return sparse_attention_reference(
             q, k, v, tables, rows, scale, window=window, softcap=softcap, out=out, lse=lse
         )
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    (M, H, D), (P, G) = q.shape, k.shape[1:3]
+    (M, H, D), (P, G), D_V = q.shape, k.shape[1:3], v.shape[3]
+    out = q.new_empty(M, H, D_V) if out is None else out
     if not M:
         return out
     programs = len(rows.tiles) * G * (rows.tile[0] // _pairs(8 * q.itemsize, rows.tile[0]))
@@ -252,15 +269,16 @@ def sparse_attention(
         splits = choose_splits(programs, rows.keys, processors(q.device))
     parts, lses = out[None], None if lse is None else lse[None]
     if splits > 1:
-        parts = torch.empty((splits, M, H, D), dtype=torch.float32, device=q.device)
+        parts = torch.empty((splits, M, H, D_V), dtype=torch.float32, device=q.device)
         lses = torch.empty((splits, M, H), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _attention_kernel[(programs, splits)](
             q, k, v, parts, lses, tables, rows.positions, rows.tiles, scale, softcap or 0.0,
             *q.stride()[:2], *parts.stride()[:3], *((0, 0) if lses is None else lses.stride()[:2]),
             tables.stride(0), *k.stride()[:3], *v.stride()[:3],
-            K_D=k.stride(3), V_D=v.stride(3), P=P, G=G, GROUP=rows.group, D=D,
-            BLOCK_M=rows.tile[0], BLOCK_N=rows.tile[1], BLOCK_D=triton.next_power_of_2(D),
+            K_D=k.stride(3), V_D=v.stride(3), P=P, G=G, GROUP=rows.group, D=D, D_V=D_V,
+            BLOCK_M=rows.tile[0], BLOCK_N=rows.tile[1],
+            BLOCK_D=triton.next_power_of_2(D), BLOCK_V=triton.next_power_of_2(D_V),
             WINDOW=window or 0, SOFTCAP=softcap is not None, LSE=lses is not None,
             # Triton 3.9's interpreter multiplies bf16 as integers.
             UPCAST=interpreted() and q.dtype != torch.float32,
@@ -291,11 +309,11 @@ def make_inputs(case: Prompts, dtype: torch.dtype, device: str) -> dict[str, Any
         unseen[mine[keys // case.P], keys % case.P] = False
     for x in (*paged.k, *paged.v):
         x[unseen.to(device)] = torch.nan
-    shape = torch.Size((cu_rows[-1], case.H, case.D))
+    shape = torch.Size((cu_rows[-1], case.H, case.D_v or case.D))
     return {
-        "q": torch.randn(shape, generator=random).to(device, dtype),
+        "q": torch.randn((*shape[:2], case.D), generator=random).to(device, dtype),
         "k": paged.k[0],
-        "v": paged.v[0],
+        "v": paged.k[0][..., : case.D_v] if case.D_v else paged.v[0],
         "tables": tables.to(device),
         "rows": query_rows(torch.cat(at), cu_rows, case.H, paged.k[0]),
         "scale": case.D**-0.5,
@@ -308,13 +326,16 @@ def make_inputs(case: Prompts, dtype: torch.dtype, device: str) -> dict[str, Any
 
 def floor(case: Prompts, b: int) -> int:
     rows, keys = (sum(map(len, x)) for x in (case.positions(), case.keys()))
-    return 2 * rows * case.H * case.D * b + 2 * keys * case.G * case.D * b + rows * (4 * case.H + 8)
+    D, D_v = case.D, case.D_v or case.D
+    beside = 0 if case.D_v else D_v  # latents hold their values
+    read = rows * case.H * D * b + keys * case.G * (D + beside) * b
+    return read + rows * case.H * D_v * b + rows * (4 * case.H + 8)
 
 
 def flops(case: Prompts) -> int:
     """Two products, each one multiplication and one addition a key and dimension."""
     pairs = sum(int((at + 1).clamp(max=case.reach).sum()) for at in case.positions())
-    return 4 * case.H * case.D * pairs
+    return 2 * case.H * (case.D + (case.D_v or case.D)) * pairs
 
 
 def _bench(T: int) -> Prompts:
@@ -322,7 +343,7 @@ def _bench(T: int) -> Prompts:
 
 
 def _signature(
-    D: int, GROUP: int, pairs: int = 1024, *, window: int = 0, softcap: bool = False
+    D: int, GROUP: int, pairs: int = 1024, *, window: int = 0, softcap: bool = False, D_v: int = 0
 ) -> dict[str, str | int]:
     BLOCK_M, BLOCK_N, warps = choose_tile(pairs, D)
     strides = "q_m q_h o_s o_m o_h l_s l_m t_b k_n k_p k_g v_n v_p v_g"
@@ -331,8 +352,9 @@ def _signature(
         "tables": "*i32:16", "positions": "*i64:16", "tiles": "*i32:16",
         "scale": "fp32", "softcap": "fp32",
         **dict.fromkeys(strides.split(), "i32:16"),
-        "K_D": 1, "V_D": 1, "P": 16, "G": 8, "GROUP": GROUP, "D": D,
-        "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": triton.next_power_of_2(D),
+        "K_D": 1, "V_D": 1, "P": 16, "G": 1 if D_v else 8, "GROUP": GROUP, "D": D, "D_V": D_v or D,
+        "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N,
+        "BLOCK_D": triton.next_power_of_2(D), "BLOCK_V": triton.next_power_of_2(D_v or D),
         "WINDOW": window, "SOFTCAP": int(softcap), "LSE": 1, "UPCAST": 0, "num_warps": warps,
     }  # fmt: skip
 
@@ -352,6 +374,7 @@ SPEC = KernelSpec(
         Prompts(requests=((200, 30),), D=128, window=50, H=8),
         Prompts(requests=((70, 5), (150, 9)), D=256, P=128, window=7, softcap=30.0, layout="cpu"),
         Prompts(requests=((20, 0),)),
+        Prompts(requests=((40, 9), (33, 5)), H=4, G=1, D=288, D_v=256),
     ),
     bench=_bench(8192),
     inputs=make_inputs,
@@ -361,13 +384,16 @@ SPEC = KernelSpec(
         **{f"D{D}-GQA{n}": _signature(D, n) for D, n in VARIANTS},
         "D128-GQA8-few": _signature(128, 8, pairs=16),
         "D128-window-softcap": _signature(128, 4, window=4096, softcap=True),
+        "latents": _signature(576, 128, D_v=512),
     },
     traffic={
         **{f"D{D}-GQA{n}": Prompts(requests=((512, 64),), H=2 * n, D=D) for D, n in VARIANTS},
         "D128-GQA8-few": Prompts(requests=((512, 2),), H=16, D=128),
         "D128-window-softcap": Prompts(requests=((512, 64),), H=8, D=128, window=64, softcap=50.0),
+        "latents": Prompts(requests=((256, 8),), H=16, G=1, D=576, D_v=512),
     },
     moves=False,
     flops=flops,
     at=_bench,
+    unsupported={"latents": ("gfx942 fp32",)},  # three registers too many
 )

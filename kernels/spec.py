@@ -48,7 +48,8 @@ class KernelSpec:
     aot: argument types by variant, as triton.tools.compile writes them ("*b:16" is an aligned
     pointer to elements, a number a compile-time constant), and "num_warps" where it is not 4;
     kernels: the jitted function of a variant of aot, where it is not `kernel`;
-    unsupported: names in aot.TARGETS by variant, for what the hardware or compiler cannot do;
+    unsupported: names in aot.TARGETS by variant, for what the hardware or compiler cannot do; with
+    a dtype behind it ("gfx942 fp32"), what does not fit into registers there;
     moves: it only moves data, so every access is 128 bits wide and traffic is the floor's;
     traffic: by variant of aot, a case that the interpreter can run in seconds, to count bytes on;
     flops: floating-point operations of a case, where they could matter;
@@ -73,6 +74,10 @@ class KernelSpec:
     flops: Callable[[Any], int] | None = None
     bus: Callable[[Any, int], int] | None = None
     at: Callable[[int], Any] | None = None
+
+    def supports(self, variant: str, target: str, dtype: str) -> bool:
+        """Whether a variant is for elements of a dtype, by its short name, on a target."""
+        return {target, f"{target} {dtype}"}.isdisjoint(self.unsupported.get(variant, ()))
 
     def sized(self, T: int) -> Any:
         """The bench case at T tokens, or None if tokens are not what its size is counted in."""
@@ -120,7 +125,7 @@ def tensors(x: Any) -> Iterator[Tensor]:
 def _exactly(x: Any) -> Any:
     """Keyword arguments with keys and values in float64; cosines and sines stay as given."""
     if isinstance(x, PagedKV):
-        return PagedKV(tuple(t.double() for t in x.k), tuple(t.double() for t in x.v))
+        return x.to(torch.float64)
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 

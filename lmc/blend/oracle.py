@@ -52,10 +52,10 @@ class OracleDeviation(Dense):
         right = truth.rows(0, plan.T)
         slots = torch.from_numpy(rows).to(right.device)
         for layer, paged in enumerate(pages.layers):
-            k, v = right[layer, 0, slots], right[layer, 1, slots]
+            k, v = right[layer, 0, slots], right[layer, -1, slots]
             scores = np.zeros(plan.T, np.float32)
             scores[rows] = deviation(k, v, paged, slots, tensor=self.tensor).cpu().numpy()
             worst = torch.from_numpy(top(scores, rows, share(self.ratio, len(rows))))
             worst = worst.to(slots.device)
-            kv = torch.stack((right[layer, 0, worst], right[layer, 1, worst]))[None]
+            kv = paged.fresh(right[layer, 0, worst], right[layer, -1, worst])
             scatter(kv, paged, worst)

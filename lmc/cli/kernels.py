@@ -68,7 +68,7 @@ def rows(spec: KernelSpec, ratios: Ratios) -> Iterator[Row]:
         for dtype, name in DTYPES.items():
             ratio = ratios.get(spec.name, {}).get(variant, {}).get(name)
             for target in TARGETS:
-                supported = target not in spec.unsupported.get(variant, ())
+                supported = spec.supports(variant, target, name)
                 binary = compile_variant(spec, variant, dtype, target) if supported else None
                 yield {
                     "kernel": spec.name,

@@ -10,8 +10,9 @@ from typing import Any
 from lmc.model.layers import layers_of, summary
 from lmc.model.rope import rotations_of
 
-# Kinds of layers that keep keys and values of every token, which are stored and put back.
-KEYS = ("full", "sliding")
+# Kinds of layers that keep keys and values of every token, or latents of both, which are stored and
+# put back.
+KEYS = ("full", "sliding", "chunked", "latent")
 
 
 def exact_refusal(config: Any) -> str | None:
@@ -30,7 +31,7 @@ def exact_refusal(config: Any) -> str | None:
         return "layers that use the KV of others"
     if len({(layer.heads, layer.key, layer.value) for layer in layers}) > 1:
         return "layers whose KV has different sizes"
-    if any(layer.key != layer.value for layer in layers):
+    if layers[0].kind != "latent" and layers[0].key != layers[0].value:
         return f"keys of {layers[0].key} elements a head beside values of {layers[0].value}"
     return None
 

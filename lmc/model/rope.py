@@ -134,7 +134,8 @@ def _rope(config: Any, name: str) -> Rope:
             f"distance moved); rotatable types: {', '.join(ROTATABLE)}"
         )
     if kind == "default":
-        D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        D = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None)
+        D = D or config.hidden_size // config.num_attention_heads
         R = int(D * parameters.get("partial_rotary_factor", 1.0))
         # In float32, as the models themselves do: the moved key must meet the model's own
         # rounding of the frequencies, not the ideal ones.

@@ -10,6 +10,7 @@ from typing import Any
 
 from lmc.model.cost import PrefillCost
 from lmc.model.layers import Layer, layers_of
+from lmc.model.layout import KVLayout
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
@@ -42,6 +43,12 @@ class ModelShape:
         if dtype not in BYTES:
             raise ValueError(f"KV dtype: got {dtype!r}, want one of {', '.join(BYTES)}")
         return self.L * (self.latent or 2 * self.G * self.D) * BYTES[dtype]
+
+    def layout(self, dtype: str) -> KVLayout:
+        """What is stored of it, all heads; raises as `KVLayout`."""
+        if self.latent:
+            return KVLayout(self.L, 1, self.latent, dtype, sides=1)
+        return KVLayout(self.L, self.G, self.D, dtype)
 
 
 def shape_of(config: Any) -> ModelShape:

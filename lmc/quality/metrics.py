@@ -159,14 +159,15 @@ def kv_deviation(
 
     The L2 norm of the difference over all kv heads, per layer and token (CacheBlend, arXiv
     2405.16444, section 4); with `relative` divided by the norm of the full row, 0/0 being 0.
-    Both K must be rotated to the same positions. Raises ValueError for other shapes.
+    Both K must be rotated to the same positions. Latents `[L, 1, T, 1, D]` are K and V at once.
+    Raises ValueError for other shapes.
     """
     _check(full, arm, "KV", "[L, 2, T, G, D]")
-    if full.shape[1] != 2:
+    if full.shape[1] not in (1, 2):
         raise ValueError(f"KV: got shape {list(full.shape)}, want [L, 2, T, G, D] of K and V")
     error, size = _norms(full, arm, axis=(-2, -1))
     deviation = _relative(error, size) if relative else error
-    return deviation[:, 0], deviation[:, 1]
+    return deviation[:, 0], deviation[:, -1]
 
 
 def recovery(kl: Sequence[float] | np.ndarray, reuse: Sequence[float] | np.ndarray) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zstandard
 
-from lmc.model.layout import KVLayout
+from lmc.model.layout import KVLayout, bytes_of
 
 if TYPE_CHECKING:
     import torch
@@ -116,12 +116,12 @@ def error(codec: str, layer: np.ndarray, section: bytes, layout: KVLayout) -> fl
 
 
 def _element(layout: KVLayout) -> int:
-    return layout.bytes_per_token // (2 * layout.L * layout.G * layout.D)
+    return bytes_of(layout.dtype)
 
 
 def _row(layout: KVLayout) -> int:
     """R, the bytes of K or of V of a token in one layer."""
-    return layout.bytes_per_token // (2 * layout.L)
+    return layout.G * layout.D * _element(layout)
 
 
 def _check_shape(codec: str, rows: np.ndarray, layout: KVLayout) -> None:

@@ -101,7 +101,7 @@ class HostMemory:
         """All of it as rows `[2 · L · tokens, G, D]`, each of one layer and side.
 
         A run of t tokens from token s on begins at row 2 · L · s; in it, K of layer l begins
-        2 · l · t rows on, and V t rows behind that.
+        2 · l · t rows on, and V t rows behind that. Of latents it is 1 in place of 2, and no V.
         """
         return self._buffer.view(self._dtype).view(-1, self.layout.G, self.layout.D)
 

@@ -79,13 +79,14 @@ class Section(NamedTuple):
 
 
 def full_attention(layout: KVLayout, T: int, heads: Heads | None = None) -> Form:
-    """The form of T tokens of a model whose layers all attend to everything.
+    """The form of T tokens of a model whose layers are all alike: K and V, or latents.
 
     Args:
         heads: that the layout's G are; by default all there are.
     """
     heads = heads or (0, layout.G, layout.G)
-    return Form(0, "kv", heads, (0, T), layout.L, layout.D, layout.dtype)
+    kind: Kind = "kv" if layout.sides == 2 else "latent"
+    return Form(0, kind, heads, (0, T), layout.L, layout.D, layout.dtype)
 
 
 def covered(form: Form, held: Iterable[Form]) -> bool:

@@ -54,7 +54,7 @@ def test_the_page_has_the_rows_of_today(spec, ratios, page):
     stale = f"kernels/README.md is out of date on {spec.name}: run lmc kernels --write"
     assert section(spec.name, found) in page, stale
     # One register more would not have been found there.
-    found[-1]["registers"] += 1
+    [row for row in found if row["status"] == "compiled"][-1]["registers"] += 1
     assert section(spec.name, found) not in page
 
 

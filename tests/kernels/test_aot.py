@@ -21,8 +21,8 @@ SPECS = load()
     ("spec", "variant"), [pytest.param(s, v, id=f"{s.name}-{v}") for s in SPECS for v in s.aot]
 )
 def test_compiles_without_spills_and_with_wide_access(spec, variant, dtype, target):
-    if target in spec.unsupported.get(variant, ()):
-        pytest.skip(f"{target} cannot run {spec.name} {variant}")
+    if not spec.supports(variant, target, DTYPES[dtype]):
+        pytest.skip(f"{target} cannot run {spec.name} {variant}, or not in {DTYPES[dtype]}")
     binary = compile_variant(spec, variant, dtype, target)
     assert binary.spills == 0
     assert 0 < binary.registers <= 255

@@ -22,7 +22,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from lmc.kernels.cases import Case, make_chunk, make_paged, make_slots
-from lmc.kernels.gather import LatentCase, PagedLatents, gather, make_latents
+from lmc.kernels.gather import LatentCase, gather, make_latents
+from lmc.kernels.paged import PagedLatents
 from lmc.kernels.rerotate import rerotate
 from lmc.kernels.scatter import SPEC, scatter
 from lmc.kernels.spec import interpreted, verify
@@ -64,10 +65,11 @@ def embedding(kind: str) -> tuple[DeepseekV3RotaryEmbedding, Rope]:
 
 
 def latents_at(model: DeepseekV3RotaryEmbedding, raw: Tensor, position: int) -> Tensor:
-    """Rows [L, 1, T, D] of raw ones as the model would cache them from `position` on."""
+    """Rows [L, 1, T, 1, D] of raw ones as the model would cache them from `position` on."""
+    raw = raw[..., 0, :]
     cos, sin = model(raw, position + torch.arange(raw.shape[2])[None])
     turned = apply_rotary_pos_emb_interleave(raw[..., LATENT:], raw[..., LATENT:], cos, sin)[1]
-    return torch.cat((raw[..., :LATENT], turned), -1)
+    return torch.cat((raw[..., :LATENT], turned), -1).unsqueeze(3)
 
 
 def angles(rope: Rope, delta: int, factor: float = 1.0) -> dict[str, Tensor]:
@@ -76,12 +78,12 @@ def angles(rope: Rope, delta: int, factor: float = 1.0) -> dict[str, Tensor]:
 
 
 def move(rows: Tensor, **turn: Tensor) -> Tensor:
-    """Rows [L, 1, T, D] scattered into pages and read back by hand."""
+    """Rows [L, 1, T, 1, D] scattered into pages and read back by hand."""
     case = LatentCase(T=rows.shape[2], P=4, slots="shuffled")
     pages = [torch.full((case.N, 4, case.D), torch.nan) for _ in rows]
     slots = make_slots(case, "cpu")
     scatter(rows, PagedLatents(pages), slots, **turn)
-    return rows_of(pages, slots)[:, None]
+    return rows_of(pages, slots)[:, None, :, None]
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
@@ -89,7 +91,7 @@ def move(rows: Tensor, **turn: Tensor) -> Tensor:
 def test_a_moved_latent_is_the_latent_of_its_new_position(kind, delta):
     model, rope = embedding(kind)
     start = 1000 if delta < 0 else 7
-    raw = torch.randn(2, 1, 5, LATENT + ROPE, generator=torch.Generator().manual_seed(0))
+    raw = torch.randn(2, 1, 5, 1, LATENT + ROPE, generator=torch.Generator().manual_seed(0))
     moved = move(latents_at(model, raw, start), **angles(rope, delta))
     assert torch.equal(moved[..., :LATENT], raw[..., :LATENT])
     # The model's own angles are in fp32: off by 1e-4 at these positions.
@@ -101,7 +103,7 @@ def test_the_magnitude_of_yarn_is_not_applied_twice():
     model, rope = embedding("yarn")
     magnitude = model.attention_scaling
     assert magnitude == pytest.approx(0.1 * np.log(8) + 1)
-    raw = torch.randn(1, 1, 9, LATENT + ROPE, generator=torch.Generator().manual_seed(1))
+    raw = torch.randn(1, 1, 9, 1, LATENT + ROPE, generator=torch.Generator().manual_seed(1))
     stored = latents_at(model, raw, 300)
 
     def growth(factor: float) -> float:
@@ -134,13 +136,13 @@ def test_angles_are_as_good_as_fp32_can_hold(kind):
 def test_gather_gives_back_what_scatter_put(T, D, P, kind, dtype, padded):
     case = LatentCase(T=T, D=D, P=P, slots=kind)
     pages = [torch.full((case.N, P, D + 16 * padded), torch.nan).to(dtype)[..., :D] for _ in "12"]
-    chunk, slots = make_chunk(case, dtype, "cpu")[:, :1, :, 0], make_slots(case, "cpu")
+    chunk, slots = make_chunk(case, dtype, "cpu")[:, :1], make_slots(case, "cpu")
     paged = PagedLatents(pages)
     scatter(chunk, paged, slots)
     kept = slots >= 0
-    assert torch.equal(gather(paged, slots), torch.where(kept[:, None], chunk, 0))
+    assert torch.equal(gather(paged, slots), torch.where(kept[:, None, None], chunk, 0))
     if kept.any():
-        assert torch.equal(rows_of(pages, slots[kept])[:, None], chunk[:, :, kept])
+        assert torch.equal(rows_of(pages, slots[kept])[:, None, :, None], chunk[:, :, kept])
     others = torch.ones(case.N * P, dtype=torch.bool)
     others[slots[kept]] = False
     assert rows_of(pages, others.nonzero().squeeze(1)).isnan().all()
@@ -151,7 +153,7 @@ def test_only_the_last_dims_of_a_row_turn(interleaved):
     """By a quarter, where (a, b) becomes (-b, a); three ragged chunks in one cache."""
     case = LatentCase(T=52, slots="shuffled", R=ROPE)
     paged, slots = make_latents(case, torch.float32, "cpu", poisoned=True), make_slots(case, "cpu")
-    chunk = make_chunk(case, torch.float32, "cpu")[:, :1, :, 0]
+    chunk = make_chunk(case, torch.float32, "cpu")[:, :1]
     turn = {"cos": torch.zeros(ROPE // 2), "sin": torch.ones(ROPE // 2)}
     for rows in (slice(0, 1), slice(1, 34), slice(34, 52)):
         scatter(chunk[:, :, rows], paged, slots[rows], **turn, interleaved=interleaved)
@@ -174,7 +176,7 @@ def test_verify_sees_the_wrong_dims_turned():
         verify(dataclasses.replace(SPEC, launch=front), case, torch.float32, "cpu")
 
 
-ROWS, SLOTS = torch.ones(2, 1, 3, 96), torch.tensor([1, -1, 4])
+ROWS, SLOTS = torch.ones(2, 1, 3, 1, 96), torch.tensor([1, -1, 4])
 COS = torch.ones(16)
 
 
@@ -183,13 +185,13 @@ COS = torch.ones(16)
     [
         (lambda p: PagedLatents([x.unsqueeze(2) for x in p]), r"\[N, P, D\] each, got pages\[0\]"),
         (lambda p: PagedLatents([]), "at least one layer"),
-        (lambda p: scatter(ROWS.unsqueeze(3), PagedLatents(p), SLOTS), r"\[2, 1, 3, 96\], got"),
-        (lambda p: scatter(ROWS[:, :, :2], PagedLatents(p), SLOTS), r"\[2, 1, 3, 96\], got"),
+        (lambda p: scatter(ROWS[:, :, :, 0], PagedLatents(p), SLOTS), r"\[2, 1, 3, 1, 96\], got"),
+        (lambda p: scatter(ROWS[:, :, :2], PagedLatents(p), SLOTS), r"\[2, 1, 3, 1, 96\], got"),
         (lambda p: scatter(ROWS.half(), PagedLatents(p), SLOTS), "float32 .*got float16"),
         (lambda p: scatter(ROWS, PagedLatents(p), SLOTS, COS, COS[:9]), "got 16 and 9"),
         (lambda p: scatter(ROWS, PagedLatents(p), SLOTS, COS.repeat(4), COS), "R <= D=96"),
         (lambda p: scatter(ROWS, PagedLatents(p), SLOTS + 99), r"got 98\.\.103"),
-        (lambda p: gather(PagedLatents(p), SLOTS, ROWS.unsqueeze(3)), r"\[2, 1, 3, 96\] .*got"),
+        (lambda p: gather(PagedLatents(p), SLOTS, ROWS[:, :, :, 0]), r"\[2, 1, 3, 1, 96\] .*got"),
     ],
 )  # fmt: skip
 def test_bad_input_raises_before_anything_is_written(call, message):

@@ -19,8 +19,8 @@ from lmc.kernels.aot import compile_variant
 from lmc.kernels.cases import Case, make_chunk, make_paged, make_slots
 from lmc.kernels.dequantize import SPEC as DEQUANTIZE
 from lmc.kernels.dequantize import dequantize, scatter_quantised
-from lmc.kernels.gather import PagedLatents, gather
-from lmc.kernels.paged import PagedKV
+from lmc.kernels.gather import gather
+from lmc.kernels.paged import PagedKV, PagedLatents
 from lmc.kernels.quantize import FORMATS, SPEC, Quantised, QuantisedCase, quantize
 from lmc.kernels.scatter import scatter
 from lmc.kernels.spec import interpreted, verify
@@ -243,7 +243,7 @@ COS = torch.ones(32)
         (lambda p: scatter_quantised(Q8, p, SLOTS, COS.repeat(2), COS), r"R <= D=64"),
         (lambda p: scatter_quantised(Q4, p, SLOTS, COS[:31], COS[:31]), "for int4, got R=62"),
         (lambda p: scatter_quantised(Q8, PagedLatents([x[:, :, 0] for x in p.k]), SLOTS),
-         r"q must be of a chunk \[2, 1, 3, 64\], got \[2, 2, 3"),
+         r"q must be of a chunk \[2, 1, 3, 1, 64\], got \[2, 2, 3"),
     ],
 )  # fmt: skip
 def test_bad_input_raises_before_anything_is_written(call, message):

@@ -142,7 +142,7 @@ def test_kv_deviation_by_hand() -> None:
         (attention_error, (2, 3), r"want \[L, M, H\*D\]"),
         (attention_error, (2, 0, 3), "none of them 0"),
         (kv_deviation, (2, 2, 3, 4), r"want \[L, 2, T, G, D\]"),
-        (kv_deviation, (2, 1, 3, 1, 4), r"got shape \[2, 1, 3, 1, 4\].* of K and V"),
+        (kv_deviation, (2, 3, 3, 1, 4), r"got shape \[2, 3, 3, 1, 4\].* of K and V"),
     ],
 )
 def test_wrong_shapes_are_refused(metric: object, shape: tuple[int, ...], words: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import numpy as np
@@ -24,39 +25,45 @@ from lmc.blend.forward import State
 from lmc.kernels.deviation import deviation
 from lmc.kernels.gather import gather
 from lmc.kernels.importance import importance
-from lmc.kernels.paged import PagedKV
+from lmc.kernels.paged import PagedKV, PagedLatents
 from lmc.kernels.scatter import scatter
 from lmc.model.layers import Layer
+from lmc.model.layout import KVLayout
 
 PAGE = 16
 NAME = "lmc"
 # Rows that one call may carry: activations of a small model, and a mask of this many rows.
 MAX_ROWS = 4096
+# Whose rows a layer is called with.
+_ATTENDING: ContextVar[HFAdapter] = ContextVar("lmc_attending")
 # Is shown every attention: rows [M], query [1, H, M, D], key [1, G, T, D], scale, and the layer.
 Watch = Callable[[np.ndarray, torch.Tensor, torch.Tensor, float, Layer], None]
 
 
 class Pages:
-    """K and V of one request: `[L, 2, N, P, G, D]`, row t in slot t.
+    """K and V of one request, `[L, 2, N, P, G, D]`; or latents `[L, 1, N, P, 1, D]`.
+
+    Row t is in slot t.
 
     Args:
-        shape: L, G, D. T: rows it must hold.
+        layout: of the model. T: rows it must hold.
     """
 
-    def __init__(
-        self, shape: tuple[int, int, int], T: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        L, G, D = shape
+    def __init__(self, layout: KVLayout, T: int, device: torch.device) -> None:
         N = max(1, -(-T // PAGE))
-        self.buffer = torch.zeros(L, 2, N, PAGE, G, D, dtype=dtype, device=device)
-        self.layers = [PagedKV((layer[0],), (layer[1],)) for layer in self.buffer]
-        self.all = PagedKV(
-            tuple(layer[0] for layer in self.buffer), tuple(layer[1] for layer in self.buffer)
-        )
+        L, sides, T, G, D = layout.shape(N * PAGE)
+        dtype = getattr(torch, layout.dtype)
+        self.buffer = torch.zeros(L, sides, N, PAGE, G, D, dtype=dtype, device=device)
+        self.all: PagedKV
+        if sides == 1:
+            self.all = PagedLatents([layer[0, :, :, 0] for layer in self.buffer])
+        else:
+            self.all = PagedKV(*zip(*self.buffer, strict=True))
+        self.layers = [self.all.some(i, i + 1) for i in range(L)]
         self.table = torch.arange(N, dtype=torch.int32, device=device)
 
     def rows(self, start: int, end: int) -> torch.Tensor:
-        """A view `[L, 2, T, G, D]` of rows `[start, end)`."""
+        """A view `[L, 2, T, G, D]`, or of latents `[L, 1, T, 1, D]`, of rows `[start, end)`."""
         return self.buffer.flatten(2, 3)[:, :, start:end]
 
 
@@ -124,15 +131,18 @@ class HFAdapter:
             self._rows, self._where = rows, self._at(rows)
             self._angles, self._masks = {}, {}
         self._needs, self._scores = needs, {}
-        out = self.layers[index](
-            hidden,
-            attention_mask=None,
-            position_ids=self._positions[self._where][None],
-            past_key_values=self,
-            use_cache=True,
-            position_embeddings=self._angles_of(index, hidden),
-            lmc=self,
-        )
+        token = _ATTENDING.set(self)  # some layers hand no argument of ours on to their attention
+        try:
+            out = self.layers[index](
+                hidden,
+                attention_mask=None,
+                position_ids=self._positions[self._where][None],
+                past_key_values=self,
+                use_cache=True,
+                position_embeddings=self._angles_of(index, hidden),
+            )
+        finally:
+            _ATTENDING.reset(token)
         out = out[0] if isinstance(out, tuple) else out
         return (out[0],), [self._scores[need] for need in needs]
 
@@ -150,17 +160,30 @@ class HFAdapter:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `transformers.Cache.update`: takes `[1, G, M, D]`, gives all rows up to the last."""
+        """As `transformers.Cache.update`: takes `[1, G, M, D]`, gives all rows up to the last.
+
+        Of latents it is told what is compressed, and what turns, each as of one head.
+        """
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
         pages, where = self.pages.layers[layer_idx], self._where
+        latents = isinstance(pages, PagedLatents)
+        if latents:
+            k = v = torch.cat((k, v), -1)
         for need in self._needs:
             if isinstance(need, Deviation):
                 self._scores[need] = deviation(
                     k, v, pages, where, tensor=need.tensor, norm=need.norm
                 )
-        scatter(torch.stack((k, v))[None], pages, where)
+        scatter(pages.fresh(k, v), pages, where)
         used = self.pages.rows(0, self._used())[layer_idx].transpose(1, 2)
+        if latents:
+            whole = used[0][None]
+            return whole[..., : key.shape[-1]], whole[..., key.shape[-1] :]
         return used[0][None], used[1][None]
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
+        """What to add to 0, 1, ... for the positions of the rows, `[M]`: Llama 4 counts its own."""
+        return self._where - torch.arange(len(self._where), device=self.device)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int,
@@ -171,7 +194,7 @@ class HFAdapter:
         for need in self._needs:
             if isinstance(need, Importance):
                 how = (scale, softcap, sinks)
-                self._scores[need] = self._importance(need, query, layer, *how)
+                self._scores[need] = self._importance(need, query, key, layer, *how)
         if self.watch is not None:
             self.watch(self._rows, query, key, scale, kind)
         if (kind.kind, kind.window) not in self._masks:
@@ -250,19 +273,26 @@ class HFAdapter:
         return mask
 
     def _importance(
-        self, need: Importance, query: torch.Tensor, index: int, scale: float,
+        self, need: Importance, query: torch.Tensor, key: torch.Tensor, index: int, scale: float,
         softcap: float | None, sinks: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         assert self._outline is not None
+        pages, table = self.pages.layers[index].k[0], self.pages.table
+        scores = torch.zeros(self._outline.T, dtype=torch.float32, device=self.device)
+        known = scores
+        if self.pages.all.sides == 1:  # keys as they were made of latents: all in one page
+            pages, table = key.transpose(1, 2).contiguous(), table[:1]
+            known = scores[: pages.shape[1]]
         asks = self._rows >= need.first_asking(self._outline)
         asking, layer = self._rows[asks], self._kinds[index]
         q = query[0].transpose(0, 1)[torch.from_numpy(asks)]
-        return importance(
-            q, self.pages.layers[index].k[0], self.pages.table, self._at(asking), self._outline.T,
-            scale, heads=need.heads, queries=need.queries, softcap=softcap,
+        importance(
+            q, pages, table, self._at(asking), len(known), scale, heads=need.heads,
+            queries=need.queries, softcap=softcap,
             first=self._at(layer.first_key(asking)) if layer.window else None,
-            sinks=None if sinks is None else sinks.float().contiguous(),
+            sinks=None if sinks is None else sinks.float().contiguous(), out=known,
         )  # fmt: skip
+        return scores
 
 
 def _by_hand(
@@ -288,14 +318,12 @@ def _by_hand(
 def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: Any, scaling: float | None = None, dropout: float = 0.0,
-    softcap: float | None = None, s_aux: torch.Tensor | None = None,
-    lmc: HFAdapter | None = None, **_: Any,
+    softcap: float | None = None, s_aux: torch.Tensor | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """What transformers calls in place of its own attention."""
-    if lmc is None:
-        raise ValueError("its layers do not hand keyword arguments on to their attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return lmc.attend(query, key, value, module.layer_idx, scale, softcap, s_aux), None
+    adapter = _ATTENDING.get()
+    return adapter.attend(query, key, value, module.layer_idx, scale, softcap, s_aux), None
 
 
 AttentionInterface.register(NAME, _attention)

@@ -20,6 +20,11 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "n_routed_experts": 4, "n_group": 1,
     "topk_group": 1,
 }  # fmt: skip
+# Beside these, where a model has latents: a key has `head_dim` dims that turn.
+SMALL_LATENTS = {
+    "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24, "v_head_dim": 20,
+}  # fmt: skip
 # Model types of transformers whose own defaults stand in the table of docs/models.md. Sizes are
 # those of a default config, often the family's first model: the kinds of layers are the point.
 FAMILIES = (
@@ -98,5 +103,7 @@ def small(name: str) -> Any:
     sizes = SMALL | {"num_hidden_layers": max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))}
     windows = ("sliding_window", "attention_chunk_size")
     sizes |= {window: 16 for window in windows if getattr(default, window, None)}
+    if getattr(default, "kv_lora_rank", None):
+        sizes |= SMALL_LATENTS
     config = AutoConfig.for_model(name, **sizes)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

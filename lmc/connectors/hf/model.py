@@ -46,7 +46,7 @@ class HFModel:
         model: a transformers `...ForCausalLM`; it is not changed.
 
     Raises:
-        ValueError: latents or states in place of keys, no RoPE or one that depends on the length,
+        ValueError: states in place of keys, no RoPE or one that depends on the length,
             or an architecture whose layers do more than hand hidden states on.
     """
 
@@ -58,12 +58,18 @@ class HFModel:
         self.layers = layers_of(config)
         self.model = model
         self.inner: Any = getattr(model, "model", None)
-        for part in ("embed_tokens", "layers", "rotary_emb", "norm"):
+        for part in ("embed_tokens", "layers", "rotary_emb"):
             if not hasattr(self.inner, part):
                 raise ValueError(f"{type(model).__name__} has no model.{part}: not supported")
+        self._norm: Any = getattr(self.inner, "norm", None) or getattr(
+            self.inner, "final_layernorm", None
+        )
+        if self._norm is None:
+            raise ValueError(f"{type(model).__name__} has no norm behind its layers: not supported")
         self.shape = shape_of(config)
         self.L: int = self.shape.L
         self.dtype, self.device = model.dtype, model.device
+        self.layout = self.shape.layout(str(self.dtype).removeprefix("torch."))
         self.vocabulary: int = config.vocab_size
         self._check()
 
@@ -78,11 +84,13 @@ class HFModel:
         Reads the weights, in memory and on disk, and compares them.
         """
         dtype = str(self.dtype).removeprefix("torch.")
-        return namespace_of(*identity_of(self.model), dtype, self.rotations)
+        # What turns of latents lies in the order of the model's code: no engine has the same.
+        own = f"latents as transformers has them, {self.layout.D}" if self.layout.sides == 1 else ""
+        return namespace_of(*identity_of(self.model), dtype, self.rotations, engine=own)
 
     def pages(self, T: int) -> Pages:
         """Room for the KV of T tokens."""
-        return Pages((self.L, self.shape.G, self.shape.D), T, self.dtype, self.device)
+        return Pages(self.layout, T, self.device)
 
     def adapter(
         self,
@@ -174,7 +182,7 @@ class HFModel:
         """fp32 logits `[n, V]` of hidden states `[n, hidden]` behind the last layer."""
         config = self.model.config.get_text_config()
         with torch.inference_mode():
-            logits: torch.Tensor = self.model.lm_head(self.inner.norm(hidden)).float()
+            logits: torch.Tensor = self.model.lm_head(self._norm(hidden)).float()
             logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
             logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
             if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
@@ -211,7 +219,8 @@ class HFModel:
         here, there = (prefill.pages.rows(0, T)[:, 0] for prefill in (ours, moved))
         # Which elements make a pair no config says: GLM and Ernie have neighbours.
         both = [self.rotations.paired(pairing) for pairing in (False, True)]
-        turned = [_turned(rotations, here, there, shift) for rotations in both]
+        first = ours.pages.all.turned_from(2 * len(self.rotations.ropes[0].inv_freq))
+        turned = [_turned(rotations, here, there, shift, first) for rotations in both]
         worst_of = [max(float((a - b).abs().max()) for a, b in pairs) for pairs in turned]
         right = worst_of.index(min(worst_of))
         self.rotations = both[right]
@@ -230,16 +239,18 @@ class HFModel:
 
 
 def _turned(
-    rotations: Rotations, here: torch.Tensor, there: torch.Tensor, shift: int
+    rotations: Rotations, here: torch.Tensor, there: torch.Tensor, shift: int, first: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """By layer, keys `[T, G, D]` computed `shift` positions further on, and those moved there."""
+    """By layer, keys `[T, G, D]` computed `shift` positions further on, and those moved there.
+
+    first: the first of their dims that turn.
+    """
     cos, sin = (torch.from_numpy(x).to(here.device) for x in rotations.angles(shift))
-    return [
-        (
-            moved,
-            keys
-            if which < 0
-            else rerotate(keys, cos[which], sin[which], interleaved=rotations.interleaved),
-        )
-        for which, keys, moved in zip(rotations.of, here, there, strict=True)
-    ]
+    pairs = []
+    for which, keys, moved in zip(rotations.of, here, there, strict=True):
+        turned = keys
+        if which >= 0:
+            angles = cos[which], sin[which]
+            turned = rerotate(keys, *angles, first=first, interleaved=rotations.interleaved)
+        pairs.append((moved, turned))
+    return pairs

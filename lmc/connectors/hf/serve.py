@@ -17,7 +17,6 @@ from lmc.blend.strategy import Strategy
 from lmc.connectors.hf.adapter import HFAdapter, Pages
 from lmc.connectors.hf.model import HFModel
 from lmc.connectors.hf.store import HFStore
-from lmc.kernels.paged import PagedKV
 from lmc.kernels.scatter import scatter
 
 
@@ -151,7 +150,7 @@ def _load(store: HFStore, plan: Plan, pages: Pages, at: np.ndarray | None) -> No
     device = pages.buffer.device
     rotations = store.model.rotations
     alike = [
-        (slice(low, high), PagedKV(pages.all.k[low:high], pages.all.v[low:high]), which)
+        (slice(low, high), pages.all.some(low, high), which)
         for low, high, which in rotations.runs()
     ]
     for s in plan.found:

@@ -18,7 +18,6 @@ from lmc.chunking.prompt import join
 from lmc.connectors.hf.model import HFModel
 from lmc.model.identity import first_token
 from lmc.model.layers import Layer
-from lmc.model.layout import KVLayout
 from lmc.store import Record, Store
 from lmc.store.directory import Answers
 from lmc.store.lookup import Found
@@ -50,8 +49,7 @@ class HFStore:
         policy: ContextPolicy = "any",
     ) -> None:
         self.model = model
-        shape = model.shape
-        layout = KVLayout(model.L, shape.G, shape.D, str(model.dtype).removeprefix("torch."))
+        layout = model.layout
         # What is kept in memory alone is this model's alone; what outlives it must say which.
         self.namespace = model.namespace() if tiers else b"hf"
         self._whole = not tiers
@@ -62,7 +60,7 @@ class HFStore:
             tiers=tiers,
             context=policy,
             begins=first_token(model.model.config.get_text_config()),
-            cost=shape.cost,
+            cost=model.shape.cost,
             label=f"{model.name} {layout.dtype}",
         )
         self._attended: dict[int, Attended] = {}  # by slot, of chunks that had others in front

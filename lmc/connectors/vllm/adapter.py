@@ -25,6 +25,7 @@ from lmc.blend.forward import (
 )
 from lmc.blend.strategy import Strategy
 from lmc.connectors.vllm.attention import PagedAttention
+from lmc.connectors.vllm.decoders import Decoder
 from lmc.connectors.vllm.layouts import Blocks
 from lmc.connectors.vllm.lora import Loras
 from lmc.connectors.vllm.rows import Current, Measure, Rows
@@ -41,6 +42,7 @@ class VLLMAdapter:
     modules' own; only attention is told where the rows are.
 
     Args:
+        decoder: the model's layers.
         tokens: `[T]` token ids, as far as rows are computed.
         blocks: the request's block ids, in order, by KV cache group.
         max_rows: rows that one call of a layer may carry.
@@ -51,7 +53,7 @@ class VLLMAdapter:
 
     def __init__(
         self,
-        model: Any,
+        decoder: Decoder,
         attention: PagedAttention,
         tokens: np.ndarray,
         blocks: Sequence[Blocks],
@@ -62,11 +64,9 @@ class VLLMAdapter:
         lora: int = 0,
         windows: Windows | None = None,
     ) -> None:
-        inner = model.model
-        self.layers = list(inner.layers[inner.start_layer : inner.end_layer])
-        self.num_layers = len(self.layers)
+        self.decoder = decoder
+        self.num_layers = len(decoder.layers)
         self.max_rows = max_rows
-        self._embed = inner.embed_input_ids
         self.attention, self.vllm_config = attention, vllm_config
         # An array, since every layer reads of it.
         self.tokens, self.blocks = tokens, [np.asarray(of, np.int64) for of in blocks]
@@ -90,7 +90,7 @@ class VLLMAdapter:
         ids = torch.from_numpy(self.tokens[rows]).to(self.attention.device)
         if self.loras is not None:
             self.loras.rows([(self.lora, len(rows))])
-        return (self._embed(ids),)
+        return (self.decoder.embed(ids),)
 
     def layer(
         self, index: int, rows: np.ndarray, state: State, needs: Sequence[Need] = ()
@@ -112,7 +112,7 @@ class VLLMAdapter:
     def _own(self, index: int) -> tuple[PagedKV, Blocks]:
         """vLLM's pages of a layer, and the request's among them."""
         group = self.attention.groups.of[index]
-        return self.attention.pages(self.layers[index]), self.blocks[group]
+        return self.attention.pages(self.decoder.layers[index]), self.blocks[group]
 
     def _seen(self, index: int) -> tuple[PagedKV, Blocks] | None:
         """The same of the pages that rows attend in, where those are others."""
@@ -242,10 +242,11 @@ class _Layers:
         if self._one.loras is not None:
             self._one.loras.rows([(self._adapters[i].lora, len(s.rows)) for i, s in steps])
         states = [step.state for _, step in steps]
-        hidden, residual = self._one.layers[index](rows.where, *_rows_of(states))
+        joined = states[0] if len(states) == 1 else tuple(map(torch.cat, zip(*states, strict=True)))
+        after = self._one.decoder.layer(index, rows.where, joined)
         return [
             (
-                (hidden[part.at], residual[part.at]),
+                tuple(of_rows[part.at] for of_rows in after),
                 [_of_all_heads(need, measure.scores[need]) for need in measure.needs],
             )
             for part, measure in zip(rows.parts, measures, strict=True)
@@ -269,12 +270,6 @@ class _Layers:
             else:
                 known[key] = attention.prepare(own, group)
         return known[key]
-
-
-def _rows_of(states: list[State]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Hidden states and residuals of all requests; before layer 0 there are no residuals."""
-    joined = states[0] if len(states) == 1 else tuple(map(torch.cat, zip(*states, strict=True)))
-    return joined[0], joined[1] if len(joined) == 2 else None
 
 
 def _of_all_heads(need: Need, score: torch.Tensor) -> torch.Tensor:

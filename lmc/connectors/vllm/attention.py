@@ -13,14 +13,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from lmc.blend.evidence import Deviation, Importance, Outline, runs_of
 from lmc.connectors.vllm.groups import Groups
-from lmc.connectors.vllm.layouts import Blocks, page_slots_of, views_of
+from lmc.connectors.vllm.layouts import Blocks, page_slots_of, paged_kv
 from lmc.connectors.vllm.rows import Current, Measure, Part, Place, Rows
 from lmc.kernels.deviation import deviation
 from lmc.kernels.importance import importance
 from lmc.kernels.paged import PagedKV
-from lmc.kernels.query_rows import query_rows
 from lmc.kernels.scatter import scatter
-from lmc.kernels.sparse_attention import sparse_attention
 
 
 class PagedAttention(ABC):
@@ -39,8 +37,7 @@ class PagedAttention(ABC):
         self.groups = groups
         self.block_size = groups.block_size
         self.device = next(iter(layers.values())).kv_cache.device
-        views = [(layer, views_of(layer)) for layer in layers.values()]
-        self._places = {id(x): Place(x.kv_cache, PagedKV((k,), (v,))) for x, (k, v) in views}
+        self._places = {id(x): Place(x.kv_cache, paged_kv([x])) for x in layers.values()}
 
     def pages(self, module: Any) -> PagedKV:
         """The pages of the attention layer inside a decoder layer, as of one layer.
@@ -114,7 +111,7 @@ class PagedAttention(ABC):
             self._write(layer, place, key, value, rows.page_slots, [])
         if rows.kept is not None:
             own = self._places[id(layer)].pages
-            scatter(torch.stack((key, value))[None], own, rows.kept)
+            scatter(own.fresh(key, value), own, rows.kept)
         for part, measure, asked in zip(rows.parts, measures, deviations, strict=True):
             if any(deviations):
                 fresh = (key[part.at], value[part.at], rows.page_slots[part.at])
@@ -197,7 +194,7 @@ class PagedAttention(ABC):
             heads=need.heads,
             queries=need.queries,
             first=(asking - window + 1).clamp(min=0) if window else None,
-            softcap=_softcap(layer),
+            softcap=softcap_of(layer),
             sinks=None if sinks is None else sinks.float().contiguous(),
             out=scores[: part.reach],
         )
@@ -277,7 +274,7 @@ class BackendAttention(PagedAttention):
         needs: list[Deviation],
     ) -> list[torch.Tensor]:
         fresh = (key, value, place.pages, page_slots)
-        scores = [_deviation(need, *fresh, write=False) for need in needs]
+        scores = [deviation_of(need, *fresh, write=False) for need in needs]
         layer.impl.do_kv_cache_update(layer, key, value, place.cache, page_slots)
         return scores
 
@@ -295,82 +292,11 @@ class BackendAttention(PagedAttention):
         return output
 
 
-class KernelAttention(PagedAttention):
-    """lmc's own kernels: one launch a layer, whatever the rows, masked by absolute position.
-
-    Raises:
-        ValueError: layers with what the kernel does not compute (ALiBi, sinks), or pages whose
-            layout is not known.
-    """
-
-    def __init__(self, layers: dict[str, Any], groups: Groups) -> None:
-        super().__init__(layers, groups)
-        for name, layer in layers.items():
-            for extra in ("alibi_slopes", "sinks"):
-                if getattr(layer.impl, extra, None) is not None:
-                    raise ValueError(f"attention: kernels do not compute the {extra} of {name}")
-
-    def _how(
-        self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor, group: int
-    ) -> Any:
-        layer = next(iter(self.layers.values()))
-        keys = self._places[id(layer)].pages.k[0]
-        positions = torch.from_numpy(np.concatenate([part.positions for part in parts]))
-        return query_rows(positions, (0, *(p.at.stop for p in parts)), layer.num_heads, keys)
-
-    def _write(
-        self,
-        layer: Any,
-        place: Place,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        page_slots: torch.Tensor,
-        needs: list[Deviation],
-    ) -> list[torch.Tensor]:
-        if not needs:
-            scatter(torch.stack((key, value))[None], place.pages, page_slots)
-        # The last one stores the rows in the pass in which it reads them.
-        return [
-            _deviation(need, key, value, place.pages, page_slots, write=need is needs[-1])
-            for need in needs
-        ]
-
-    def _attend(
-        self,
-        layer: Any,
-        place: Place,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rows: Rows,
-    ) -> torch.Tensor:
-        return sparse_attention(
-            query,
-            place.pages.k[0],
-            place.pages.v[0],
-            rows.tables,
-            rows.how,
-            layer.impl.scale,
-            window=layer.sliding_window,
-            softcap=_softcap(layer),
-        )
-
-
-def paged_attention(
-    way: str, layers: dict[str, Any], groups: Groups, vllm_config: Any
-) -> PagedAttention:
-    """The way that the config names: `kernels`, `backend`, or `auto` (kernels on a GPU)."""
-    on_gpu = next(iter(layers.values())).kv_cache.is_cuda
-    if way == "kernels" or (way == "auto" and on_gpu):
-        return KernelAttention(layers, groups)
-    return BackendAttention(layers, groups, vllm_config)
-
-
-def _softcap(layer: Any) -> float | None:
+def softcap_of(layer: Any) -> float | None:
     return getattr(layer.impl, "logits_soft_cap", None) or None
 
 
-def _deviation(
+def deviation_of(
     need: Deviation,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -17,6 +17,7 @@ from vllm.forward_context import set_forward_context
 from lmc.blend.evidence import Deviation, Importance, Outline
 from lmc.connectors.vllm.adapter import VLLMAdapter
 from lmc.connectors.vllm.attention import BackendAttention, PagedAttention
+from lmc.connectors.vllm.decoders import Decoder
 from lmc.connectors.vllm.layouts import page_slots_of
 from lmc.connectors.vllm.lora import Loras
 from lmc.kernels.gather import gather
@@ -54,12 +55,17 @@ def misread(layers: list[Any], pages: PagedKV, block_size: int) -> str | None:
     for i, layer in enumerate(layers):
         cache = layer.kv_cache
         before = cache[blocks].clone()
-        one = PagedKV(pages.k[i : i + 1], pages.v[i : i + 1])
+        one = pages.some(i, i + 1)
         # Small whole numbers: exact in every dtype.
-        shape = (2, len(rows), layer.num_kv_heads, layer.head_size)
+        shape = (pages.sides, len(rows), layer.num_kv_heads, layer.head_size)
         kv = torch.randint(-8, 9, shape, device=slots.device).to(pages.k[0].dtype)
         try:
-            layer.impl.do_kv_cache_update(layer, kv[0], kv[1], cache, slots)
+            if pages.sides == 1:
+                parts = kv[0, :, 0, : layer.kv_lora_rank], kv[0, :, :, layer.kv_lora_rank :]
+                how = layer.kv_cache_dtype, layer._k_scale
+                layer.impl.do_kv_cache_update(*parts, cache, slots, *how)
+            else:
+                layer.impl.do_kv_cache_update(layer, kv[0], kv[1], cache, slots)
             got = gather(one, slots)[0]
         finally:
             cache[blocks] = before
@@ -82,7 +88,7 @@ def mismoved(
     layers without a rotation, with another one, or with logits that depend on the position are
     found out here.
     """
-    rope, mismatch = rope_as_in_model(rope, model)
+    rope, mismatch, paired = rope_as_in_model(rope, model)
     if mismatch is not None:
         return rope, mismatch
     T = length(oracle, vllm_config)
@@ -99,18 +105,32 @@ def mismoved(
     except Exception as error:  # an architecture of another shape may fail in any way
         return rope, f"the model does not run by itself: {type(error).__name__}: {error}"
     cos, sin = (torch.from_numpy(x).to(oracle.device) for x in rope.angles(shift))
-    for i, (which, here, there) in enumerate(zip(rope.of, *kept, strict=True)):
-        tolerance = 4 * torch.finfo(here.dtype).eps ** 0.5
-        turned = here
-        if which >= 0:
-            turned = rerotate(here, cos[which], sin[which], interleaved=rope.interleaved)
-        worst = relative_error(there, turned)
+    first = oracle.pages(layers[0]).turned_from(2 * cos.shape[-1])
+    tolerance = 4 * torch.finfo(kept[0][0].dtype).eps ** 0.5
+
+    def errors(interleaved: bool) -> list[float]:
+        """By layer, of keys that are moved."""
+        of_layers = []
+        for which, here, there in zip(rope.of, *kept, strict=True):
+            turned = here
+            if which >= 0:
+                angles = cos[which], sin[which]
+                turned = rerotate(here, *angles, first=first, interleaved=interleaved)
+            of_layers.append(relative_error(there, turned))
+        return of_layers
+
+    # What transformers has says nothing of pairs.
+    found = {
+        pairing: errors(pairing) for pairing in ({rope.interleaved} if paired else (False, True))
+    }
+    best = min(found, key=lambda pairing: max(found[pairing]))
+    for i, worst in enumerate(found[best]):
         if not worst <= tolerance:
             return rope, (
                 f"keys of layer {i} moved by {shift} positions differ from the model's own there "
                 f"by {worst:.1e} (at most {tolerance:.1e})"
             )
-    return rope, None
+    return rope.paired(best), None
 
 
 @torch.inference_mode()
@@ -136,13 +156,14 @@ def self_check(
             kept = scratch.contents()
             scratch.restore()
             arguments = (scratch.tokens, scratch.blocks, T - ROWS // 2, vllm_config)
-            adapter = VLLMAdapter(model, attention, *arguments, loras=loras)
-            hidden, residual = adapter.run(rows).state
-            looped, _ = model.model.norm(hidden, residual)
-            pairs = [(whole, looped), *zip(kept, scratch.contents(), strict=True)]
+            decoder = Decoder(model)
+            adapter = VLLMAdapter(decoder, attention, *arguments, loras=loras)
+            ends = decoder.ends(adapter.run(rows).state)
+            pairs = list(zip(kept, scratch.contents(), strict=True))
             # Sums are taken in another order, and compiled code may fuse; no more than that.
             tolerance = torch.finfo(whole.dtype).eps ** 0.5
             worst = max(relative_error(a, b) for a, b in pairs)
+            worst = max(worst, min(relative_error(whole, end) for end in ends))
             wrong = _mismeasured(adapter, T, tolerance)
     except Exception as error:  # an architecture of another shape may fail in any way
         return f"the layer loop does not run on this model: {type(error).__name__}: {error}"
@@ -224,9 +245,12 @@ class Scratch:
             )
 
 
-def rope_as_in_model(rope: Rotations, model: Any) -> tuple[Rotations, str | None]:
-    """`rope` with the model's own pairing, and how a layer's angles differ from it, if so."""
-    found = False
+def rope_as_in_model(rope: Rotations, model: Any) -> tuple[Rotations, str | None, bool]:
+    """`rope` with the model's own pairing, how a layer's angles differ from it, if so, and whether
+    the model says which elements make a pair."""
+    found, turns = False, getattr(model.model, "rotary_emb", None)
+    if turns is not None and hasattr(turns, "forward") and not hasattr(turns, "cos_sin_cache"):
+        return rope, _angles_of_transformers(rope, turns), False
     for index, layer in enumerate(model.model.layers):
         tables = [m for m in layer.modules() if hasattr(m, "cos_sin_cache")]
         tables = [m for m in tables if hasattr(m, "is_neox_style")]
@@ -237,7 +261,7 @@ def rope_as_in_model(rope: Rotations, model: Any) -> tuple[Rotations, str | None
         inv_freq = rope.ropes[max(0, rope.of[index])].inv_freq
         if table.shape[-1] != 2 * len(inv_freq):
             turned = 2 * len(inv_freq)
-            return rope, f"the model rotates {table.shape[-1]} dims, its config says {turned}"
+            return rope, f"the model rotates {table.shape[-1]} dims, its config says {turned}", True
         if rope.of[index] < 0:
             continue
         positions = [1, min(1000, len(table) - 1)]
@@ -247,10 +271,22 @@ def rope_as_in_model(rope: Rotations, model: Any) -> tuple[Rotations, str | None
         worst = float((torch.remainder(error + torch.pi, 2 * torch.pi) - torch.pi).abs().max())
         # The table is in the model's dtype, and its angles were taken in float32.
         if worst > 4 * torch.finfo(table.dtype).eps + 1e-3:
-            return rope, (
-                f"the model's angles differ from its config's by {worst:.1e} rad in layer {index}"
-            )
-    return rope, None if found else "no rotary embedding of a known kind found in the model"
+            wrong = f"by {worst:.1e} rad in layer {index}"
+            return rope, f"the model's angles differ from its config's {wrong}", True
+    return rope, None if found else "no rotary embedding of a known kind found in the model", True
+
+
+def _angles_of_transformers(rope: Rotations, turns: Any) -> str | None:
+    """How angles that transformers has differ, where vLLM runs a model as that has it."""
+    tables = [x for name, x in turns.named_buffers() if name.endswith("inv_freq")]
+    tables = [x.double().cpu().numpy() for x in tables if x.ndim == 1]
+    for index, of in enumerate(rope.of):
+        wanted = rope.ropes[of].inv_freq
+        if of >= 0 and not any(
+            x.shape == wanted.shape and np.allclose(x, wanted, rtol=1e-5, atol=0) for x in tables
+        ):
+            return f"the model's angles differ from its config's in layer {index}"
+    return None
 
 
 def _mismeasured(adapter: VLLMAdapter, T: int, tolerance: float) -> str | None:

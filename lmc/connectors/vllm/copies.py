@@ -113,10 +113,10 @@ class Staging:
     def __init__(self, pages: PagedKV, groups: Groups, nbytes: int) -> None:
         self.pages = pages
         self._runs = [(g, run) for g in range(len(groups.specs)) for run in groups.runs(g)]
-        row_bytes = 2 * pages.G * pages.D * pages.dtype.itemsize
+        row_bytes = pages.sides * pages.G * pages.D * pages.dtype.itemsize
         check_staging(nbytes, row_bytes)
         self._rows = nbytes // row_bytes  # of one layer
-        room = self._rows * 2 * pages.G * pages.D
+        room = self._rows * pages.sides * pages.G * pages.D
         self._buffer = torch.empty(room, dtype=pages.dtype, device=pages.device)
         self._slots = torch.empty(self._rows, dtype=torch.int64, device=pages.device)
         # Untested on a GPU.
@@ -165,7 +165,7 @@ class Staging:
         """Some layers of the pages; kept, since each has a table of addresses on the device."""
         key = (layers.start, layers.stop)
         if key not in self._some:
-            self._some[key] = PagedKV(k=self.pages.k[layers], v=self.pages.v[layers])
+            self._some[key] = self.pages.some(*key)
         return self._some[key]
 
 

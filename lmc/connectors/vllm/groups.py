@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.model_executor.models.utils import extract_layer_index
 
-FULL, WINDOWED = "FullAttentionSpec", "SlidingWindowSpec"
+FULL, WINDOWED, LATENT = "FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def groups_of(kv_cache_config: Any) -> Groups:
 def groups_refusal(groups: Groups) -> str | None:
     """Why nothing of such an engine's KV is stored or reused; None when it is."""
     for spec in groups.specs:
-        if type(spec).__name__ not in (FULL, WINDOWED):
+        if type(spec).__name__ not in (FULL, WINDOWED, LATENT):
             return f"attention of kind {type(spec).__name__}"
         if getattr(spec, "attention_chunk_size", None):
             return "chunked attention"

@@ -11,7 +11,7 @@ import vllm
 from vllm import envs
 
 from lmc.connectors.vllm.config import TESTED_VLLM, LMCConfig
-from lmc.connectors.vllm.groups import groups_of, groups_refusal
+from lmc.connectors.vllm.groups import LATENT, groups_of, groups_refusal
 from lmc.model import identity
 from lmc.model.layout import KVLayout
 from lmc.model.reuse import exact_refusal, moved_refusal
@@ -42,7 +42,8 @@ def layout_of(vllm_config: Any, kv_cache_config: Any) -> KVLayout:
     groups = groups_of(kv_cache_config)
     spec = groups.specs[0]
     dtype = str(spec.dtype).removeprefix("torch.")
-    return KVLayout(len(groups.of), spec.num_kv_heads, spec.head_size, dtype)
+    sides = 1 if type(spec).__name__ == LATENT else 2
+    return KVLayout(len(groups.of), spec.num_kv_heads, spec.head_size, dtype, sides)
 
 
 def rope_of(vllm_config: Any) -> Rotations | str:
@@ -97,7 +98,8 @@ def alone_refusal(vllm_config: Any) -> str | None:
 def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rotations | str) -> bytes:
     """Digest of all that makes KV incompatible, but for what differs by request.
 
-    As `lmc.model.identity` has it, so that a notebook finds what an engine stored. Weights that
+    As `lmc.model.identity` has it, so that a notebook finds what an engine stored, but for latents.
+    Weights that
     cannot be read from files (dummy weights, a model that is only on a hub) get a namespace of
     their own process, which is safe and never shared.
     """
@@ -106,12 +108,17 @@ def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rotations | str) 
     if model.quantization is not None:  # perhaps of weights that are not so in their files
         said = getattr(model, "quantization_config", None)
         engine["quantization"] = [model.quantization, repr(said)]
+    layout = layout_of(vllm_config, kv_cache_config)
+    if layout.sides == 1:
+        # What turns of latents lies in another order than transformers has it in.
+        by = "transformers" if model.using_transformers_backend() else "vllm"
+        engine["latents"] = [by, layout.D]
     if isinstance(rope, str):  # its angles may depend on how long prompts can get
         engine["max_model_len"] = getattr(model, "max_model_len", None)
     return identity.namespace_of(
         model.hf_text_config.to_json_string(),
         weights_of(vllm_config) or os.urandom(32),
-        layout_of(vllm_config, kv_cache_config).dtype,
+        layout.dtype,
         rope if isinstance(rope, Rotations) else None,
         computed_in=str(model.dtype).removeprefix("torch."),
         engine=json.dumps(engine, sort_keys=True) if engine else "",
@@ -120,6 +127,8 @@ def namespace_of(vllm_config: Any, kv_cache_config: Any, rope: Rotations | str) 
 
 def heads_of(layout: KVLayout, rank: int, vllm_config: Any) -> Heads:
     """Which of the model's kv heads a rank has: [start, end) and how many there are."""
+    if layout.sides == 1:  # every rank has all of a latent
+        return (0, 1, 1)
     total = vllm_config.model_config.get_total_num_kv_heads()
     ranks = vllm_config.parallel_config.tensor_parallel_size
     rank %= ranks

@@ -1,4 +1,4 @@
-"""Attention-layout adapters: one engine layer's cache as K and V views `[N, P, G, D]`.
+"""Attention-layout adapters: one engine layer's cache as K and V views `[N, P, G, D]`, or latents.
 
 vLLM gives every layer one tensor of logical shape `[N, G, P, 2D]`; what lies in it, and in which
 order, is the attention backend's business. The views share its memory, whatever its strides.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmc.kernels.paged import PagedKV
+from lmc.kernels.paged import PagedKV, PagedLatents
 
 KV = tuple[torch.Tensor, torch.Tensor]
 # A request's block ids, in order; an array where it is long. 0, vLLM's null block, stands where a
@@ -50,6 +50,11 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], KV]] = {
     "TRITON_ATTN": side_by_side,
 }
 CPU_ISAS = ("vec", "vec16")
+# Of MLA: latents `[N, P, D]`, whose last dims turn. All but the first untested.
+LATENTS = (
+    "CPU_MLA", "AMX_MLA", "TRITON_MLA", "FLASHMLA", "FLASH_ATTN_MLA", "FLASHINFER_MLA",
+    "CUTLASS_MLA",
+)  # fmt: skip
 
 
 def views_of(layer: Any, cache: torch.Tensor | None = None) -> KV:
@@ -61,7 +66,8 @@ def views_of(layer: Any, cache: torch.Tensor | None = None) -> KV:
     backend = layer.attn_backend.get_name()
     if backend not in LAYOUTS:
         raise ValueError(
-            f"KV layout of attention backend {backend} is unknown; known: {sorted(LAYOUTS)}"
+            f"KV layout of attention backend {backend} is unknown; "
+            f"known: {sorted([*LAYOUTS, *LATENTS])}"
         )
     if backend == "CPU_ATTN" and layer.isa not in CPU_ISAS:
         raise ValueError(f"KV layout of CPU ISA {layer.isa!r} is unknown; known: {CPU_ISAS}")
@@ -103,5 +109,7 @@ def blank_pages(layer: Any, n: int) -> torch.Tensor:
 
 def paged_kv(layers: list[Any]) -> PagedKV:
     """The paged KV of vLLM's attention layers, in layer order; ValueError as `views_of`."""
+    if all(layer.attn_backend.get_name() in LATENTS for layer in layers):
+        return PagedLatents([layer.kv_cache for layer in layers])
     views = [views_of(layer) for layer in layers]
     return PagedKV(k=tuple(k for k, _ in views), v=tuple(v for _, v in views))

@@ -121,7 +121,7 @@ class Placement:
         for group, blocks in enumerate(target.blocks):
             # A window leaves blocks behind, in front of those that it has.
             first = int(np.argmax(blocks > 0)) * target.pages.P
-            runs, rows = _laid_out(of_chunks, deltas, held, L, first)
+            runs, rows = _laid_out(of_chunks, deltas, held, memory.layout.sides * L, first)
             slots = flat_slots(rows, blocks, target.pages.P)
             index = torch.from_numpy(np.concatenate([runs.ravel(), slots]))
             index = index.to(target.pages.device)
@@ -177,7 +177,7 @@ def _laid_out(
     of_chunks: np.ndarray,
     deltas: np.ndarray,
     held: Sequence[tuple[ChunkLoad, list[Run]]],
-    L: int,
+    arrays: int,
     first_row: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Runs `[n, 5]` as `scatter_runs` takes them, and rows `[M]` of the request.
@@ -186,6 +186,7 @@ def _laid_out(
 
     Args:
         of_chunks: start, end, at and delta of each. deltas: those that there are, ascending.
+        arrays: rows of the buffer that a token has: K and V of each layer.
     """
     start, end, at, delta = of_chunks
     turn = np.searchsorted(deltas, delta)
@@ -201,7 +202,7 @@ def _laid_out(
     n = np.maximum(np.minimum(place + T, end[of]) - low, 0)
     done = np.cumsum(n) - n
     rows = np.repeat(low - done, n) + np.arange(n.sum())
-    base = 2 * L * first + low - place
+    base = arrays * first + low - place
     return np.stack([done, n, base, T, turn[of]], axis=1)[n > 0], rows
 
 

@@ -74,8 +74,9 @@ def lines(
         ours = "(not installed)"
     bytes_per_token = layout.bytes_per_token
     where = f" on each of {ranks} ranks" if ranks > 1 else ""
+    heads = f"G={layout.G}, D={layout.D}" if layout.sides == 2 else f"latents of {layout.D}"
     said = {
-        "model": f"{model}, KV {layout.dtype}: L={layout.L}, G={layout.G}, D={layout.D}, "
+        "model": f"{model}, KV {layout.dtype}: L={layout.L}, {heads}, "
         f"{bytes_per_token:,} bytes a token{where}",
         "reuse": _reuse(config, hello, quality),
     }
@@ -90,7 +91,7 @@ def lines(
             f"{written(POLICIES, config.policy)}",
             "tiers": "; ".join(_tiers(config)) or "none: what is stored ends with the engine",
             "requests": _requests(config),
-            "attention": _attention(config, hello),
+            "attention": _attention(config, hello, latents=layout.sides == 1),
             "weights": _weights(hello, weights),
         }
     head = f"lmc {ours} on vLLM {vllm.__version__}"
@@ -181,10 +182,10 @@ def _requests(config: LMCConfig) -> str:
     )
 
 
-def _attention(config: LMCConfig, hello: WorkerHello) -> str:
+def _attention(config: LMCConfig, hello: WorkerHello, latents: bool) -> str:
     if not hello.computes:
         return "none: no rows are computed; what is lost is vLLM's to compute"
-    way = config.attention
+    way = "kernels" if latents else config.attention  # there is no other for them
     if way == "auto":
         way = "kernels" if current_platform.is_cuda_alike() else "backend"
     return ATTENTION[way]

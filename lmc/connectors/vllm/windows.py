@@ -144,7 +144,7 @@ class Windows:
         if self._placement is not None:
             self.nbytes += self._placement.put((layer, layer + 1))
         if self._known is None and (front := self._front[group]) is not None:
-            own = PagedKV(self._own.k[layer : layer + 1], self._own.v[layer : layer + 1])
+            own = self._own.some(layer, layer + 1)
             scatter(gather(own, front[0]), self.scratch.place.pages, front[1])
 
     def keep(self) -> None:

@@ -13,12 +13,14 @@ from vllm.logger import init_logger
 
 from lmc.connectors.vllm import identity
 from lmc.connectors.vllm.adapter import VLLMAdapter
-from lmc.connectors.vllm.attention import BackendAttention, PagedAttention, paged_attention
+from lmc.connectors.vllm.attention import BackendAttention, PagedAttention
 from lmc.connectors.vllm.checks import mismoved, misread, of_any_rank, self_check
 from lmc.connectors.vllm.computing import on_every_rank
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.copies import Copies, Told, reading
+from lmc.connectors.vllm.decoders import Decoder
 from lmc.connectors.vllm.groups import groups_of
+from lmc.connectors.vllm.kernel_attention import paged_attention
 from lmc.connectors.vllm.layouts import paged_kv
 from lmc.connectors.vllm.loading import LayeredLoad, Target, on_any_rank, warm_up
 from lmc.connectors.vllm.lora import Loras
@@ -83,7 +85,7 @@ class WorkerSide:
         self.encodes_left = 0
         self.counts: Counter[str] = Counter()
         self._rope = identity.rope_of(vllm_config)
-        self._model: Any = None
+        self._decoder: Decoder | None = None
         self._loras: Loras | None = None
         self._way, self._window_bytes = config.attention, config.window_bytes
         self._attention: PagedAttention | None = None
@@ -123,12 +125,14 @@ class WorkerSide:
             lora_manager: the runner's, where adapters may be loaded.
         """
         self.watch = WeightsWatch(model)
-        self._loras = self._model = None
+        self._loras = self._decoder = None
         blind = self.kv_refusal or (self.refusal if self._attention is None else None)
         try:
             self._loras = None if lora_manager is None else Loras(lora_manager)
         except AttributeError as error:
             blind = blind or f"LoRA adapters cannot be told apart: {error}"
+        if self._loras is not None and self.layout.sides == 1:
+            blind = blind or "rows of latents are not computed under LoRA adapters"
         if blind := of_any_rank(blind):
             self.refusal = blind
             return
@@ -138,7 +142,7 @@ class WorkerSide:
             moving = computing = f"the model cannot be checked: {type(error).__name__}: {error}"
         computing = of_any_rank(computing)
         self.refusal = moving or computing
-        self._model = model if computing is None else None
+        self._decoder = Decoder(model) if computing is None else None
 
     def _checked(self, model: Any) -> tuple[str | None, str | None]:
         """Why chunks cannot be moved on this model, and why rows cannot even be computed."""
@@ -160,7 +164,7 @@ class WorkerSide:
 
     def hello(self) -> WorkerHello:
         """What the scheduler must know before the first request."""
-        computes = self._model is not None
+        computes = self._decoder is not None
         return WorkerHello(self.refusal, self.kv_refusal, self.watch is not None, computes)
 
     # -- once a step, in this order ----------------------------------------------------------
@@ -190,7 +194,7 @@ class WorkerSide:
                 served.enter_context(self.told.serving(claim.request_id))
             # Where nobody could compute the claim anew, its KV stays that of the weights before, as
             # that of what vLLM itself has under way does when weights change.
-            mends = self._model is not None or not self.groups.longest
+            mends = self._decoder is not None or not self.groups.longest
             for claim in self.serving.serve(metadata.claims, self._stale and mends):
                 self._fail(claim, metadata.number)
 
@@ -198,7 +202,7 @@ class WorkerSide:
         """After the forward: copy new chunks out of the pages, behind the model's back."""
         self._save(metadata, metadata.saves)
         if metadata.encodes:
-            _, refused = on_any_rank([], self._stale or self._model is None)
+            _, refused = on_any_rank([], self._stale or self._decoder is None)
             for encode in metadata.encodes:
                 self._encode(encode, refused)
             # Their blocks go back with this step's report.
@@ -270,7 +274,7 @@ class WorkerSide:
         """What computes rows, at most those of `most`; NotReadyError on all ranks or on none."""
 
         def made() -> VLLMAdapter:
-            if self._model is None or self._attention is None:
+            if self._decoder is None or self._attention is None:
                 raise RuntimeError(f"rows cannot be computed: {self.refusal}")
             if get_tp_group().world_size > 1:  # what the layers will want again: it can be had
                 for group, of_group in enumerate(blocks):
@@ -278,7 +282,7 @@ class WorkerSide:
             before = arriving.until if arriving else lambda layer: None
             seen = windows() if windows else None
             rest = (self.max_rows, self.vllm_config, before, self._loras, lora, seen)
-            return VLLMAdapter(self._model, self._attention, tokens, blocks, *rest)
+            return VLLMAdapter(self._decoder, self._attention, tokens, blocks, *rest)
 
         return on_every_rank(made)
 

@@ -17,7 +17,6 @@ from lmc.experiment.settings import built, samples_of, tokenizer_of
 from lmc.experiment.vllm.config import BlendArm, StockArm, VLLMExperiment
 from lmc.experiment.vllm.engines import Answer, Engine, Request
 from lmc.model import exports
-from lmc.model.layout import KVLayout
 from lmc.model.rope import rotations_of
 from lmc.model.shape import shape_of
 from lmc.quality.metrics import AnswerQuality, compare_answers
@@ -241,13 +240,12 @@ def _check_lengths(config: VLLMExperiment, model: str, samples: Sequence[Sample]
 
     shape = shape_of(_hf_config(model))
     dtype = shape.dtype if config.engine.dtype == "auto" else config.engine.dtype
-    layout = KVLayout(shape.L, shape.G, shape.D, dtype)
     settings = LMCConfig(**config.lmc)
     chunk = settings.build_chunker().longest_chunk or 1
     if any(arm.spans for arm in blends):
         chunk = max(chunk, *(end - start for s in samples for start, end in s.reusable))
     chunk = min(chunk, settings.limits.chunk_tokens)
-    check_memory(settings.memory_bytes, layout.bytes_per_token, chunk)
+    check_memory(settings.memory_bytes, shape.layout(dtype).bytes_per_token, chunk)
 
 
 def _hf_config(model: str) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lmc.connectors.hf import HFModel, answer
+from lmc.connectors.hf.check import small
 from tests.connectors.hf.tiny import (
     CHUNKS,
     FAMILIES,
@@ -69,8 +70,6 @@ def test_scaled_rope_that_is_still_a_rotation_is_taken(rope: dict[str, Any]) -> 
         ),
         # Their layers run, but what comes out is not what the model makes of it.
         ("Granite", {"embedding_multiplier": 8.0}, "GraniteForCausalLM: logits differ from the"),
-        ("StableLm", {}, "layers do not hand keyword arguments on to their attention"),
-        ("Phi", {}, "PhiForCausalLM has no model.norm: not supported"),
     ],
 )
 def test_a_model_that_cannot_be_blended_is_refused(
@@ -94,6 +93,9 @@ def test_a_model_that_cannot_be_blended_is_refused(
         ("Qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}),
         ("Exaone4", {"sliding_window": 24, "layer_types": MIXED}),
         ("Olmo3", {"sliding_window": 24, "layer_types": MIXED}),
+        # A part of a head turns; their layers end in another norm, or hand no argument on.
+        ("Phi", {}),
+        ("StableLm", {}),
     ],
 )
 def test_layers_of_other_kinds_are_taken(family: str, options: dict[str, Any]) -> None:
@@ -122,18 +124,17 @@ def test_a_model_without_rope_is_refused() -> None:
         HFModel(model)
 
 
-def test_latent_attention_is_refused() -> None:
-    model = decoder(
-        "DeepseekV3",
-        first_k_dense_replace=4,
-        kv_lora_rank=16,
-        q_lora_rank=16,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-    )
-    with pytest.raises(ValueError, match=r"DeepseekV3ForCausalLM: .*: 4 latent"):
-        HFModel(model)
+def test_latents_that_an_index_chooses_of_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"DeepseekV32ForCausalLM: .*: 2 indexed"):
+        HFModel(small("deepseek_v32"))
+
+
+def test_of_latents_one_array_is_stored() -> None:
+    """What both make of a token's keys and values, and what turns of them."""
+    model = tiny("DeepseekV3")
+    assert model.layout.shape(7) == (4, 1, 7, 1, 48 + 16)
+    assert model.layout.bytes_per_token == 4 * 64 * 4
+    assert model.prefill(np.array(TOKENS)).pages.rows(0, T).shape == (4, 1, T, 1, 64)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -15,6 +15,10 @@ from lmc.connectors.hf import Blended, HFModel, HFStore, run_blend
 # Keys that only some families know. Windows are shorter than a chunk, and than what is in front.
 WINDOW = {"sliding_window": 24}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
+LATENTS = {
+    "num_key_value_heads": 4, "first_k_dense_replace": 4, "kv_lora_rank": 48, "q_lora_rank": None,
+    "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "head_dim": 16, "v_head_dim": 32,
+}  # fmt: skip
 MIXED = ["sliding_attention", "full_attention"] * 2
 EXTRA: dict[str, dict[str, Any]] = {
     "Llama": {}, "Qwen2": {}, "Qwen3": {}, "Gemma": {},
@@ -35,9 +39,17 @@ EXTRA: dict[str, dict[str, Any]] = {
         "layer_types": MIXED, "num_local_experts": 4, "num_experts_per_tok": 2,
         "rope_parameters": ROPE,
     },
+    # A query sees its own 24 tokens; every fourth layer all, by no rotation, and the more sharply
+    # the further on it stands.
+    "Llama4": {
+        "attention_chunk_size": 24, "no_rope_layers": [1, 1, 1, 0], "moe_layers": [],
+        "intermediate_size_mlp": 256, "pad_token_id": 0, "rope_parameters": ROPE, "floor_scale": 16,
+    },
+    "DeepseekV2": LATENTS,
+    "DeepseekV3": LATENTS | {"q_lora_rank": 24},
 }  # fmt: skip
 FAMILIES = tuple(EXTRA)
-CONFIGS = {"Gemma3": "Gemma3Text"}  # what transformers calls some of them
+CONFIGS = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text"}  # what transformers calls some of them
 
 _rng = np.random.default_rng(0)
 SYSTEM, *CHUNKS, QUESTION = (_rng.integers(5, 500, n).tolist() for n in (20, 40, 40, 40, 40, 10))

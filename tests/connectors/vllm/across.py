@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,11 @@ def gated(session: Any, parts: list[list[int]]) -> dict[str, Any]:
 
 
 def across(
-    session: Any, system: list[int], documents: list[list[int]], parts: list[list[int]]
+    session: Any,
+    system: list[int],
+    documents: list[list[int]],
+    parts: list[list[int]],
+    names: Sequence[str] = tuple(STRATEGIES_ACROSS),
 ) -> dict[str, Any]:
     """By strategy: vLLM's answer to a replayed selection, and Hugging Face's own log-probabilities.
 
@@ -48,8 +53,8 @@ def across(
     ends = np.cumsum([len(part) for part in parts]).tolist()
     spans = list(zip([0, *ends[:-2]], ends[:-1], strict=True))
     results = {}
-    for name, blend in STRATEGIES_ACROSS.items():
-        strategy = STRATEGIES.build(blend)
+    for name in names:
+        strategy = STRATEGIES.build(STRATEGIES_ACROSS[name])
         chosen = run_blend(store, tokens, spans, strategy)
         replay = {"name": "replay", "by_layer": chosen.selection}
         served = session.fresh(parts, replay, save=False)

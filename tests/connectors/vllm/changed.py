@@ -15,7 +15,7 @@ def weights(session: s.Session) -> dict[str, Any]:
     """Weights that change by each way there is, while chunks of the old ones are stored."""
     session.llm.reset_prefix_cache()
     parts, longer = s.prompt(2, 0), [*s.prompt(2, 0), s.text(33, 25)]
-    model = session.lmc_worker._model
+    model = session.lmc_worker._decoder.model
     weight = model.model.embed_tokens.weight
 
     def written(seed: int) -> torch.Tensor:

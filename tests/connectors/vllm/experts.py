@@ -14,7 +14,7 @@ from tests.connectors.vllm.trust import replaced, started
 def beside_others(session: s.Session) -> dict[str, Any]:
     """What is served alone, and then where a forward of ours would wait for another rank."""
     worker, side = session.lmc_worker, session.scheduler.connector._scheduler
-    model, config = worker._model, worker.vllm_config
+    model, config = worker._decoder.model, worker.vllm_config
     parts = s.prompt(2, 0)
     session.warm()
     results: dict[str, Any] = {

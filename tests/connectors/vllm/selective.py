@@ -149,7 +149,7 @@ def measured(session: Any, tokens: np.ndarray, blocks: list[int]) -> dict[str, A
     slots = worker._attention.page_slots(np.arange(T), blocks)
 
     def adapter(max_rows: int = 1000, blocks: list[int] = blocks) -> VLLMAdapter:
-        arguments = (worker._model, worker._attention, tokens, [blocks], max_rows)
+        arguments = (worker._decoder, worker._attention, tokens, [blocks], max_rows)
         return VLLMAdapter(*arguments, worker.vllm_config)
 
     adapter().run(np.arange(T))
@@ -192,7 +192,7 @@ def by_itself(session: Any, tokens: np.ndarray, other: np.ndarray) -> dict[str, 
 
     def kv_after(ids: np.ndarray, chosen: np.ndarray, max_rows: int) -> Any:
         VLLMAdapter(
-            worker._model, worker._attention, ids, [blocks], max_rows, worker.vllm_config
+            worker._decoder, worker._attention, ids, [blocks], max_rows, worker.vllm_config
         ).run(chosen)
         return gather(worker._pages, slots).clone()
 

@@ -168,7 +168,7 @@ def given_up(session: s.Session) -> dict[str, Any]:
 def degraded(session: s.Session) -> dict[str, Any]:
     """Engines of which something is not known, or not as it seems."""
     worker, side = session.lmc_worker, session.scheduler.connector._scheduler
-    model = worker._model
+    model = worker._decoder.model
     parts = s.prompt(2, 0)
     session.warm()
     results: dict[str, Any] = {"plain": s.plain(session, parts)}
