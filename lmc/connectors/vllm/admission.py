@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from lmc.blend.plan import Plan
 from lmc.connectors.vllm.config import LMCConfig
-from lmc.connectors.vllm.flights import GLANCE_S, Flights
+from lmc.connectors.vllm.flights import GLANCE_S, LOOK_S, Flights
 from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import Claim, Observed
 from lmc.connectors.vllm.namespaces import Namespace
@@ -61,6 +61,7 @@ class Admission:
         self._block_size = local.block_size
         self._seen = pages * local.block_size
         self._first_in_line: Tracked | None = None
+        self._handed: set[int] = set()  # ids of those that wait to be handed their prompts
         self._deferred = False  # whether a request was, since the last step
 
     def arrived(self, tracked: Tracked, refusal: str | None) -> None:
@@ -70,9 +71,13 @@ class Admission:
             refusal: why rows cannot be recomputed here, or None.
         """
         tracked.refusal = refusal or self._local.groups.unseen(len(tracked.tokens), self._seen)
+        handed = tracked.options is not None and tracked.options.handed is not None
+        if handed:  # before vLLM is asked: what it has of these tokens may be another KV
+            recipes = self._recipes(tracked, 0)
+            rechain(tracked.request, self._block_size, 0, [], recipes, tracked.tokens)
         local = self._local.held(tracked)
         known: list[bytes] = []
-        chain = None if refusal else self._local.earlier_turn(tracked, local)
+        chain = None if refusal or handed else self._local.earlier_turn(tracked, local)
         if chain:
             known = chain.hashes
             local = (chain.first + len(known)) * self._block_size
@@ -82,6 +87,10 @@ class Admission:
             tracked.lookup.wait(time.monotonic() + GLANCE_S)
         self._plan(tracked, local)
         assert tracked.plan is not None
+        if handed:
+            self._hashed_anew(tracked, local)
+            tracked.blended_from = 0
+            return
         recipes = tracked.plan.recipes(self._block_size)
         if known or recipes:
             first = chain.first if chain else min(recipes)
@@ -142,6 +151,7 @@ class Admission:
                 self.counts["deferred_for_windows"] += 1
                 return None
             self.counts["claims_without_windows"] += 1
+            _remember(tracked, local)
             plan, tracked.front = plan.nothing(), []
             tracked.admitted = plan
         if plan.selective and plan.first_moved is not None and local > plan.first_moved:
@@ -167,6 +177,8 @@ class Admission:
                 return "lookup"
             tracked.heard = True  # it is answered too late to be of use
         patient = time.monotonic() - tracked.asked < self._patience_s
+        if patient and self._to_be_handed(tracked):
+            return "hand_over"
         if patient and self._planner.index.still_coming(tracked.plan.coming):
             return "save"
         if not tracked.needs:
@@ -177,6 +189,40 @@ class Admission:
             return "memory"
         self._first_in_line = None if self._planner.room(tracked) else tracked
         return "memory" if self._first_in_line else None
+
+    def _to_be_handed(self, tracked: Tracked) -> bool:
+        """Whether more is to come of what another engine hands over; looks from time to time."""
+        assert tracked.options is not None
+        if tracked.options.handed is None or tracked.report is not None or _whole(tracked):
+            self._handed.discard(id(tracked))
+            return False
+        self._handed.add(id(tracked))
+        now, lookup = time.monotonic(), tracked.lookup
+        if now < tracked.looks or (lookup is not None and not lookup.over):
+            return True
+        _remember(tracked, tracked.local)
+        self._plan(tracked, tracked.local)
+        self._hashed_anew(tracked, tracked.local)
+        if _whole(tracked):
+            self._handed.discard(id(tracked))
+            return False
+        self._planner.ask(tracked, tracked.local, anew=True)
+        took = time.monotonic() - now
+        tracked.looks = now + took + max(LOOK_S, RESTS * took * len(self._handed))
+        return True
+
+    def _recipes(self, tracked: Tracked, first: int, nonce: bytes = b"") -> dict[int, bytes]:
+        """What block hashes are derived from too, from block `first` on.
+
+        All of what is handed over goes by its name, as long as it is all there.
+        """
+        options, plan = tracked.options, tracked.plan
+        if options is None or options.handed is None:
+            return {} if plan is None else plan.recipes(self._block_size, nonce)
+        name = b"handed" + tracked.namespace
+        if plan is not None and not _whole(tracked):
+            nonce = nonce or os.urandom(16)
+        return {0: name} | ({first: nonce + name} if nonce else {})
 
     def _waits(self, tracked: Tracked) -> str | None:
         """What a request has to wait for, if anything; else what it needs is kept for it."""
@@ -214,8 +260,9 @@ class Admission:
         """Whether the plan is of no use any more."""
         assert tracked.plan is not None
         grown = len(tracked.tokens) != tracked.request.num_tokens
-        request = tracked.request
-        now = self._namespace.of(request.cache_salt, request.lora_request)
+        request, options = tracked.request, tracked.options
+        assert options is not None
+        now = self._namespace.of(request.cache_salt, request.lora_request, options.handed)
         outdated = tracked.namespace != now
         held = self._planner.still_held(tracked)
         return grown or outdated or local < tracked.plan.local or not held
@@ -263,6 +310,7 @@ class Admission:
     def _replan(self, tracked: Tracked, local: int, tiers: bool = True) -> None:
         """Admission is not what was planned for: plan anew, under hashes nobody else has."""
         self.counts["replanned"] += 1
+        _remember(tracked, local)
         read = len(tracked.tokens), tracked.namespace
         self._reader.read_tokens(tracked)
         if (len(tracked.tokens), tracked.namespace) != read:
@@ -275,13 +323,28 @@ class Admission:
         assert tracked.plan is not None
         if tracked.blended_from is not None and tracked.blended_from >= local:
             tracked.blended_from = None
-        recipes = tracked.plan.recipes(self._block_size, nonce)
+        first = local // self._block_size
+        recipes = self._recipes(tracked, first, nonce)
         if recipes or nonce:
-            first = local // self._block_size
             rechain(tracked.request, self._block_size, first, [], recipes, tracked.tokens)
         else:
-            untaint(tracked.request, self._block_size, local // self._block_size)
+            untaint(tracked.request, self._block_size, first)
         return self._local.held(tracked)
+
+
+def _remember(tracked: Tracked, local: int) -> None:
+    """What vLLM holds in front is as blended as before, whatever is planned behind it."""
+    plan, known = tracked.plan, tracked.blended_from
+    if plan is not None and plan.first_moved is not None and local > plan.first_moved:
+        tracked.blended_from = plan.first_moved if known is None else min(known, plan.first_moved)
+
+
+def _whole(tracked: Tracked) -> bool:
+    """Whether all of a prompt that is handed over is there."""
+    plan = tracked.plan
+    assert plan is not None
+    reached = max(plan.end, tracked.local) >= tracked.request.num_prompt_tokens - 1
+    return reached and not len(plan.rows)
 
 
 def _worth(plan: Plan) -> tuple[int, int]:

@@ -18,6 +18,8 @@ def kv_transfer_params(
     save: bool = True,
     enabled: bool = True,
     explain: bool = False,
+    hand_over: str | None = None,
+    handed: str | None = None,
     config: LMCConfig | None = None,
 ) -> dict[str, Any]:
     """`kv_transfer_params` of one request: the field of that name of vLLM's OpenAI server, or
@@ -31,6 +33,10 @@ def kv_transfer_params(
         save: whether the request's KV is stored.
         enabled: false serves it without lmc.
         explain: have the report say of every token what became of it and why (`lmc explain`).
+        hand_over: a name, which nobody else has, under which another engine that shares a tier
+            finds the KV of this prompt as it is here, blended or not.
+        handed: of the very prompt that another engine was given with `hand_over`, that name. It
+            is waited for, `fetch_patience_s` seconds at most.
         config: the engine's settings, where they name further strategies or other limits.
 
     Raises:
@@ -41,6 +47,8 @@ def kv_transfer_params(
         raw["chunks"] = [list(span) for span in chunks]
     if blend is not None:
         raw["blend"] = blend if isinstance(blend, str) else dict(blend)
+    names = {"hand_over": hand_over, "handed": handed}
+    raw |= {key: name for key, name in names.items() if name is not None}
     parse_request(raw, prompt_tokens, config or LMCConfig())
     return {"lmc": raw}
 

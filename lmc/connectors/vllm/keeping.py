@@ -13,8 +13,10 @@ from lmc.chunking.pieces import Piece, split
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import ChunkSave, Encode
+from lmc.connectors.vllm.namespaces import Namespace
+from lmc.connectors.vllm.reading import survive
 from lmc.connectors.vllm.tracked import Tracked
-from lmc.store import Index
+from lmc.store import Index, Record
 from lmc.store.keep import keep
 
 SPARE = 8  # one block in so many stays free for requests
@@ -107,11 +109,44 @@ class Keeping:
         of = (namespace, tokens[:end], pieces, blended_from, per_token, spans, tracked.seen_to)
         kept = keep(self._index, *of, without=gone)
         tracked.seen_to = end
-        request_id, slots = tracked.request.request_id, []
+        return self._told(tracked, kept, blocks)
+
+    def hand_over(self, tracked: Tracked, namespace: Namespace) -> bool:
+        """Keep a prompt that is computed for another engine, whatever of it is stored, if its
+        client wants that; whether it does.
+
+        It is kept in a namespace of its own, where it is exact although it may be blended. Nothing
+        of it is kept where a window has left some of it behind.
+        """
+        options, request = tracked.options, tracked.request
+        if options is None or options.hand_over is None or tracked.unsaved:
+            return False
+        try:
+            blocks, n = self._local.blocks(request.request_id), request.num_prompt_tokens
+            if not all(min(of[: -(-n // self._block_size)]) for of in blocks):
+                self.counts["hand_overs_behind_window"] += 1
+                return True
+            into = namespace.of(request.cache_salt, request.lora_request, options.hand_over)
+            pieces = [piece for piece in tracked.pieces if piece.end <= n]
+            of = (into, tracked.tokens[:n], pieces, None, self._bytes_per_token)
+            kept = keep(self._index, *of)
+            self.counts["hand_overs" if len(kept) == len(pieces) else "hand_overs_in_part"] += 1
+            self._told(tracked, kept, blocks)
+        except BaseException as error:
+            survive(error)
+            self.counts["saves_given_up"] += 1
+        return True
+
+    def _told(
+        self, tracked: Tracked, kept: list[tuple[Piece, Record]], blocks: list[list[int]]
+    ) -> list[int]:
+        """Have the workers copy these chunks; their slots."""
+        request_id, P, slots = tracked.request.request_id, self._block_size, []
         for piece, record in kept:
             self._saves.append(ChunkSave(record, request_id, piece.start, piece.end, blocks))
             self._missing[record.slot] = self._ranks
-            self._reads[record.slot] = reads[piece.start]
+            here = slice(piece.start // P, -(-piece.end // P))
+            self._reads[record.slot] = {block for of_group in blocks for block in of_group[here]}
             slots.append(record.slot)
         return slots
 

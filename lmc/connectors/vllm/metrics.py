@@ -105,13 +105,23 @@ METRICS = (
     _metric(
         "counter", "deferrals", "Times a request was put off for a step, by what it waited for.",
         {"deferred_for_{reason}": {}, "deferred": {"reason": "blocks"}},
-        {"reason": ("save", "memory", "lookup", "flight", "fetch", "rows", "blocks")},
+        {"reason": ("save", "memory", "lookup", "flight", "fetch", "hand_over", "rows", "blocks")},
         log="deferred",
     ),
     _metric(
         "counter", "single_flights",
         "Requests that waited for what another computes; in vain, or a tier did not say in time.",
         "flights_{outcome}", {"outcome": ("followed", "in_vain", "unanswered")}, log="flights",
+    ),
+    _metric(
+        "counter", "hand_overs",
+        "Prompts kept for another engine; in part, for want of room or since some of the name was "
+        "there; not, since a window had left some behind.",
+        {
+            "hand_overs": {"outcome": "kept"}, "hand_overs_in_part": {"outcome": "in_part"},
+            "hand_overs_behind_window": {"outcome": "lost"},
+        },
+        {"outcome": ("kept", "in_part", "lost")},
     ),
     _metric(
         "counter", "replans", "Requests planned again before they were admitted, by why.",

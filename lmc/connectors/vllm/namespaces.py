@@ -66,14 +66,21 @@ class Namespace:
         self.adapters = Adapters()
         self.known: dict[int, int] = {}
 
-    def of(self, salt: str | None, lora: Any = None) -> bytes:
-        """Of the requests of one tenant, under one LoRA adapter or none."""
+    def of(self, salt: str | None, lora: Any = None, handed: str | None = None) -> bytes:
+        """Of the requests of one tenant, under one LoRA adapter or none.
+
+        Args:
+            handed: the name under which the KV of one prompt goes from one engine to another: what
+                is exact there is what it was, which may be blended.
+        """
         namespace = blake3(self._files + self._epoch).digest() if self._epoch else self._files
         if lora is not None:
             # Of one that is not known any more nothing is found.
             adapter = self.adapters.digest(lora) or os.urandom(32)
             namespace = blake3(namespace + b"lora" + adapter).digest()
         tenant = (salt or "").encode("utf-8", "surrogatepass")
+        if handed is not None:  # longer than any other
+            return namespace + blake3(handed.encode() + b"\0" + tenant).digest(length=LONGEST + 1)
         # It goes into the key of each chunk, and a client may send any.
         return namespace + (tenant if len(tenant) <= LONGEST else blake3(tenant).digest())
 

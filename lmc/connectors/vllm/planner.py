@@ -85,7 +85,10 @@ class Planner:
         """
         if not self._tiers:
             return
-        found = find(tracked.tokens, tracked.pieces, self.known(tracked), local)
+        assert tracked.options is not None
+        # A tier tells of more of what is handed over, and only the latest answers are known.
+        told = () if anew and tracked.options.handed else None
+        found = find(tracked.tokens, tracked.pieces, self.known(tracked, told), local)
         wanted = [p for p in lacking(tracked.pieces, found) if p.end > local]
         before = None if anew else tracked.lookup
         asked = (tracked.namespace, tracked.tokens, wanted, reach(found, local), before)
@@ -119,12 +122,13 @@ class Planner:
         half = self.index.capacity // 2
         return not self._kept or self._kept + tracked.needs <= half
 
-    def known(self, tracked: Tracked) -> Known:
-        """What a request's namespace has, of its chunks, in host memory and in the tiers."""
+    def known(self, tracked: Tracked, told: Sequence[Answers] | None = None) -> Known:
+        """What a request's namespace has, of its chunks, in host memory and in the tiers, as far
+        as these have told; or as `told` has it."""
         return Known(
             self.index,
             tracked.namespace,
-            self._told(tracked),
+            self._told(tracked) if told is None else told,
             self._config.context,
             self.begins,
         )
@@ -246,6 +250,9 @@ class Planner:
             context=self._config.context,
             begins=self.begins,
         )
+        if tracked.options.handed is not None and plan.found:
+            # Perhaps blended: in vLLM's cache it is nobody's exact prefix.
+            return replace(plan, first_moved=plan.found[0].start), None
         if tracked.gate:
             return plan, f"quality_gate:{tracked.gate}"
         if refusal is not None and strategy.moves:

@@ -56,7 +56,8 @@ class Reader:
         """Take in the tokens that a request has by now, and what its KV must be compatible with."""
         assert tracked.options is not None
         options, request = tracked.options, tracked.request
-        tracked.namespace = self._namespace.of(request.cache_salt, request.lora_request)
+        of = (request.cache_salt, request.lora_request, options.handed)
+        tracked.namespace = self._namespace.of(*of)
         tracked.scope = tracked.namespace + repr(options.strategy).encode()
         # Through an array, which reads a list in half the time that numpy takes.
         tracked.tokens = np.frombuffer(array("q", request.all_token_ids[:]), np.int64)

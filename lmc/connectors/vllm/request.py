@@ -17,9 +17,11 @@ from lmc.chunking.pieces import checked_spans
 from lmc.connectors.vllm.config import Limits, LMCConfig, build_strategy
 from lmc.quality import BLENDS
 
-KEYS = ("blend", "chunks", "enabled", "explain", "save")
+KEYS = ("blend", "chunks", "enabled", "explain", "hand_over", "handed", "save")
+NAMES = ("hand_over", "handed")
 FLAGS = ("enabled", "explain", "save")
 READS_FILES = ("controlled",)
+NAME = re.compile(r"[\w-]{8,64}", re.ASCII)
 WORD = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
 
 
@@ -34,6 +36,8 @@ class RequestOptions:
         save: whether this request's KV is stored.
         enabled: false makes the request one that lmc never saw.
         explain: whether its report has the token map, and seconds.
+        hand_over: the name under which another engine finds the KV of its prompt as it is here,
+            blended or not; handed: the name under which this one is to find it.
     """
 
     chunks: Sequence[tuple[int, int]] | None
@@ -43,6 +47,8 @@ class RequestOptions:
     save: bool = True
     enabled: bool = True
     explain: bool = False
+    hand_over: str | None = None
+    handed: str | None = None
 
 
 def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
@@ -63,17 +69,28 @@ def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
     for key in FLAGS:
         if not isinstance(raw.get(key, True), bool):
             raise ValueError(f"lmc parameter {key} must be true or false, got {_shown(raw[key])}")
+    names = {key: _name(key, raw.get(key)) for key in NAMES}
+    if names["handed"] is not None and raw.get("blend") is not None:
+        raise ValueError("lmc parameter handed: got blend too, which is whose that hands it over")
     chunks = None if raw.get("chunks") is None else _spans(raw["chunks"], T, config.limits)
-    name, blend = _asked(raw.get("blend"), config)
+    name, blend = _asked(raw.get("blend"), config) if not names["handed"] else ("prefix",) * 2
     return RequestOptions(
         chunks=chunks,
         strategy=build_strategy(blend),
         blend=name,
         config=blend,
-        save=raw.get("save", True),
+        save=raw.get("save", True) and names["handed"] is None,  # who handed it over keeps it
         enabled=raw.get("enabled", True),
         explain=raw.get("explain", False),
+        **names,
     )
+
+
+def _name(key: str, name: Any) -> str | None:
+    if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
+        want = "8 to 64 letters, digits, _ and -"
+        raise ValueError(f"lmc parameter {key}: got {_shown(name)}, want {want}")
+    return name
 
 
 def _spans(chunks: Any, T: int, limits: Limits) -> list[tuple[int, int]]:

@@ -195,7 +195,7 @@ class SchedulerSide:
             n, saves = tracked.request.num_prompt_tokens, tracked.saves
             if saves:
                 self._save(tracked, n, self.local.blocks(request_id))
-            tracked.prompt_saved |= saves
+            tracked.prompt_saved |= saves | self.keeping.hand_over(tracked, self.namespace)
             self.flights.landed(tracked, self.keeping.missing(tracked.storing))
         scheduled = sum(scheduler_output.num_scheduled_tokens.values())
         rows = scheduled + self.admission.rows(self.claims)

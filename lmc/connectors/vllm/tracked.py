@@ -77,6 +77,7 @@ class Tracked:
         fetching: `time.monotonic()` since when it waits for those, whatever becomes of them.
         blended_from: the first token whose KV is not exact, or None.
         front: blocks of the last window in front of its claim, by KV cache group, until the step.
+        looks: `time.monotonic()` when to look next for what another engine hands over.
         waiting: for what others compute, once that was looked at.
         waits_since: `time.monotonic()` when it began to; flown: names of what is there by now.
         leads: names of what it computes for all.
@@ -116,6 +117,7 @@ class Tracked:
     fetching: float = 0.0
     blended_from: int | None = None
     front: list[list[int]] = field(default_factory=list)
+    looks: float = 0.0
     waiting: Waiting | None = None
     waits_since: float | None = None
     flown: set[bytes] = field(default_factory=set)

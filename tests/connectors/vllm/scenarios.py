@@ -10,6 +10,7 @@ import numpy as np
 from vllm import SamplingParams
 
 from lmc.connectors.vllm import drain
+from lmc.connectors.vllm.taint import ChainMap
 from tests.connectors.vllm import across, one_pass, persistent, selective
 
 
@@ -69,10 +70,12 @@ class Session:
         ends = np.cumsum([len(part) for part in parts]).tolist()
         if spans:
             lmc.setdefault("chunks", [list(s) for s in zip([0, *ends], ends, strict=False)])
+        if blend is not None:
+            lmc["blend"] = blend
         said: dict[str, Any] = {
             "temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False,
             "logprobs": 1, "prompt_logprobs": 1 if logprobs else None,
-            "extra_args": {"kv_transfer_params": {"lmc": {"blend": blend, **lmc}}},
+            "extra_args": {"kv_transfer_params": {"lmc": lmc}},
         }  # fmt: skip
         params = SamplingParams(**said | (sampling or {}))
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
@@ -376,8 +379,28 @@ def in_one_pass(session: Session) -> dict[str, Any]:
 
 
 # What default engines are asked, one after the other; the last one takes the taint away for good.
+def replanned(session: Session) -> dict[str, Any]:
+    """A request of which vLLM holds blended blocks loses a chunk behind them before its turn."""
+    session.warm()
+    short = text(60, 30)
+    session.ask([SYSTEM, short], tokens=1)
+    before = [SYSTEM, DOCUMENTS[2], short, DOCUMENTS[0]]
+    asked = [*before, DOCUMENTS[3], QUESTION]
+    session.fresh([*before, QUESTION], "full_reuse", save=False)
+    side = session.scheduler.connector._scheduler
+    side.local.chains = ChainMap()  # as if the first one still ran
+    request_id = session.add(asked, "full_reuse")
+    (tracked,) = side.requests.values()
+    lost = [s.record.slot for s in tracked.plan.found if s.start >= 210]
+    for slot in lost:
+        side.index.drop(slot)
+    results: dict[str, Any] = {"first": session.finish()[request_id], "lost": len(lost)}
+    return results | {"again": session.fresh(asked), "plain": plain(session, asked)}
+
+
 SHARED = (
     reuse,
+    replanned,
     poison,
     together,
     next_turn,

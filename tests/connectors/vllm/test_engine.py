@@ -165,6 +165,14 @@ def test_blended_blocks_never_serve_a_plain_request(shared: Any) -> None:
         assert after.cached == 96
 
 
+def test_what_vllm_holds_stays_blended_when_a_request_is_planned_again(shared: Any) -> None:
+    result = shared["replanned"]
+    assert result["lost"] and result["first"].kinds["local_blended"] >= 80
+    # Nothing of it is stored as if it had been computed in full.
+    assert result["again"].kinds["exact"] <= 110
+    same(result["again"], result["plain"])
+
+
 def test_control_without_the_taint_is_poisoned(shared: Any) -> None:
     result = shared["poison_untainted"]
     assert poisoned(result)

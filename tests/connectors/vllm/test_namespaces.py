@@ -37,6 +37,18 @@ def test_tenants_have_names_of_their_own(files: list[bytes]) -> None:
     assert max(len(one.of(salt)) for salt in salts) <= 32 + 64  # it goes into every key
 
 
+def test_what_is_handed_over_is_nobodys_who_does_not_name_it_and_no_salt_is_it(
+    files: list[bytes],
+) -> None:
+    one = namespace()
+    salts = ("", "a", "handed", "prompt-1", "x" * 64, "x" * 65, "x" * 500)
+    names = (None, "prompt-1", "prompt-2")
+    found = {one.of(salt, handed=name) for salt in salts for name in names}
+    assert len(found) == len(salts) * len(names)
+    # A tenant's all the same, and the model's: no eviction of it is put down to other weights.
+    assert {of[:32] for of in found} == {one.of(None)[:32]}
+
+
 def test_weights_that_nobody_knows_are_like_no_others(files: list[bytes]) -> None:
     one, other = namespace(), namespace()
     names = {one.of(None)}

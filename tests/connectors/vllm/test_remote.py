@@ -22,7 +22,11 @@ def test_documents_of_one_engine_are_reused_and_moved_by_another(
         tier = {"name": "redis", "url": server.url, "timeout_s": 0.5}
         settings: dict[str, Any] = {"lmc": {"tiers": [tier]}}
         module = "tests.connectors.vllm.remote:"
-        run_scenario(module + "stores", tiny_llama_dir, tmp_path, **settings)
+        first = run_scenario(module + "stores", tiny_llama_dir, tmp_path, **settings)
+        handed = run_scenario(
+            module + "is_handed", tiny_llama_dir, tmp_path,
+            lmc=settings["lmc"] | {"fetch_patience_s": 1.0},
+        )  # fmt: skip
         got = run_scenario(
             module + "shares", tiny_llama_dir, tmp_path, given=(server.process.pid,), **settings
         )
@@ -34,5 +38,24 @@ def test_documents_of_one_engine_are_reused_and_moved_by_another(
     per_token = sum(got["recompute"].report["bytes"].values()) // 250
     assert got["epic"].report["bytes"] == {"host": 0, "redis": 250 * per_token}
     # What hangs is done without, and is left alone.
-    assert got["held"].kinds == {"new": 270} and same(got["held"], got["plain"])
+    assert got["held"].kinds == {"new": 160} and same(got["held"], got["held_plain"])
     assert got["counts"]["redis:faults:timeout"] >= 1
+    _check_handed(first, handed)
+
+
+def _check_handed(first: dict[str, Any], got: dict[str, Any]) -> None:
+    """The prompts that the first engine computed are those of the second, byte by byte."""
+    assert first["blended"].kinds == {"exact": 110, "moved": 124, "recomputed": 16, "new": 20}
+    assert first["counts"]["hand_overs"] == 2
+    for name in ("blended", "again"):
+        assert got[name].kinds == {"exact": 269, "recomputed": 1}, name
+        assert same(got[name], first["blended"]), name
+    assert got["held"].kinds["local_blended"] == 256 and same(got["held"], first["blended"])
+    assert not same(got["blended"], got["plain"])
+    assert got["exact"].kinds == {"exact": 269, "recomputed": 1}
+    assert same(got["exact"], got["plain"]) and same(first["exact"], got["plain"])
+    # It is nobody's exact prefix, and nobody's who does not name it.
+    assert same(got["not_asked_for"], got["plain"])
+    assert "local" not in got["not_asked_for"].kinds
+    for name in ("unknown", "other_tenant"):
+        assert got[name].kinds == {"new": 270} and same(got[name], got["plain"]), name

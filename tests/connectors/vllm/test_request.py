@@ -33,7 +33,7 @@ OWN = "tests.connectors.vllm.test_request:Own"
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"chunk": []}, "'chunk'; valid: blend, chunks, enabled, explain, save"),
+        ({"chunk": []}, "'chunk'; valid: blend, chunks, enabled, explain, hand_over, handed, save"),
         ({5: 1}, "parameter 5; valid"),
         ({"chunks": [[0, 5], [4, 8]]}, r"\(4, 8\), want 5 <= start"),
         ({"chunks": [[0, 11]]}, r"\(0, 11\).*<= 10"),
@@ -43,6 +43,11 @@ OWN = "tests.connectors.vllm.test_request:Own"
         ({"chunks": [5]}, "two integers"),
         ({"chunks": "0-5"}, "list of spans, got '0-5'"),
         ({"chunks": [[0, 1]] * 2000}, "2000 spans, allowed: 1024"),
+        ({"hand_over": "short"}, "hand_over: got 'short', want 8 to 64 letters"),
+        ({"hand_over": "../../etc/x"}, "hand_over: got '../../etc/x'"),
+        ({"handed": 12345678}, "handed: got 12345678"),
+        ({"handed": "x" * 65}, "handed: got 'x"),
+        ({"handed": "prompt-1", "blend": "epic"}, "handed: got blend too"),
         ({"blend": "nope"}, "'nope'"),
         ({"blend": 5}, "got 5, want a name"),
         ({"blend": True}, "got True, want a name"),
