@@ -61,7 +61,8 @@ class Admission:
         self._block_size = local.block_size
         self._seen = pages * local.block_size
         self._first_in_line: Tracked | None = None
-        self._handed: set[int] = set()  # ids of those that wait to be handed their prompts
+        # Of those that wait to be handed their prompts, by id, since when.
+        self._handed: dict[int, float] = {}
         self._deferred = False  # whether a request was, since the last step
 
     def arrived(self, tracked: Tracked, refusal: str | None) -> None:
@@ -194,9 +195,7 @@ class Admission:
         """Whether more is to come of what another engine hands over; looks from time to time."""
         assert tracked.options is not None
         if tracked.options.handed is None or tracked.report is not None or _whole(tracked):
-            self._handed.discard(id(tracked))
             return False
-        self._handed.add(id(tracked))
         now, lookup = time.monotonic(), tracked.lookup
         if now < tracked.looks or (lookup is not None and not lookup.over):
             return True
@@ -204,10 +203,13 @@ class Admission:
         self._plan(tracked, tracked.local)
         self._hashed_anew(tracked, tracked.local)
         if _whole(tracked):
-            self._handed.discard(id(tracked))
             return False
         self._planner.ask(tracked, tracked.local, anew=True)
         took = time.monotonic() - now
+        # Whose client has hung up is among them until it would have waited no more.
+        self._handed[id(tracked)] = tracked.asked or now
+        waiting = self._handed.items()
+        self._handed = {i: since for i, since in waiting if now - since < self._patience_s}
         tracked.looks = now + took + max(LOOK_S, RESTS * took * len(self._handed))
         return True
 
