@@ -98,10 +98,7 @@ class Keeping:
         spans = [span for span in spans if span[1] <= end]
         namespace, blended_from = tracked.namespace, tracked.blended_from
         per_token = self._bytes_per_token
-        P, reads = self._block_size, dict[int, set[int]]()  # by where a chunk starts
-        for piece in (piece for piece in pieces if piece.end > tracked.seen_to):
-            here = slice(piece.start // P, -(-piece.end // P))
-            reads[piece.start] = {block for of_group in blocks for block in of_group[here]}
+        reads = self._read_by([p for p in pieces if p.end > tracked.seen_to], blocks)
         # Before anything makes room for them: what a window has left behind.
         gone = {start for start, some in reads.items() if 0 in some}
         computed_from = max(tracked.local, tracked.admitted.end if tracked.admitted else 0)
@@ -109,7 +106,7 @@ class Keeping:
         of = (namespace, tokens[:end], pieces, blended_from, per_token, spans, tracked.seen_to)
         kept = keep(self._index, *of, without=gone)
         tracked.seen_to = end
-        return self._told(tracked, kept, blocks)
+        return self._told(tracked, kept, blocks, reads)
 
     def hand_over(self, tracked: Tracked, namespace: Namespace) -> bool:
         """Keep a prompt that is computed for another engine, whatever of it is stored, if its
@@ -123,30 +120,42 @@ class Keeping:
             return False
         try:
             blocks, n = self._local.blocks(request.request_id), request.num_prompt_tokens
-            if not all(min(of[: -(-n // self._block_size)]) for of in blocks):
+            pieces = [piece for piece in tracked.pieces if piece.end <= n]
+            reads = self._read_by(pieces, blocks)
+            if any(0 in some for some in reads.values()):
                 self.counts["hand_overs_behind_window"] += 1
                 return True
             into = namespace.of(request.cache_salt, request.lora_request, options.hand_over)
-            pieces = [piece for piece in tracked.pieces if piece.end <= n]
             of = (into, tracked.tokens[:n], pieces, None, self._bytes_per_token)
             kept = keep(self._index, *of)
             self.counts["hand_overs" if len(kept) == len(pieces) else "hand_overs_in_part"] += 1
-            self._told(tracked, kept, blocks)
+            self._told(tracked, kept, blocks, reads)
         except BaseException as error:
             survive(error)
             self.counts["saves_given_up"] += 1
         return True
 
+    def _read_by(self, pieces: Sequence[Piece], blocks: list[list[int]]) -> dict[int, set[int]]:
+        """By where a chunk starts, the blocks that it lies in; 0 among them where one is gone."""
+        P, reads = self._block_size, dict[int, set[int]]()
+        for piece in pieces:
+            here = slice(piece.start // P, -(-piece.end // P))
+            reads[piece.start] = {block for of_group in blocks for block in of_group[here]}
+        return reads
+
     def _told(
-        self, tracked: Tracked, kept: list[tuple[Piece, Record]], blocks: list[list[int]]
+        self,
+        tracked: Tracked,
+        kept: list[tuple[Piece, Record]],
+        blocks: list[list[int]],
+        reads: dict[int, set[int]],
     ) -> list[int]:
         """Have the workers copy these chunks; their slots."""
-        request_id, P, slots = tracked.request.request_id, self._block_size, []
+        request_id, slots = tracked.request.request_id, []
         for piece, record in kept:
             self._saves.append(ChunkSave(record, request_id, piece.start, piece.end, blocks))
             self._missing[record.slot] = self._ranks
-            here = slice(piece.start // P, -(-piece.end // P))
-            self._reads[record.slot] = {block for of_group in blocks for block in of_group[here]}
+            self._reads[record.slot] = reads[piece.start]
             slots.append(record.slot)
         return slots
 

@@ -16,6 +16,7 @@ from lmc.connectors.vllm.attention import (
 )
 from lmc.connectors.vllm.groups import LATENT, Groups
 from lmc.connectors.vllm.rows import Current, Part, Place, Rows
+from lmc.kernels.paged import PagedKV
 from lmc.kernels.query_rows import query_rows
 from lmc.kernels.scatter import scatter
 from lmc.kernels.sparse_attention import sparse_attention
@@ -73,13 +74,17 @@ class KernelAttention(PagedAttention):
         return sparse_attention(
             query,
             place.pages.k[0],
-            place.pages.v[0],
+            self._values(layer, place.pages),
             rows.tables,
             rows.how,
             layer.impl.scale,
             window=layer.sliding_window,
             softcap=softcap_of(layer),
         )
+
+    def _values(self, layer: Any, pages: PagedKV) -> torch.Tensor:
+        """What weights are multiplied with."""
+        return pages.v[0]
 
 
 class LatentAttention(KernelAttention):
@@ -97,19 +102,8 @@ class LatentAttention(KernelAttention):
             if not isinstance(getattr(layer, "W_UK_T", None), torch.Tensor):
                 raise ValueError(f"what unfolds the keys of {name} is packed: not supported")
 
-    def _attend(
-        self,
-        layer: Any,
-        place: Place,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rows: Rows,
-    ) -> torch.Tensor:
-        latents = place.pages.k[0]
-        values = latents[..., : layer.kv_lora_rank]
-        scale = layer.impl.scale
-        return sparse_attention(query, latents, values, rows.tables, rows.how, scale)
+    def _values(self, layer: Any, pages: PagedKV) -> torch.Tensor:
+        return pages.k[0][..., : layer.kv_lora_rank]
 
     def _forward_of(self, layer: Any, current: Current) -> Any:
         def forward(

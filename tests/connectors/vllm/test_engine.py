@@ -13,10 +13,7 @@ import pytest
 from tests.connectors.vllm.engine import run_scenario
 
 pytestmark = pytest.mark.engine
-
-
-# Where `prompt(2, 0, 3)` has documents that are moved.
-MOVED = list(range(110, 250))
+MOVED = list(range(110, 250))  # where `prompt(2, 0, 3)` has documents that are moved
 
 
 def same(got: Any, expected: Any) -> None:
@@ -27,7 +24,8 @@ def same(got: Any, expected: Any) -> None:
 @pytest.fixture(scope="module")
 def shared(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What one default engine did, by scenario: starting one takes longer than most of them."""
-    return run_scenario("in_one_engine", tiny_llama_dir, tmp_path_factory.mktemp("shared"))
+    folder = tmp_path_factory.mktemp("shared")
+    return run_scenario("tests.connectors.vllm.shared:in_one_engine", tiny_llama_dir, folder)
 
 
 @pytest.fixture(scope="module")

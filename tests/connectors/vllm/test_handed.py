@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,37 +9,16 @@ import pytest
 
 from benchmarks.planning import Bench
 from lmc.store import Record
+from tests.connectors.vllm.shelf import ON_SHELF
 
 NAME, T = "prompt-001", 1200
 PROMPT: list[int] = np.random.default_rng(0).integers(0, 100_000, T).tolist()
-THERE: list[Record] = []
-
-
-@dataclass(frozen=True)
-class Arriving:
-    """A tier that has what is `THERE`."""
-
-    write: str = "through"
-
-    def open(self, layout: Any, **options: Any) -> Any:
-        def lookup_many(
-            namespace: bytes, keys: Sequence[bytes], behind: Sequence[Any], deadline: float
-        ) -> tuple[list[list[Record]], list[list[Record]]]:
-            there = [replace(r, slot=-1) for r in THERE]
-            of_keys = [[r for r in there if r.key == key and not r.tail] for key in keys]
-            after = [[r for r in there if (r.context, r.tokens[:8]) == tuple(q)] for q in behind]
-            return of_keys, after
-
-        return SimpleNamespace(
-            name="arriving", counts=Counter(), epoch=None, lookup_many=lookup_many,
-            close=lambda: None,
-        )  # fmt: skip
 
 
 def handed_over() -> tuple[Bench, list[Record]]:
     """An engine's scheduler, and what another one has handed over under `NAME`, in order."""
-    bench = Bench(4000, tiers=["tests.connectors.vllm.test_handed:Arriving"])
-    THERE.clear()
+    bench = Bench(4000, tiers=["tests.connectors.vllm.shelf:Shelf"])
+    ON_SHELF.clear()
     bench.ask(PROMPT, {"hand_over": NAME, "save": False})
     found = [entry.record for entry in bench.side.index._entries.values()]
     assert {r.namespace for r in found} == {bench.side.namespace.of(None, None, NAME)}
@@ -67,16 +42,16 @@ def test_all_of_it_is_waited_for_whatever_comes_first(shown: str) -> None:
         "none": [], "first": records[: n // 4], "last": records[n // 4 :],
         "middle": records[n // 4 : n // 2], "all_but_one": records[:3] + records[4:],
     }  # fmt: skip
-    THERE[:] = some[shown]
+    ON_SHELF[:] = some[shown]
     request = bench.arrive(PROMPT, {"handed": NAME})
     for _ in range(4):
         assert looked(bench, request) is None
     assert bench.side.admission.counts["deferred_for_hand_over"] >= 4
-    THERE[:] = records
+    ON_SHELF[:] = records
     assert next(n for n in (looked(bench, request) for _ in range(9)) if n is not None) == T - 1
     tracked = bench.side.requests[request.request_id]
     assert tracked.admitted is not None and not len(tracked.admitted.rows)
-    assert tracked.report is not None and set(tracked.report["bytes"]) == {"host", "arriving"}
+    assert tracked.report is not None and set(tracked.report["bytes"]) == {"host", "shelf"}
     assert tracked.report["bytes"]["host"] == 0 and tracked.blended_from == 0
 
 
@@ -84,7 +59,7 @@ def test_what_does_not_come_in_time_is_computed_under_hashes_of_its_own() -> Non
     bench, records = handed_over()
     hashes = []
     for there in ([], records[: len(records) // 2], records):
-        THERE[:] = there
+        ON_SHELF[:] = there
         request = bench.arrive(PROMPT, {"handed": NAME})
         if there != records:
             assert looked(bench, request) is None
@@ -108,7 +83,7 @@ def test_what_an_engine_holds_exactly_is_not_what_was_handed_over() -> None:
     first = bench.arrive(PROMPT, {"enabled": False})
     assert bench.admit(first) == 0
     bench.finish(first)
-    THERE[:] = records
+    ON_SHELF[:] = records
     request = bench.arrive(PROMPT, {"handed": NAME})
     bench.answered(request)
     assert bench.manager.get_computed_blocks(request)[1] == 0

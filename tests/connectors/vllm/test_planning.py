@@ -16,6 +16,7 @@ import pytest
 from benchmarks.planning import Bench, joined
 from lmc.connectors.vllm.messages import WorkerReport
 from lmc.store import Record
+from tests.connectors.vllm.shelf import ON_SHELF
 
 RNG = np.random.default_rng(0)
 
@@ -125,34 +126,9 @@ def test_one_that_leaves_the_line_blocks_nobody() -> None:
     assert bench.admit(behind) == 300
 
 
-@dataclass(frozen=True)
-class Shelf:
-    """A tier whose directory has what `ON_SHELF` has; nobody asks it for bytes here."""
-
-    write: str = "through"
-
-    def open(self, layout: Any, **options: Any) -> Any:
-        def lookup_many(
-            namespace: bytes, keys: Sequence[bytes], behind: Sequence[Any], deadline: float
-        ) -> tuple[list[list[Record]], list[list[Record]]]:
-            found = [
-                [replace(r, slot=-1) for r in ON_SHELF if r.key == key and not r.tail]
-                for key in keys
-            ]
-            return found, [[] for _ in behind]
-
-        return SimpleNamespace(
-            name="shelf", counts=Counter(), epoch=None, lookup_many=lookup_many,
-            close=lambda: None,
-        )  # fmt: skip
-
-
-ON_SHELF: list[Record] = []
-
-
 def test_who_shares_a_fetch_waits_as_long_for_it_and_takes_it_from_nobody() -> None:
     """A fetch that another request began; and what that one uses, when the second gives up."""
-    bench = Bench(4000, tiers=["tests.connectors.vllm.test_planning:Shelf"])
+    bench = Bench(4000, tiers=["tests.connectors.vllm.shelf:Shelf"])
     document, side = text(400), bench.side
     bench.ask(document, {})
     ON_SHELF[:] = [entry.record for entry in side.index._entries.values()]
@@ -238,7 +214,7 @@ def test_a_tier_is_asked_off_the_schedulers_thread_and_waited_for_with_a_limit()
 
 def test_what_a_tier_told_of_and_does_not_bring_is_done_without_at_once() -> None:
     """A chunk that is damaged, or gone by the time that it is fetched, while others run."""
-    bench = Bench(4000, tiers=["tests.connectors.vllm.test_planning:Shelf"])
+    bench = Bench(4000, tiers=["tests.connectors.vllm.shelf:Shelf"])
     document, side = text(900), bench.side
     bench.ask(document, {})
     ON_SHELF[:] = [entry.record for entry in side.index._entries.values() if not entry.record.tail]
