@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmc.kernels.cases import Case, make_paged, make_slots, poison
+from lmc.kernels.host import gather_host
 from lmc.kernels.paged import AOT_ARGS, PagedKV, PagedLatents, check_slots, describe, page_runs
 from lmc.kernels.spec import EXACT, KernelSpec, block_rows, use_kernel
 
@@ -73,10 +74,13 @@ def gather(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
             f"out must be {paged.dtype} {list(shape)} on {paged.device}, got {describe(out)}"
         )
     slots = slots.to(paged.device, non_blocking=True)
-    if not use_kernel(paged.k[0]):
-        return gather_reference(paged, slots, out)
     if out is None:
         out = torch.zeros(shape, dtype=paged.dtype, device=paged.device)
+    if not use_kernel(paged.k[0]):
+        if paged.sides == 2:
+            gather_host(paged, slots, out)
+            return out
+        return gather_reference(paged, slots, out)
     if len(slots):
         BLOCK_T = block_rows(len(slots), paged.D)
         grid = (paged.G, triton.cdiv(len(slots), BLOCK_T), shape[1] * paged.L)

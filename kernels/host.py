@@ -1,7 +1,7 @@
-"""Scatter on a CPU, in compiled loops: the path by which chunks reach vLLM's CPU backend.
+"""Gather and scatter on a CPU, in compiled loops: how chunks leave and reach vLLM's CPU backend.
 
-Shapes: as lmc.kernels.scatter and lmc.kernels.scatter_runs have them.
-Formula: theirs: both call this for float32 on a CPU.
+Shapes: as lmc.kernels.gather, lmc.kernels.scatter and lmc.kernels.scatter_runs have them.
+Formula: theirs: on a CPU they call this, where there are keys and values; to scatter, in float32.
 Bytes:   reads and writes 2*L*T*G*D*b each, and reads the slots.
 Source:  numba (Lam, Pitrou, Seibert, LLVM-HPC 2015). In torch the same is a copy per page and
          layer, and the calls cost twice what the bytes do.
@@ -19,15 +19,51 @@ from torch import Tensor
 from lmc.kernels.paged import PagedKV
 
 _NO_ANGLES = np.empty((0, 0), np.float32)
+_TOGETHER = 16  # tokens
 
 
 @cache
-def _compiled() -> Any:
+def _compiled(function: Callable[..., None]) -> Any:
     # Not at the top: vLLM 0.32, as it starts on a CPU, asks every object of every loaded module
     # for its attributes, and one of llvmlite's cannot answer.
     import numba
 
-    return numba.njit(nogil=True)(_scatter_layer)
+    return numba.njit(nogil=True)(function)
+
+
+def _gather_layer(k, v, new_k, new_v, slots):
+    G, D = new_k.shape[1:]
+    P = k.shape[1]
+    start, end = 0, len(slots)
+    while start < end:
+        # A run of slots inside one page: K may lie transposed there, so that what is read together
+        # is a run of tokens; few at a time, since they are written apart.
+        n = 1
+        while start + n < end and slots[start + n] == slots[start] + n and slots[start + n] % P:
+            n += 1
+        if slots[start] >= 0:
+            page, offset = slots[start] // P, slots[start] % P
+            for g in range(G):
+                for some in range(0, n, _TOGETHER):
+                    for d in range(D):
+                        for t in range(some, min(some + _TOGETHER, n)):
+                            new_k[start + t, g, d] = k[page, offset + t, g, d]
+            for t in range(n):
+                for g in range(G):
+                    for d in range(D):
+                        new_v[start + t, g, d] = v[page, offset + t, g, d]
+        start += n
+
+
+def gather_host(paged: PagedKV, slots: Tensor, out: Tensor) -> None:
+    """`gather` for checked arguments in host memory, of any dtype: bits are copied.
+
+    On one thread: the model computes beside it.
+    """
+    gather_layer, rows = _compiled(_gather_layer), slots.numpy()
+    integer = getattr(torch, f"int{8 * paged.dtype.itemsize}")
+    for (k, v), (new_k, new_v) in zip(paged.bits, out.view(integer).numpy(), strict=True):
+        gather_layer(k, v, new_k, new_v, rows)
 
 
 def _scatter_layer(k, v, new_k, new_v, slots, runs, layer, cos, sin, interleaved):
@@ -78,7 +114,7 @@ def scatter_host(
     angles = [_NO_ANGLES if x is None else x.numpy()[None] for x in (cos, sin)]
     rows, new = slots.numpy(), chunk.numpy()
     whole = np.array([[0, len(rows), 0, 0, -1 if cos is None else 0]])
-    scatter_layer = _compiled()
+    scatter_layer = _compiled(_scatter_layer)
 
     def put(i: int) -> None:
         k, v = paged.k[i].numpy(), paged.v[i].numpy()
@@ -103,7 +139,7 @@ def scatter_runs_host(
     angles = [_NO_ANGLES if x is None else x.numpy() for x in (cos, sin)]
     rows, new, table = slots.numpy(), buffer.numpy(), runs.numpy()
     before = [0] * paged.L if by_layer is None else by_layer.tolist()
-    scatter_layer = _compiled()
+    scatter_layer = _compiled(_scatter_layer)
 
     def put(i: int) -> None:
         k, v = paged.k[i].numpy(), paged.v[i].numpy()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,6 +114,13 @@ class PagedKV:
         """Addresses of the layers' first elements, int64 [2, L] on the device: K, then V."""
         rows = [[x.data_ptr() for x in layers] for layers in (self.k, self.v)]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def bits(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Where they lie in host memory: K and V of each layer, as integers of their width."""
+        integer = getattr(torch, f"int{8 * self.dtype.itemsize}")
+        k, v = ([x.view(integer).numpy() for x in layers] for layers in (self.k, self.v))
+        return list(zip(k, v, strict=True))
 
     @cached_property
     def kernel_args(self) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class LMCConfig(BaseModel):
             the token a prompt begins with). With `any`, who gets a text stored behind one of their
             own is read along with it by others of the same cache salt (docs/security.md). With
             the others the engine computes spans, and chunks that it meets a second time, once more,
-            alone.
+            alone, when it has rested or they have come again.
         isolated_tokens: how many such tokens are computed a step, on average and at most; 0 leaves
             it to clients, who send documents alone.
         blend: the strategy of requests that name none.

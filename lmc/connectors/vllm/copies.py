@@ -99,12 +99,16 @@ class Told:
 class Staging:
     """One buffer on the device, and one stream, through which rows go from pages to host memory.
 
-    Made once, so that saves take nothing of what the engine has for itself.
+    Made once, so that saves take nothing of what the engine has for itself. Where the pages are in
+    host memory already, rows go straight from one to the other.
 
     Args:
         pages: where rows come from.
         groups: which layers are of which KV cache group.
         nbytes: of the buffer; beside it there are 8 bytes for each row of one layer that fits.
+
+    Attributes:
+        direct: whether no row goes through the buffer.
 
     Raises:
         ValueError: not one row of one layer fits.
@@ -121,6 +125,7 @@ class Staging:
         self._slots = torch.empty(self._rows, dtype=torch.int64, device=pages.device)
         # Untested on a GPU.
         self._stream = torch.cuda.Stream(pages.device) if pages.device.type == "cuda" else None
+        self.direct = pages.device.type == "cpu"
         self._some: dict[tuple[int, int], PagedKV] = {}
 
     def copy(self, slots: list[torch.Tensor], parts: list[torch.Tensor], ready: Any) -> None:
@@ -149,6 +154,9 @@ class Staging:
 
         The stream keeps a piece from being overwritten by the next one.
         """
+        if self.direct:
+            gather(self._pages_of(slice(first, first + len(part))), slots, out=part)
+            return
         for layers, rows in pieces(len(part), len(slots), self._rows):
             pages = self._pages_of(slice(first + layers.start, first + layers.stop))
             target = part[layers, :, rows]

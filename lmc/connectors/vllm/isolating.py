@@ -3,18 +3,20 @@
 Where the store's context policy lets a chunk be moved only if nothing foreign stood before it, most
 of what prompts leave could be used as prefixes alone. So texts that may come again are computed a
 second time behind nothing: in blocks borrowed from vLLM's pool, a bounded number of tokens a step,
-while answers are decoded or nothing runs at all, and seldom beside other prompts. Of a span the
-client says that it may come again. A chunk of any other text has to have done so: it is computed
-alone when it is met a second time, elsewhere than the first (as "cache on second hit" has it, Maggs
-and Sitaraman 2015), so that what never comes back costs nothing; and then while nothing runs, or
-seldom, since nobody has asked for answers to wait for it. The chunks of a span follow each
-other when they are moved, as in the text.
+while answers are decoded or nothing runs at all, and seldom beside other prompts. What never comes
+back shall cost nobody anything, so that a text has to have come again, elsewhere than it stood (as
+"cache on second hit" has it, Maggs and Sitaraman 2015), before answers wait for it: those that
+clients told of, and seldom those that nobody did. All of these, and what clients tell of for the
+first time, are computed once the engine has rested. The chunks of a span follow each other when
+they are moved, as in the text.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -33,6 +35,7 @@ WAITING = 1 << 16  # tokens that may wait; the oldest are dropped
 SPARE = 8  # one block in so many stays free for requests
 PATIENT = 8  # steps that compute prompts are left alone, but for one in so many
 LATER = 64  # and any step at all, by what no client told of
+RESTED_S = 0.2  # without a request; a client that asks again at once finds the engine free
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Isolation:
         bytes_per_token: of one rank.
         groups: of vLLM's KV cache; a text has blocks of its own in each.
         max_rows: tokens that a step of the engine carries.
+        clock: seconds.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Isolation:
         bytes_per_token: int,
         groups: Groups,
         max_rows: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._policy = config.context
@@ -76,12 +81,12 @@ class Isolation:
         self._most = max(config.isolated_tokens, config.limits.chunk_tokens)
         self._index, self._begins = index, begins
         self._bytes_per_token, self._groups = bytes_per_token, groups
-        self._max_rows = max_rows
+        self._max_rows, self._clock = max_rows, clock
         self._credit = 0
         self._waited = 0  # steps, since something was computed
-        # What clients told of, and what was met a second time.
-        self._told: OrderedDict[bytes, _Wanted] = OrderedDict()
-        self._met: OrderedDict[bytes, _Wanted] = OrderedDict()
+        self._resting = math.inf  # since when nothing runs
+        # What came again as clients told, what came again untold of, what was told of alone.
+        self._queues: list[OrderedDict[bytes, _Wanted]] = [OrderedDict() for _ in range(3)]
         self._tokens = 0
         self._longest = config.limits.chunk_tokens
         self._lent: dict[int, _Lent] = {}  # by slot
@@ -89,7 +94,7 @@ class Isolation:
     @property
     def pending(self) -> int:
         """How many chunks wait to be computed."""
-        return len(self._told) + len(self._met)
+        return sum(map(len, self._queues))
 
     def want(
         self,
@@ -120,18 +125,20 @@ class Isolation:
             content = np.ascontiguousarray(tokens[start:end], "<i8")
             key = chunk_key(known.namespace, content)
             parts = [tokens[p.start : p.end].astype("<i8").tobytes() for p in group]
-            if key in self._told or (key in self._met and not told_of) or known.alone(parts):
+            if known.alone(parts):
                 continue
-            if not told_of and not known.displaced(parts[0], start, contexts):
+            again = known.displaced(parts[0], start, contexts)
+            place = 0 if told_of and again else 1 if again else 2
+            waits = next((i for i, queue in enumerate(self._queues) if key in queue), 3)
+            if waits <= place or not (told_of or again):
                 continue
-            ends = [piece.end - start for piece in group]
-            if key in self._met:
+            if waits < 3:
                 self._drop(key)
-            waiting = self._told if told_of else self._met
-            waiting[key] = _Wanted(known.namespace, front, content, ends)
+            ends = [piece.end - start for piece in group]
+            self._queues[place][key] = _Wanted(known.namespace, front, content, ends)
             self._tokens += len(content)
         while self._tokens > WAITING:
-            self._drop(next(iter(self._met or self._told)))
+            self._drop(next(key for queue in reversed(self._queues) for key in queue))
             self.counts["chunks_not_computed_alone"] += 1
 
     def take(self, pool: Any, scheduled: int, prompts: bool) -> list[Encode]:
@@ -141,6 +148,8 @@ class Isolation:
             pool: vLLM's block pool.
             prompts: whether the step computes prompts, whose first tokens somebody waits for.
         """
+        now = self._clock()
+        self._resting = math.inf if scheduled else min(self._resting, now)
         if not self.pending:
             self._credit = self._waited = 0
             return []
@@ -150,8 +159,9 @@ class Isolation:
             return []
         left = self._max_rows - scheduled
         encodes: list[Encode] = []
-        later = scheduled > 0 and self._waited < LATER
-        while waiting := self._told or (not later and self._met):
+        rested = now - self._resting >= RESTED_S
+        open_to = 3 if rested else 2 if scheduled and self._waited >= LATER else 1
+        while waiting := next(filter(None, self._queues[:open_to]), None):
             key, wanted = next(iter(waiting.items()))
             T = len(wanted.front) + len(wanted.content)
             blocks = -(-T // self._groups.block_size) * len(self._groups.specs)
@@ -183,13 +193,12 @@ class Isolation:
 
     def clear(self) -> None:
         """Nothing that waits is of use any more."""
-        self._told.clear()
-        self._met.clear()
+        for queue in self._queues:
+            queue.clear()
         self._tokens = 0
 
     def _drop(self, key: bytes) -> None:
-        wanted = self._told.pop(key, None) or self._met.pop(key)
-        self._tokens -= len(wanted.content)
+        self._tokens -= len(next(q for q in self._queues if key in q).pop(key).content)
 
     def _texts(
         self, pieces: Sequence[Piece], spans: Sequence[tuple[int, int]]

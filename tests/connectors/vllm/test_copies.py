@@ -59,11 +59,14 @@ def test_saves_behind_a_spoilt_block_are_known_in_one_pass() -> None:
 class World:
     """Copies of room for `tokens` tokens, whose memory is noise at first."""
 
-    def __init__(self, staging_bytes: int, tokens: int = 64, tiers: Any = ()) -> None:
+    def __init__(
+        self, staging_bytes: int, tokens: int = 64, tiers: Any = (), direct: bool = False
+    ) -> None:
         self.told = Told(0)
         self.chunks = Chunks(LAYOUT, tokens * LAYOUT.bytes_per_token, tiers)
         self.copies = Copies(self.chunks, self.told, one_group(L, P), staging_bytes)
         self.copies.pages = self.pages = pages()
+        self.copies._staging.direct = direct  # type: ignore[union-attr]
         self.chunks.memory._buffer.random_(0, 255)
 
     def saved(self, save: ChunkSave) -> bool:
@@ -90,9 +93,10 @@ def world() -> Iterator[World]:
 
 @pytest.mark.parametrize("room", [1, 2, 3, 7, 17, 18, 34, 40, 3 * 17, 5 * 17, 1000])
 @pytest.mark.parametrize("split", [False, True])
-def test_a_copy_is_what_is_in_the_pages(room: int, split: bool) -> None:
-    """Whatever fits into the buffer, and however the allocator has cut the chunk."""
-    w = World(room * ROW + ROW // 2, tokens=40)
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_copy_is_what_is_in_the_pages(room: int, split: bool, direct: bool) -> None:
+    """Whatever fits into the buffer, if there is one, and however the allocator has cut it."""
+    w = World(room * ROW + ROW // 2, tokens=40, direct=direct)
     if split:  # 23 tokens are free: 5, 7 and 11
         for slot, T in enumerate((5, 4, 7, 6, 11, 7), start=100):
             assert w.chunks.reserve(slot, T) is not None

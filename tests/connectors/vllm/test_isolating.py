@@ -13,7 +13,7 @@ from lmc.blend.epic import Epic
 from lmc.blend.plan import make_plan
 from lmc.chunking.pieces import Piece
 from lmc.connectors.vllm.config import LMCConfig
-from lmc.connectors.vllm.isolating import WAITING, Isolation
+from lmc.connectors.vllm.isolating import RESTED_S, WAITING, Isolation
 from lmc.connectors.vllm.messages import Encode
 from lmc.store import Index
 from lmc.store.keep import keep
@@ -49,10 +49,18 @@ class World:
     def __init__(self, rows: int = 512, capacity: int = 1 << 20, **config: object) -> None:
         self.config = LMCConfig.model_validate(config)
         self.index, self.pool = Index(capacity), Pool()
-        self.isolation = Isolation(self.config, self.index, BOS, 1, one_group(1, BLOCK), rows)
+        self.now = 0.0
+        groups = one_group(1, BLOCK)
+        self.isolation = Isolation(
+            self.config, self.index, BOS, 1, groups, rows, clock=lambda: self.now
+        )
 
-    def prompt(self, *parts: np.ndarray, closed: bool = True, spans: Any = None) -> None:
-        """Each part is a span, unless others are given."""
+    def prompt(
+        self, *parts: np.ndarray, closed: bool = True, spans: Any = None, again: bool = False
+    ) -> None:
+        """Each part is a span, unless others are given; `again`: all stood behind others before."""
+        for part in parts if again else ():
+            self.stored(text(99, 32), part)
         ends = np.cumsum([len(part) for part in parts]).tolist()
         pieces = [Piece(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         pieces[-1] = Piece(pieces[-1].start, pieces[-1].end, closed)
@@ -69,7 +77,11 @@ class World:
             self.index.acknowledge(record.slot, 0)
 
     def step(self, scheduled: int = 0, prompts: bool = False) -> list[Encode]:
+        """One behind which nothing runs is one of an engine that rests, once it has begun to."""
         encodes = self.isolation.take(self.pool, scheduled, prompts)
+        if not scheduled and not encodes:
+            self.now += 2 * RESTED_S
+            encodes = self.isolation.take(self.pool, scheduled, prompts)
         for encode in encodes:
             assert all(len(save.blocks[0]) * BLOCK >= len(encode.tokens) for save in encode.saves)
         return encodes
@@ -185,7 +197,7 @@ def test_behind_a_shared_prefix_is_good_enough_where_the_policy_says_so() -> Non
 def test_so_many_tokens_a_step_on_average_and_no_more() -> None:
     world = World(isolated_tokens=50)
     parts = [text(i, 100) for i in range(12)]
-    world.prompt(*parts)
+    world.prompt(*parts, again=True)
     taken = [sum(lengths(world.step(scheduled=8))) for _ in range(40)]
     assert sum(taken) == 1100
     for steps in range(1, 41):
@@ -195,7 +207,7 @@ def test_so_many_tokens_a_step_on_average_and_no_more() -> None:
 
 def test_steps_that_are_full_are_left_alone() -> None:
     world = World(rows=256)
-    world.prompt(text(0, 40), text(1, 70), text(2, 80))
+    world.prompt(text(0, 40), text(1, 70), text(2, 80), again=True)
     assert world.step(scheduled=256) == world.step(scheduled=190) == []
     assert lengths(world.step(scheduled=180)) == [70]
     assert lengths(world.step(scheduled=0)) == [80]
@@ -203,7 +215,7 @@ def test_steps_that_are_full_are_left_alone() -> None:
 
 def test_prompts_come_first_and_what_waits_is_not_starved() -> None:
     world = World(isolated_tokens=100)
-    world.prompt(text(0, 40), *(text(i, 70) for i in range(1, 8)))
+    world.prompt(text(0, 40), *(text(i, 70) for i in range(1, 8)), again=True)
     taken = [lengths(world.step(scheduled=300, prompts=True)) for _ in range(16)]
     assert taken == [[]] * 7 + [[70, 70, 70]] + [[]] * 7 + [[70, 70, 70]]
     # As soon as nobody waits for a first token, the rest is done.
@@ -212,17 +224,17 @@ def test_prompts_come_first_and_what_waits_is_not_starved() -> None:
 
 def test_a_chunk_longer_than_a_step_waits_for_one_of_its_own() -> None:
     world = World(rows=128, isolated_tokens=400)
-    world.prompt(text(0, 40), text(1, 300))
+    world.prompt(text(0, 40), text(1, 300), again=True)
     assert world.step(scheduled=1) == []
     assert lengths(world.step()) == [300]
     # Where there is never such a step, it is not starved.
-    world.prompt(text(0, 40), text(2, 300))
+    world.prompt(text(0, 40), text(2, 300), again=True)
     assert [lengths(world.step(scheduled=1)) for _ in range(8)] == [[]] * 7 + [[300]]
 
 
 def test_blocks_are_left_for_requests() -> None:
     world = World()
-    world.prompt(text(0, 40), text(1, 70))
+    world.prompt(text(0, 40), text(1, 70), again=True)
     world.pool.free = world.pool.free[: 400 // 8 + 2]
     assert world.step(scheduled=1) == []
     world.pool.free += [SimpleNamespace(block_id=399)]
@@ -278,7 +290,7 @@ def test_what_was_only_met_again_waits_until_nothing_runs_or_long_enough() -> No
     world.prompt(text(4, 32), b, a, spans=[])
     assert [world.step(scheduled=4) for _ in range(10)] == [[]] * 10
     # What a client told of does not wait, and does not take the others along.
-    world.prompt(text(5, 32), c)
+    world.prompt(text(5, 32), c, again=True)
     assert lengths(world.step(scheduled=4)) == [70]
     # Nor does it, once a client has told of it.
     world.prompt(text(6, 32), a)
@@ -297,3 +309,25 @@ def test_of_a_span_every_chunk_counts_as_told_of() -> None:
     world.prompt(a, b, c, d, spans=[(40, 120)])
     (encode,) = world.step()
     assert len(encode.tokens) == 80
+
+
+def test_what_clients_tell_of_waits_for_a_rest_until_it_has_come_again() -> None:
+    world = World()
+    front, a, b = text(9, 32), text(1, 60), text(2, 50)
+    world.prompt(front, a, b)
+    # Answers never wait for what may not come back.
+    assert [world.step(scheduled=4) for _ in range(200)] == [[]] * 200
+    # Nor does a client that asks again as soon as it was answered.
+    for _ in range(5):
+        assert world.isolation.take(world.pool, 0, False) == []
+        world.now += RESTED_S / 2
+        assert world.isolation.take(world.pool, 0, False) == world.step(scheduled=4) == []
+        world.now += RESTED_S
+    world.stored(front, a, b)
+    world.prompt(front, a, b)  # a turn of a chat: it stands where it stood
+    assert world.step(scheduled=4) == []
+    world.prompt(text(8, 32), b)
+    assert lengths(world.step(scheduled=4)) == [50]
+    assert world.step(scheduled=4) == []
+    assert lengths(world.step()) == [60]
+    assert world.isolation.pending == 0
