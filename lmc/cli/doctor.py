@@ -66,6 +66,7 @@ def _parts() -> Iterator[Finding]:
         ("disk tier", "store", ("lmdb", "xxhash", "zstandard")),
         ("redis tier", "redis", ("redis",)),
         ("s3 tier", "s3", ("obstore",)),
+        ("nixl tier", "nixl", ("nixl", "redis")),
     ):
         absent = [package for package in packages if find_spec(package) is None]
         said = ", ".join(f"{p} {_version_of(p)}" for p in packages if p not in absent)

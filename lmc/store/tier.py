@@ -219,6 +219,7 @@ TIERS = Registry(
     {
         "disk": "lmc.store.disk.config:DiskConfig",
         "redis": "lmc.store.remote.redis:RedisConfig",
+        "nixl": "lmc.store.remote.nixl:NixlConfig",
         "s3": "lmc.store.remote.s3:S3Config",
     },
     has=["open", "write"],

@@ -23,7 +23,8 @@ def test_it_says_what_is_there() -> None:
     code, said = asked()
     assert code == 0
     lines = {line[3:23].strip(): line for line in said.splitlines()}
-    for what in ("python", "torch", "vllm", "disk tier", "redis tier", "s3 tier", "smollm2"):
+    tiers = [f"{name} tier" for name in ("disk", "redis", "s3", "nixl")]
+    for what in ("python", "torch", "vllm", *tiers, "smollm2"):
         assert lines[what].startswith("ok "), lines[what]
     assert "tested" in lines["vllm"] and "no GPU" in lines["torch"]
 

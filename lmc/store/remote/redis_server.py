@@ -80,6 +80,16 @@ class RedisServer:
         """Of keys that are no parts and no entries; in one go. Raises Fault."""
         return self._get([self._prefix + name for name in names])
 
+    def keep(self, name: bytes, value: bytes, seconds: int) -> None:
+        """Such a key, for so long. Raises Fault."""
+        with self._faults() as client:
+            client.set(self._prefix + name, value, ex=seconds)
+
+    def forget(self, name: bytes) -> None:
+        """Let go of such a key. Raises Fault."""
+        with self._faults() as client:
+            client.unlink(self._prefix + name)
+
     def script(self, script: str, names: Sequence[bytes], arguments: Sequence[Any]) -> Any:
         """Run a script over such keys, all of one slot. Raises Fault."""
         keys = [self._prefix + name for name in names]

@@ -16,7 +16,7 @@ import numpy as np
 from lmc.store import wire
 from lmc.store.remote.entries import by_entry, merged
 from lmc.store.remote.redis_server import RedisServer
-from lmc.store.remote.server import Fault, Key, Put, header_of
+from lmc.store.remote.server import Fault, Key, Put, grouped, header_of
 from lmc.store.wire import FORMAT, Header
 
 AT_ONCE = 8  # requests; with 32 SeaweedFS answered a fifth as fast
@@ -142,7 +142,7 @@ class S3Server:
         here = np.frombuffer(front, np.uint8)
         behind = [band for band in bands if band[1] > len(front)]
         yield from (here[start:end] for start, end in bands[: len(bands) - len(behind)])
-        groups = list(_grouped(behind))
+        groups = list(grouped(behind, RANGE_BYTES))
         # As many at once as are allowed, the first ones first.
         coming = [self._threads.submit(self._range, part, g[0][0], g[-1][1]) for g in groups]
         for group, future in zip(groups, coming, strict=True):
@@ -267,15 +267,3 @@ def store_of(bucket: str, prefix: str, endpoint: str, timeout_s: float) -> Any:
 
 def _path(key: Key) -> str:
     return f"lmc-{FORMAT}/{key.kind}/{key.digest.hex()}"
-
-
-def _grouped(bands: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Bands that are asked for in one range."""
-    group: list[tuple[int, int]] = []
-    for band in bands:
-        if group and band[1] - group[0][0] > RANGE_BYTES:
-            yield group
-            group = []
-        group.append(band)
-    if group:
-        yield group

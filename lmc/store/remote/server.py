@@ -102,3 +102,15 @@ class Server(Protocol):
     def close(self) -> None:
         """Let go of connections."""
         ...
+
+
+def grouped(bands: Sequence[tuple[int, int]], nbytes: int) -> Iterator[list[tuple[int, int]]]:
+    """Bands `[start, end)`, one behind the other, that are asked for in one go: as many as fit."""
+    group: list[tuple[int, int]] = []
+    for band in bands:
+        if group and band[1] - group[0][0] > nbytes:
+            yield group
+            group = []
+        group.append(band)
+    if group:
+        yield group

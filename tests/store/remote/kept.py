@@ -52,3 +52,10 @@ def found(tier: Keyed, spec: Spec) -> bool:
 
 
 SPECS = [Spec(i, 0, 20) for i in range(4)]
+
+CHURNED = 6
+
+
+def large(i: int) -> Spec:
+    """Of 5 MB, in several bands and groups of them."""
+    return Spec(i, 0, 20_000)
