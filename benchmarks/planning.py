@@ -66,8 +66,9 @@ class Bench:
             scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, async_scheduling=False),
         )  # fmt: skip
         config = LMCConfig(
-            memory_bytes=memory_bytes, min_recovery=None, context="any", tiers=tuple(tiers)
-        )
+            memory_bytes=memory_bytes, min_recovery=None, context="any", tiers=tuple(tiers),
+            hand_over=True,
+        )  # fmt: skip
         self.side = SchedulerSide(engine, pages, config)
         self.side.greet([WorkerHello(None, watched=True, computes=True)])
         self.manager = KVCacheManager(pages, longest + 2 * P, P, P)

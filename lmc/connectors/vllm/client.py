@@ -49,7 +49,7 @@ def kv_transfer_params(
         raw["blend"] = blend if isinstance(blend, str) else dict(blend)
     names = {"hand_over": hand_over, "handed": handed}
     raw |= {key: name for key, name in names.items() if name is not None}
-    parse_request(raw, prompt_tokens, config or LMCConfig())
+    parse_request(raw, prompt_tokens, config or LMCConfig(hand_over=True))
     return {"lmc": raw}
 
 

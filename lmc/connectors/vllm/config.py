@@ -89,13 +89,15 @@ class LMCConfig(BaseModel):
             own is read along with it by others of the same cache salt (docs/security.md). With
             the others the engine computes spans, and chunks that it meets a second time, once more,
             alone, when it has rested or they have come again.
-        isolated_tokens: how many such tokens are computed a step, on average and at most; 0 leaves
-            it to clients, who send documents alone.
+        isolated_tokens: how many such tokens are computed a step, on average and at most, but for a
+            chunk that has more; 0 leaves it to clients, who send documents alone.
         blend: the strategy of requests that name none.
         blends: further strategies that requests may name, by names of their own; their fields
             may name files and modules, as `blend` may.
         controls: whether requests may name strategies that exist to check others
             (`full_recompute`, `replay`), which pass the quality gate. For trusted clients only.
+        hand_over: whether requests may hand a prompt over to another engine, or be handed one
+            (docs/serve.md). For trusted clients only: each fills the tiers with a copy.
         limits: of what a request may ask.
         attention: how recomputed rows attend: `kernels` (lmc's own), `backend` (the engine's, once
             a run of rows), or `auto`: kernels on a GPU, where the backend is the oracle of the
@@ -128,10 +130,11 @@ class LMCConfig(BaseModel):
     exact_variants: int = Field(default=2, ge=1)
     chunker: dict[str, Any] | str = "cdc"
     context: ContextPolicy = "isolated"
-    isolated_tokens: int = Field(default=512, ge=0)
+    isolated_tokens: int = Field(default=128, ge=0)
     blend: dict[str, Any] | str = "epic"
     blends: dict[str, dict[str, Any] | str] = Field(default_factory=dict)
     controls: bool = False
+    hand_over: bool = False
     limits: Limits = Limits()
     attention: Literal["auto", "kernels", "backend"] = "auto"
     profile: str | None = None

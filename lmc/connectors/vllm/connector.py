@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from vllm.distributed.kv_events import KVCacheEvent
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -48,6 +50,7 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._stalls = Stalls()
+        self._said_hello = False
         self._publishes = published(vllm_config)
         if self._refusal:
             logger.warning("lmc neither stores nor reuses KV here: %s", self._refusal)
@@ -166,6 +169,9 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> WorkerReport | None:
         if self._worker is None:
             return None
+        if not self._said_hello:
+            self._said_hello = True
+            self._worker.told.hello(self._worker.hello())
         if self._publishes:
             self._worker.told.removed(self._worker.chunks.take_removed())
         return self._worker.told.take()
@@ -204,3 +210,8 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KVConnectorPromMetrics:
         return LMCPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+# Beside others vLLM asks for the class of its statistics by this name alone.
+with suppress(ValueError):  # it was imported before
+    KVConnectorFactory.register_connector("LMCConnector", "lmc.connectors.vllm", "LMCConnector")

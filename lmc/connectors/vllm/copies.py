@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from lmc.connectors.vllm.config import check_staging
 from lmc.connectors.vllm.groups import Groups
 from lmc.connectors.vllm.layouts import page_slots_of
-from lmc.connectors.vllm.messages import ChunkSave, Kept, WeightsTold, WorkerReport
+from lmc.connectors.vllm.messages import ChunkSave, Kept, WeightsTold, WorkerHello, WorkerReport
 from lmc.kernels.gather import gather
 from lmc.kernels.paged import PagedKV
 from lmc.store import Record
@@ -88,6 +88,11 @@ class Told:
         """Which adapters there are now."""
         with self._lock:
             self._report.adapters |= told
+
+    def hello(self, hello: WorkerHello) -> None:
+        """What the scheduler must know before anything else."""
+        with self._lock:
+            self._report.hellos[self.rank] = hello
 
     def take(self) -> WorkerReport | None:
         """What happened since the last call, if anything did."""

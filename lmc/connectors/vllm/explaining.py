@@ -55,6 +55,8 @@ class Explaining:
             else:
                 self._owed[request_id] = tracked
         report, runs = tracked.report, tracked.runs
+        if report is not None and tracked.handed_over:
+            report = report | {"hand_over": tracked.handed_over}
         if report is None or tracked.options is None or not tracked.options.explain:
             return report
         said = None if runs is None else [list(run) for run in for_client(runs)]
@@ -70,7 +72,7 @@ class Explaining:
         """Counters since the last call."""
         if self._recorder is None:
             return Counter()
-        return Counter({f"trace:{kind}": n for kind, n in taken(self._recorder.counts).items()})
+        return Counter({f"trace_{kind}": n for kind, n in taken(self._recorder.counts).items()})
 
     def close(self) -> None:
         """Write what is to be written."""

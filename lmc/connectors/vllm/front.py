@@ -27,9 +27,8 @@ from lmc.connectors.vllm.config import Limits, LMCConfig, load_config
 from lmc.connectors.vllm.request import parse_request
 
 NAME = "kv_transfer_params"
+# Others pass the parameters on too, and vLLM renders their prompts in other ways.
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-# These too pass the parameters on, and vLLM renders their prompts in other ways.
-OTHERS = ("/v1/responses", "/v1/messages", "/inference/v1/generate")
 
 
 class Front:
@@ -40,13 +39,14 @@ class Front:
         self._config: LMCConfig | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or path not in (CHAT, COMPLETION, *OTHERS):
+        # Nothing of whom vLLM will not let in is read.
+        if not (_may_say(scope) and _authentic(self._app, scope)):
             return await self._app(scope, receive, send)
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         body = await _read(receive)
         if body is None:  # the client has gone
             return None
-        if NAME.encode() in body and _authentic(self._app, scope):
+        if NAME.encode() in body or b"\\u" in body:  # which may write the same
             try:
                 body = await self._checked(scope, path, body)
             except ValueError as error:
@@ -73,6 +73,8 @@ class Front:
         if not isinstance(raw, dict):
             parse_request(raw, 1, config)  # which says what it is
         texts, rest = raw.get("texts"), {k: v for k, v in raw.items() if k != "texts"}
+        if texts is not None and path not in (CHAT, COMPLETION):
+            raise ValueError(f"lmc parameter texts: want {CHAT} or {COMPLETION}, got {path}")
         if texts is None and rest.get("chunks") is None:
             parse_request(rest, 1, config)
             return body
@@ -143,9 +145,8 @@ def spans_of(texts: Sequence[str], prompt: Mapping[str, Any], prompts: int) -> l
         at = begin + len(stripped)
         first = int(np.searchsorted(starts, begin))
         last = int(np.searchsorted(ends, at, "right"))
-        if first >= last:
-            raise ValueError(f"lmc parameter texts[{i}]: got {wanted[:80]!r}, which is no token")
-        spans.append([int(tokens[first]), int(tokens[last - 1]) + 1])
+        if first < last:  # else less than a token, or cut off by `truncate_prompt_tokens`
+            spans.append([int(tokens[first]), int(tokens[last - 1]) + 1])
     return spans
 
 
@@ -200,6 +201,15 @@ def _config(state: Any) -> LMCConfig | None:
     if transfer is None or transfer.kv_connector != "LMCConnector":
         return None
     return load_config(transfer.kv_connector_extra_config)
+
+
+def _may_say(scope: Scope) -> bool:
+    """Whether a request may have parameters of lmc: one that sends JSON."""
+    return (
+        scope["type"] == "http"
+        and scope["method"] == "POST"
+        and "json" in Headers(scope=scope).get("content-type", "")
+    )
 
 
 def _authentic(app: Any, scope: Scope) -> bool:

@@ -2,7 +2,8 @@
 
 Where the store's context policy lets a chunk be moved only if nothing foreign stood before it, most
 of what prompts leave could be used as prefixes alone. So texts that may come again are computed a
-second time behind nothing: in blocks borrowed from vLLM's pool, a bounded number of tokens a step,
+second time behind nothing: in blocks borrowed from vLLM's pool, a bounded number of tokens a step
+(a text of several chunks goes on where the last step left it, behind what is stored of it by then),
 while answers are decoded or nothing runs at all, and seldom beside other prompts. What never comes
 back shall cost nobody anything, so that a text has to have come again, elsewhere than it stood (as
 "cache on second hit" has it, Maggs and Sitaraman 2015), before answers wait for it: those that
@@ -18,7 +19,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ import numpy as np
 from lmc.chunking.pieces import Contexts, Piece, chunk_key, context_digests
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.groups import Groups
-from lmc.connectors.vllm.messages import ChunkSave, Encode
-from lmc.store import Index
+from lmc.connectors.vllm.messages import ChunkLoad, ChunkSave, Encode
+from lmc.store import Index, Record
 from lmc.store.lookup import Known
 
 SHORTEST = 16  # tokens; less is not worth the bookkeeping
@@ -35,21 +36,35 @@ WAITING = 1 << 16  # tokens that may wait; the oldest are dropped
 SPARE = 8  # one block in so many stays free for requests
 PATIENT = 8  # steps that compute prompts are left alone, but for one in so many
 LATER = 64  # and any step at all, by what no client told of
+FIRST = 64  # texts that a step looks at
 RESTED_S = 0.2  # without a request; a client that asks again at once finds the engine free
 
 
-@dataclass(frozen=True)
 class _Wanted:
-    namespace: bytes
-    front: tuple[int, ...]
-    content: np.ndarray  # [T]
-    ends: list[int]  # of its chunks
+    """A text: its tokens `[T]`, `front` of which stand before it in every prompt.
+
+    Attributes:
+        borders: of its chunks, from the first one's start to T.
+        contexts: digests of what stands before each border.
+        tries: how often something of it was computed.
+    """
+
+    def __init__(self, namespace: bytes, front: int, tokens: np.ndarray, borders: list[int]):
+        self.namespace, self.front, self.tokens, self.borders = namespace, front, tokens, borders
+        self.contexts = context_digests(tokens, borders)
+        self.tries = 0
+
+    def ids(self, i: int) -> np.ndarray:
+        """Of chunk `i`."""
+        return self.tokens[self.borders[i] : self.borders[i + 1]].astype("<i8")
 
 
 @dataclass(frozen=True)
 class _Lent:
+    key: bytes  # of the text
     blocks: list[Any]
     slots: set[int]  # that the workers have yet to be done with
+    leased: list[int]  # slots of what is loaded
 
 
 class Isolation:
@@ -78,7 +93,6 @@ class Isolation:
         self.counts: Counter[str] = Counter()
         self._policy = config.context
         self._rate = 0 if config.context == "any" else config.isolated_tokens
-        self._most = max(config.isolated_tokens, config.limits.chunk_tokens)
         self._index, self._begins = index, begins
         self._bytes_per_token, self._groups = bytes_per_token, groups
         self._max_rows, self._clock = max_rows, clock
@@ -90,6 +104,7 @@ class Isolation:
         self._tokens = 0
         self._longest = config.limits.chunk_tokens
         self._lent: dict[int, _Lent] = {}  # by slot
+        self._at_work: set[bytes] = set()  # texts that the workers have something of
 
     @property
     def pending(self) -> int:
@@ -134,9 +149,10 @@ class Isolation:
                 continue
             if waits < 3:
                 self._drop(key)
-            ends = [piece.end - start for piece in group]
-            self._queues[place][key] = _Wanted(known.namespace, front, content, ends)
-            self._tokens += len(content)
+            ids = np.concatenate([np.array(front, "<i8"), content])
+            borders = [len(front), *(len(front) + piece.end - start for piece in group)]
+            self._queues[place][key] = _Wanted(known.namespace, len(front), ids, borders)
+            self._tokens += len(ids)
         while self._tokens > WAITING:
             self._drop(next(key for queue in reversed(self._queues) for key in queue))
             self.counts["chunks_not_computed_alone"] += 1
@@ -153,36 +169,54 @@ class Isolation:
         if not self.pending:
             self._credit = self._waited = 0
             return []
-        self._credit = min(self._credit + self._rate, self._most)
+        self._credit = min(self._credit + self._rate, max(self._rate, self._longest))
         self._waited += 1
         if prompts and self._waited < PATIENT:
             return []
-        left = self._max_rows - scheduled
-        encodes: list[Encode] = []
+        left = self._rate  # of this step
+        room = self._max_rows - scheduled
+        patient = scheduled > 0 and self._waited < PATIENT
         rested = now - self._resting >= RESTED_S
         open_to = 3 if rested else 2 if scheduled and self._waited >= LATER else 1
-        while waiting := next(filter(None, self._queues[:open_to]), None):
-            key, wanted = next(iter(waiting.items()))
-            T = len(wanted.front) + len(wanted.content)
-            blocks = -(-T // self._groups.block_size) * len(self._groups.specs)
-            # What is longer than a step takes one in which nothing else is computed, or has waited.
-            busy = scheduled > 0 and self._waited < PATIENT
-            if self._credit + len(wanted.front) < T or (left < T and busy):
+        encodes: list[Encode] = []
+        for key, wanted in self._open(open_to):
+            stored = self._stored(wanted)
+            if len(stored) == len(wanted.contexts) - 1 or wanted.tries > 2 * len(wanted.contexts):
+                self._drop(key)
+                continue
+            # As many chunks as fit; a longer one goes alone, once it has waited for its tokens.
+            n, first = len(stored), wanted.borders[len(stored)]
+            fits = [end for end in wanted.borders[n + 1 :] if end - first <= left]
+            end = fits[-1] if fits else wanted.borders[n + 1]
+            T = end - first
+            if not fits and (encodes or (scheduled and self._credit < T)):
                 break
+            if (scheduled and self._credit < T) or (room < T and patient):
+                break
+            blocks = -(-end // self._groups.block_size) * len(self._groups.specs)
             if pool.get_num_free_blocks() < blocks + pool.num_gpu_blocks // SPARE:
                 if scheduled:
                     break
                 self._drop(key)  # nothing runs, so that no more will be free
                 self.counts["chunks_not_computed_alone"] += 1
                 continue
-            self._drop(key)
-            if (encode := self._lend(key, wanted, pool, blocks)) is not None:
-                encodes.append(encode)
-                self._credit -= len(wanted.content)
-                self._waited = 0
-                left -= T
-                self.counts["tokens_computed_alone"] += len(wanted.content)
+            encode = self._lend(key, wanted, stored, end, pool, blocks)
+            if encode is None or end == wanted.borders[-1]:
+                self._drop(key)
+            if encode is None:
+                continue
+            encodes.append(encode)
+            self._credit = max(0, self._credit - T)
+            self._waited = 0
+            left -= T
+            room -= T
+            self.counts["tokens_computed_alone"] += T
         return encodes
+
+    def _open(self, queues: int) -> list[tuple[bytes, _Wanted]]:
+        """The first texts of so many queues, but for those that the workers have something of."""
+        texts = (item for queue in self._queues[:queues] for item in queue.items())
+        return list(islice((text for text in texts if text[0] not in self._at_work), FIRST))
 
     def settle(self, slot: int, pool: Any) -> None:
         """The workers are done with what `slot` was to hold."""
@@ -190,6 +224,9 @@ class Isolation:
             lent.slots.discard(slot)
             if not lent.slots:
                 pool.free_blocks(lent.blocks)
+                self._at_work.discard(lent.key)
+                for leased in lent.leased:
+                    self._index.release(leased)
 
     def clear(self) -> None:
         """Nothing that waits is of use any more."""
@@ -198,7 +235,7 @@ class Isolation:
         self._tokens = 0
 
     def _drop(self, key: bytes) -> None:
-        self._tokens -= len(next(q for q in self._queues if key in q).pop(key).content)
+        self._tokens -= len(next(q for q in self._queues if key in q).pop(key).tokens)
 
     def _texts(
         self, pieces: Sequence[Piece], spans: Sequence[tuple[int, int]]
@@ -217,32 +254,54 @@ class Isolation:
                 groups.append(([piece], piece.end <= until))
         return groups
 
-    def _lend(self, key: bytes, wanted: _Wanted, pool: Any, blocks: int) -> Encode | None:
-        """Room in the index, and blocks to compute in; None where the index takes no more."""
-        front, content = wanted.front, wanted.content
-        tokens = np.concatenate([np.array(front, np.int64), content])
-        borders = [len(front) + end for end in (0, *wanted.ends)]
-        contexts = context_digests(tokens, borders)
-        records = []
-        for i, (start, end) in enumerate(pairwise(borders)):
-            ids = tokens[start:end].astype("<i8")
-            record = self._index.put(
+    def _stored(self, wanted: _Wanted) -> list[Record]:
+        """The first chunks of a text, as far as host memory has them as they are wanted."""
+        found: list[Record] = []
+        for i, context in enumerate(wanted.contexts[:-1]):
+            some = self._index.variants(wanted.namespace, wanted.ids(i).tobytes())
+            fits = [r for r in some if (r.context, r.start) == (context, wanted.borders[i])]
+            if not fits or self._index.arriving([fits[0].slot]):
+                break
+            found.append(fits[0])
+        return found
+
+    def _lend(
+        self, key: bytes, wanted: _Wanted, stored: list[Record], end: int, pool: Any, blocks: int
+    ) -> Encode | None:
+        """Room in the index for the chunks up to `end`, and blocks to compute them in behind those
+        that are stored; None where the index takes no more."""
+        n = len(stored)
+        for record in stored:  # what comes may push out anything else
+            self._index.lease(record.slot)
+        records: list[Record] = []
+        for i in range(n, wanted.borders.index(end)):
+            ids = wanted.ids(i)
+            new = self._index.put(
                 namespace=wanted.namespace,
                 key=chunk_key(wanted.namespace, ids),
                 tokens=ids.tobytes(),
-                start=start,
-                context=contexts[i],
-                context_after=contexts[i + 1],
+                start=wanted.borders[i],
+                context=wanted.contexts[i],
+                context_after=wanted.contexts[i + 1],
                 origin="isolated",
                 nbytes=len(ids) * self._bytes_per_token,
             )
-            if record is not None:
-                records.append((record, start, end))
+            if new is not None:
+                records.append(new)
+        leased = [record.slot for record in stored]
         if not records:
+            for slot in leased:
+                self._index.release(slot)
             return None
-        lent = _Lent(pool.get_new_blocks(blocks), {record.slot for record, _, _ in records})
-        self._lent |= dict.fromkeys(lent.slots, lent)
-        ids, n = [block.block_id for block in lent.blocks], blocks // len(self._groups.specs)
-        ids_of = [ids[i : i + n] for i in range(0, blocks, n)]
-        saves = [ChunkSave(record, "", start, end, ids_of) for record, start, end in records]
-        return Encode(tokens, saves)
+        slots = {record.slot for record in records}
+        lent = _Lent(key, pool.get_new_blocks(blocks), slots, leased)
+        self._lent |= dict.fromkeys(slots, lent)
+        self._at_work.add(key)
+        wanted.tries += 1
+        all_ids = [block.block_id for block in lent.blocks]
+        each = blocks // len(self._groups.specs)
+        ids_of = [all_ids[i : i + each] for i in range(0, blocks, each)]
+        saves = [ChunkSave(r, "", r.start, r.start + r.T, ids_of) for r in records]
+        loads = [ChunkLoad(r.slot, r.start, r.start + r.T, r.start, r.T, 0) for r in stored]
+        first = wanted.borders[n] if n else 0
+        return Encode(wanted.tokens[:end].astype(np.int64), first, loads, saves)

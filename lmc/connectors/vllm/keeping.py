@@ -113,22 +113,32 @@ class Keeping:
         client wants that; whether it does.
 
         It is kept in a namespace of its own, where it is exact although it may be blended. Nothing
-        of it is kept where a window has left some of it behind.
+        of it is kept where a window has left some of it behind, or where something is there under
+        its name already: two computations of one prompt may differ, and are not to be mixed.
         """
         options, request = tracked.options, tracked.request
-        if options is None or options.hand_over is None or tracked.unsaved:
+        if options is None or options.hand_over is None:
+            return False
+        if tracked.unsaved:
+            tracked.handed_over = "lost"
+            self.counts["hand_overs:lost"] += 1
             return False
         try:
             blocks, n = self._local.blocks(request.request_id), request.num_prompt_tokens
             pieces = [piece for piece in tracked.pieces if piece.end <= n]
             reads = self._read_by(pieces, blocks)
-            if any(0 in some for some in reads.values()):
-                self.counts["hand_overs_behind_window"] += 1
-                return True
             into = namespace.of(request.cache_salt, request.lora_request, options.hand_over)
-            of = (into, tracked.tokens[:n], pieces, None, self._bytes_per_token)
-            kept = keep(self._index, *of)
-            self.counts["hand_overs" if len(kept) == len(pieces) else "hand_overs_in_part"] += 1
+            first = tracked.tokens[pieces[0].start : pieces[0].end].astype("<i8").tobytes()
+            kept: list[tuple[Piece, Record]] = []
+            if any(0 in some for some in reads.values()):
+                tracked.handed_over = "lost"
+            elif self._index.variants(into, first) or self._index.coming(into, first):
+                tracked.handed_over = "taken"
+            else:
+                of = (into, tracked.tokens[:n], pieces, None, self._bytes_per_token)
+                kept = keep(self._index, *of)
+                tracked.handed_over = "kept" if len(kept) == len(pieces) else "in_part"
+            self.counts[f"hand_overs:{tracked.handed_over}"] += 1
             self._told(tracked, kept, blocks, reads)
         except BaseException as error:
             survive(error)

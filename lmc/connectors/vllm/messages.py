@@ -93,11 +93,15 @@ class Encode:
     """A text to be computed once more, alone, in blocks that no request owns.
 
     Attributes:
-        tokens: token ids `[T]`, int64, computed from position 0 on.
-        saves: what of them is kept, out of those blocks; at least one.
+        tokens: token ids `[T]`, int64, from position 0 on.
+        first: they are computed from here on, behind what is loaded.
+        loads: chunks of the tokens before it.
+        saves: what is kept, out of those blocks; at least one.
     """
 
     tokens: np.ndarray
+    first: int
+    loads: list[ChunkLoad]
     saves: list[ChunkSave]
 
 
@@ -177,6 +181,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
             where that is published.
         served: by request, seconds that its claim took: chunks loaded, and rows computed.
         adapters: by LoRA adapter that a rank has loaded, its digest, or why there is none.
+        hellos: by rank, in its first report: beside another connector vLLM's handshake is that
+            one's.
     """
 
     saved: list[tuple[int, int]] = field(default_factory=list)
@@ -190,6 +196,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     removed: list[tuple[str, bytes]] = field(default_factory=list)
     served: dict[str, float] = field(default_factory=dict)
     adapters: dict[int, bytes | str] = field(default_factory=dict)
+    hellos: dict[int, WorkerHello] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
@@ -205,6 +212,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.removed + other.removed,
             self.served | other.served,  # ranks wait for each other
             self.adapters | other.adapters,  # of one that ranks disagree on, each refuses the other
+            self.hellos | other.hellos,
         )
 
 

@@ -115,13 +115,9 @@ METRICS = (
     ),
     _metric(
         "counter", "hand_overs",
-        "Prompts kept for another engine; in part, for want of room or since some of the name was "
-        "there; not, since a window had left some behind.",
-        {
-            "hand_overs": {"outcome": "kept"}, "hand_overs_in_part": {"outcome": "in_part"},
-            "hand_overs_behind_window": {"outcome": "lost"},
-        },
-        {"outcome": ("kept", "in_part", "lost")},
+        "Prompts kept for another engine; in part, for want of room; not, since a window had left "
+        "some behind or it could not be trusted, or since the name was taken.",
+        "hand_overs:{outcome}", {"outcome": ("kept", "in_part", "lost", "taken")},
     ),
     _metric(
         "counter", "replans", "Requests planned again before they were admitted, by why.",
@@ -224,6 +220,10 @@ METRICS = (
     ),
     _metric(
         "counter", "tier_events", "What else a tier itself counted.", "{tier}:{event}",
+    ),
+    _metric(
+        "counter", "trace_lines", "Lines of the recorder, by what became of them.",
+        "trace_lines_{outcome}", {"outcome": ("written", "dropped", "failed")}, log="trace_lines",
     ),
     _metric(
         "counter", "events", "Everything else that lmc counts, by its name.", "{event}",

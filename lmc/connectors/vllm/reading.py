@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from vllm.logger import init_logger
 
+from lmc.blend.baselines import Prefix
 from lmc.chunking.pieces import split
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.gate import QualityGate
 from lmc.connectors.vllm.namespaces import Namespace
-from lmc.connectors.vllm.request import parse_request
+from lmc.connectors.vllm.request import RequestOptions, parse_request
 from lmc.connectors.vllm.tracked import Tracked, unblendable
 
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
@@ -40,9 +43,13 @@ class Reader:
         if reason := unblendable(request) or self._namespace.adapters.refusal(lora):
             return Tracked(request, None, reason)
         try:
-            raw = (request.kv_transfer_params or {}).get("lmc")
-            options = parse_request(raw, request.num_prompt_tokens, self._config)
+            params = request.kv_transfer_params or {}
+            options = parse_request(params.get("lmc"), request.num_prompt_tokens, self._config)
+            options = bound(options, request.prompt_token_ids)
             options, gate = self._gate.admit(options, adapted=lora is not None)
+            if params.get("do_remote_decode") and options.strategy.moves:
+                # Another connector takes its KV to an engine that believes it to be exact.
+                options, gate = replace(options, strategy=Prefix()), "its KV goes to another engine"
         except BaseException as error:
             survive(error, quiet=True)
             return Tracked(request, None, f"bad_request:{error!s:.500}")
@@ -63,6 +70,18 @@ class Reader:
         tracked.tokens = np.frombuffer(array("q", request.all_token_ids[:]), np.int64)
         longest = self._config.limits.chunk_tokens
         tracked.pieces = split(tracked.tokens, self._chunker, options.chunks, longest)
+
+
+def bound(options: RequestOptions, prompt: list[int]) -> RequestOptions:
+    """With a name of what is handed over that stands for this very prompt: of another one nothing
+    is found under it."""
+    if options.hand_over is None and options.handed is None:
+        return options
+    digest = blake3(array("q", prompt).tobytes()).hexdigest()
+    hand_over, handed = (
+        None if name is None else f"{name} {digest}" for name in (options.hand_over, options.handed)
+    )
+    return replace(options, hand_over=hand_over, handed=handed)
 
 
 def survive(error: BaseException, quiet: bool = False) -> None:

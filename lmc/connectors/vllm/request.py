@@ -14,7 +14,7 @@ from typing import Any
 
 from lmc.blend.strategy import Strategy
 from lmc.chunking.pieces import checked_spans
-from lmc.connectors.vllm.config import Limits, LMCConfig, build_strategy
+from lmc.connectors.vllm.config import Limits, LMCConfig, build_strategy, check_runs
 from lmc.quality import BLENDS
 
 KEYS = ("blend", "chunks", "enabled", "explain", "hand_over", "handed", "save")
@@ -70,6 +70,14 @@ def parse_request(raw: Any, T: int, config: LMCConfig) -> RequestOptions:
         if not isinstance(raw.get(key, True), bool):
             raise ValueError(f"lmc parameter {key} must be true or false, got {_shown(raw[key])}")
     names = {key: _name(key, raw.get(key)) for key in NAMES}
+    said = [key for key in NAMES if names[key] is not None]
+    if said and not config.hand_over:
+        raise ValueError(
+            f"lmc parameter {said[0]}: this engine neither hands prompts over nor takes them "
+            "(hand_over of its config)"
+        )
+    if len(said) > 1:
+        raise ValueError(f"lmc parameter {said[0]}: got {said[1]} too, want one of them")
     if names["handed"] is not None and raw.get("blend") is not None:
         raise ValueError("lmc parameter handed: got blend too, which is whose that hands it over")
     chunks = None if raw.get("chunks") is None else _spans(raw["chunks"], T, config.limits)
@@ -101,7 +109,10 @@ def _spans(chunks: Any, T: int, limits: Limits) -> list[tuple[int, int]]:
             f"lmc parameter chunks: got {len(chunks)} spans, allowed: {limits.spans} "
             "(limits.spans of the engine's config)"
         )
-    return checked_spans(chunks, T)
+    try:
+        return checked_spans(chunks, T)
+    except ValueError as error:
+        raise ValueError(f"lmc parameter chunks: {error}") from None
 
 
 def _asked(blend: Any, config: LMCConfig) -> tuple[str, Mapping[str, Any] | str]:
@@ -112,6 +123,8 @@ def _asked(blend: Any, config: LMCConfig) -> tuple[str, Mapping[str, Any] | str]
     if isinstance(blend, str) and blend in config.blends:
         return BLENDS.parse(config.blends[blend])["name"], config.blends[blend]
     allowed = allowed_strategies(config)
+    if isinstance(name, str) and name in BLENDS.names() and BLENDS.load(name).dense:
+        check_runs(name, BLENDS.load(name))  # which says why it does not
     if not (isinstance(name, str) and name in allowed):
         valid = ", ".join([*config.blends, *allowed])
         raise ValueError(
@@ -125,11 +138,13 @@ def _asked(blend: Any, config: LMCConfig) -> tuple[str, Mapping[str, Any] | str]
 
 
 def allowed_strategies(config: LMCConfig) -> list[str]:
-    """Registered strategies that a request may name, with fields of its own."""
+    """Registered strategies that a request may name, with fields of its own, and that run here."""
     return [
         name
         for name in BLENDS.names()
-        if name not in READS_FILES and (config.controls or not BLENDS.load(name).control)
+        if name not in READS_FILES
+        and not BLENDS.load(name).dense
+        and (config.controls or not BLENDS.load(name).control)
     ]
 
 

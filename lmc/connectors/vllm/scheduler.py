@@ -38,6 +38,7 @@ from lmc.model.identity import first_token
 from lmc.model.shape import shape_of
 
 BLENDING = 16  # of what vLLM computes in a step, the part that blending may add unless told
+UNKNOWN = "no worker has reported yet"
 logger = init_logger(f"vllm.{__name__}")  # else vLLM prints none of it
 
 
@@ -55,8 +56,8 @@ class SchedulerSide:
         self.config, self._vllm_config = config, vllm_config
         rope = identity.rope_of(vllm_config)
         self._rope_refusal = rope if isinstance(rope, str) else None
-        self.blend_refusal: str | None = self._rope_refusal or "no worker has reported yet"
-        self.kv_refusal: str | None = "no worker has reported yet"
+        self.kv_refusal: str | None = UNKNOWN
+        self.blend_refusal: str | None = self._rope_refusal or UNKNOWN
         groups = groups_of(kv_cache_config)
         self.block_size = groups.block_size
         self.layout = identity.layout_of(vllm_config, kv_cache_config)
@@ -80,10 +81,8 @@ class SchedulerSide:
         self.requests: dict[str, Tracked] = {}
         self.begun: dict[str, Tracked] = {}  # those of them that were admitted
         self.flights = Flights(config, self.planner)
-        pages = 0
-        if groups.longest:
-            longest = vllm_config.model_config.max_model_len
-            pages = scratch_pages(groups, config.window_bytes, longest)
+        longest = vllm_config.model_config.max_model_len if groups.longest else 0
+        pages = scratch_pages(groups, config.window_bytes, longest) if longest else 0
         self.admission = Admission(
             config, config.rows_per_step or rows // BLENDING, self.planner, self.reader,
             self.namespace, self.local, self.flights, self.begun,
@@ -100,6 +99,8 @@ class SchedulerSide:
 
     def greet(self, hellos: list[WorkerHello]) -> None:
         """Learn from the workers what can be reused, and whether rows can be recomputed."""
+        if not hellos:  # beside another connector they come with a report
+            return
         hello = WorkerHello.of_all(hellos, self._overlaps)
         hello.refusal = self._rope_refusal or hello.refusal
         self.kv_refusal, self._watched = hello.kv_refusal, hello.watched
@@ -233,6 +234,8 @@ class SchedulerSide:
 
     def heard(self, report: WorkerReport) -> None:
         """Take in what the workers did in a step."""
+        if report.hellos and self.kv_refusal == UNKNOWN:
+            self.greet([*report.hellos.values()])
         for slot, rank in report.saved:
             self.index.acknowledge(slot, rank)
         for slot in report.ended:

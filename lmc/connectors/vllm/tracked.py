@@ -86,6 +86,7 @@ class Tracked:
         open: by group and index, blocks of a chunk that is not whole, which a window leaves behind.
         holds: whether any may be held.
         prompt_saved: whether the prompt's chunks have been given to the workers.
+        handed_over: what became of a prompt that another engine is to have.
         unsaved: its KV is, or may be, of no use to others: nothing of it is stored any more.
         report: what the client is told.
         runs: the token map of its prompt, as its operator may know it; None where nobody asked.
@@ -127,6 +128,7 @@ class Tracked:
     open: dict[tuple[int, int], Any] = field(default_factory=dict)
     holds: bool = True
     prompt_saved: bool = False
+    handed_over: str | None = None
     unsaved: bool = False
     report: dict[str, Any] | None = None
     runs: list[MapRun] | None = None
@@ -155,6 +157,8 @@ def unblendable(request: Any) -> str | None:
         return "multimodal"
     if request.resumable:
         return "streaming_input"
+    if (request.kv_transfer_params or {}).get("do_remote_prefill"):
+        return "remote_prefill"  # another connector brings its KV, and says what it is
     if request.pooling_params is not None:
         return "pooling"
     if request.skip_reading_prefix_cache:

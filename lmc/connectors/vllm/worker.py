@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,7 +23,15 @@ from lmc.connectors.vllm.decoders import Decoder
 from lmc.connectors.vllm.groups import groups_of
 from lmc.connectors.vllm.kernel_attention import paged_attention
 from lmc.connectors.vllm.layouts import paged_kv
-from lmc.connectors.vllm.loading import LayeredLoad, Target, on_any_rank, warm_up
+from lmc.connectors.vllm.loading import (
+    Found,
+    LayeredLoad,
+    Placement,
+    Target,
+    find,
+    on_any_rank,
+    warm_up,
+)
 from lmc.connectors.vllm.lora import Loras
 from lmc.connectors.vllm.messages import (
     ChunkSave,
@@ -202,9 +211,13 @@ class WorkerSide:
         """After the forward: copy new chunks out of the pages, behind the model's back."""
         self._save(metadata, metadata.saves)
         if metadata.encodes:
-            _, refused = on_any_rank([], self._stale or self._decoder is None)
-            for encode in metadata.encodes:
-                self._encode(encode, refused)
+            found = [find(self.chunks, e.loads, False, time.monotonic()) for e in metadata.encodes]
+            lost = [load.slot for some in found for load in some.missing]
+            gone, refused = on_any_rank(lost, self._stale or self._decoder is None)
+            self.told.lost(lost, late=False)
+            for encode, some in zip(metadata.encodes, found, strict=True):
+                left = any(load.slot in gone for load in encode.loads)
+                self._encode(encode, some, refused or left)
             # Their blocks go back with this step's report.
             self.copies.finish()
         for block in metadata.forgiven:
@@ -305,13 +318,16 @@ class WorkerSide:
         self._spoilt |= dict.fromkeys(blocks, step)
         self.told.failed(claim.request_id, blocks)
 
-    def _encode(self, encode: Encode, refused: bool) -> None:
+    def _encode(self, encode: Encode, found: Found, refused: bool) -> None:
         """Compute a text alone, in blocks that were lent for it, and keep its chunks."""
         done = False
         try:
             if not refused:
-                rows = np.arange(len(encode.tokens), dtype=np.int64)
-                self._adapter(encode.tokens, encode.saves[0].blocks, rows).run(rows)
+                blocks = encode.saves[0].blocks
+                if found.held:
+                    Placement(found.held, self.chunks.memory, self._target(blocks)).launch()
+                rows = np.arange(encode.first, len(encode.tokens), dtype=np.int64)
+                self._adapter(encode.tokens, blocks, rows).run(rows)
                 self.counts["rows_computed_alone"] += len(rows)
                 done = True
         except Exception:

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.platforms import current_platform
+
+from lmc.connectors.vllm.connector import LMCConnector
 
 if TYPE_CHECKING or current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -24,10 +27,9 @@ class LMCWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
-        if has_kv_transfer_group():
+        if connector := _connector():
             runner = self.model_runner
-            adapters = getattr(runner, "lora_manager", None)
-            get_kv_transfer_group().take_model(runner.get_model(), adapters)
+            connector.take_model(runner.get_model(), getattr(runner, "lora_manager", None))
         return result
 
     def finish_saves(self) -> None:
@@ -93,6 +95,16 @@ class LMCWorker(Worker):
             side.watch.changed(version)
 
 
+def _connector() -> LMCConnector | None:
+    """Ours, beside others too; None where there is no connector."""
+    if not has_kv_transfer_group():
+        return None
+    group: Any = get_kv_transfer_group()
+    some = group.sub_connectors if isinstance(group, MultiConnector) else [group]
+    return next((one for one in some if isinstance(one, LMCConnector)), None)
+
+
 def _side() -> Any:
     """The worker's side of the connector, if it stores anything."""
-    return get_kv_transfer_group().worker if has_kv_transfer_group() else None
+    connector = _connector()
+    return connector.worker if connector else None

@@ -21,10 +21,33 @@ def handed_over() -> tuple[Bench, list[Record]]:
     ON_SHELF.clear()
     bench.ask(PROMPT, {"hand_over": NAME, "save": False})
     found = [entry.record for entry in bench.side.index._entries.values()]
-    assert {r.namespace for r in found} == {bench.side.namespace.of(None, None, NAME)}
-    assert sum(r.T for r in found) == T and bench.side.keeping.counts["hand_overs"] == 1
+    assert len({r.namespace for r in found}) == 1
+    assert sum(r.T for r in found) == T and bench.side.keeping.counts["hand_overs:kept"] == 1
     bench.side.index.clear()
     return bench, sorted(found, key=lambda r: r.start)
+
+
+def test_a_name_stands_for_one_prompt_computed_once() -> None:
+    bench, _ = handed_over()
+    bench.ask(PROMPT, {"hand_over": NAME, "save": False})
+    before = [entry.record for entry in bench.side.index._entries.values()]
+    # Blended otherwise it may be other KV: what is there stays, and the client is told.
+    request = bench.arrive(PROMPT, {"hand_over": NAME, "save": False, "blend": "prefix"})
+    assert bench.admit(request) is not None
+    tracked = bench.side.requests[request.request_id]
+    bench.finish(request)
+    assert tracked.handed_over == "taken"
+    assert [entry.record for entry in bench.side.index._entries.values()] == before
+    # Another prompt finds nothing of it, and has a place of its own.
+    longer = [*PROMPT, *PROMPT[:64]]
+    other = bench.arrive(longer, {"handed": NAME})
+    assert bench.side.requests[other.request_id].namespace != before[0].namespace
+    assert looked(bench, other) is None
+    bench.side.requests[other.request_id].asked = 1.0  # long ago
+    assert looked(bench, other) == 0
+    bench.finish(other)
+    bench.ask(longer, {"hand_over": NAME, "save": False})
+    assert bench.side.keeping.counts["hand_overs:kept"] == 3
 
 
 def looked(bench: Bench, request: Any) -> int | None:

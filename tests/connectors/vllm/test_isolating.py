@@ -2,99 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmc.blend.epic import Epic
 from lmc.blend.plan import make_plan
 from lmc.chunking.pieces import Piece
-from lmc.connectors.vllm.config import LMCConfig
-from lmc.connectors.vllm.isolating import RESTED_S, WAITING, Isolation
-from lmc.connectors.vllm.messages import Encode
-from lmc.store import Index
-from lmc.store.keep import keep
+from lmc.connectors.vllm.isolating import RESTED_S, WAITING
 from lmc.store.lookup import Known, find
-from tests.connectors.vllm.grouped import one_group
-
-BLOCK, BOS = 32, 7
-
-
-class Pool:
-    """vLLM's block pool, as far as blocks are taken and given back."""
-
-    def __init__(self, blocks: int = 400) -> None:
-        self.num_gpu_blocks = blocks
-        self.free = [SimpleNamespace(block_id=i) for i in range(blocks)]
-
-    def get_num_free_blocks(self) -> int:
-        return len(self.free)
-
-    def get_new_blocks(self, n: int) -> list[SimpleNamespace]:
-        taken, self.free = self.free[:n], self.free[n:]
-        return taken
-
-    def free_blocks(self, blocks: list[SimpleNamespace]) -> None:
-        self.free += blocks
-
-
-def text(seed: int, T: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(10, 500, T)
-
-
-class World:
-    def __init__(self, rows: int = 512, capacity: int = 1 << 20, **config: object) -> None:
-        self.config = LMCConfig.model_validate(config)
-        self.index, self.pool = Index(capacity), Pool()
-        self.now = 0.0
-        groups = one_group(1, BLOCK)
-        self.isolation = Isolation(
-            self.config, self.index, BOS, 1, groups, rows, clock=lambda: self.now
-        )
-
-    def prompt(
-        self, *parts: np.ndarray, closed: bool = True, spans: Any = None, again: bool = False
-    ) -> None:
-        """Each part is a span, unless others are given; `again`: all stood behind others before."""
-        for part in parts if again else ():
-            self.stored(text(99, 32), part)
-        ends = np.cumsum([len(part) for part in parts]).tolist()
-        pieces = [Piece(a, b) for a, b in zip([0, *ends], ends, strict=False)]
-        pieces[-1] = Piece(pieces[-1].start, pieces[-1].end, closed)
-        tokens = np.concatenate(parts)
-        if spans is None:
-            spans = [(start, end) for start, end, whole in pieces if whole]
-        known = Known(self.index, b"n", (), self.config.context, BOS)
-        self.isolation.want(known, tokens, pieces, spans)
-
-    def stored(self, *parts: np.ndarray) -> None:
-        ends = np.cumsum([len(part) for part in parts]).tolist()
-        pieces = [Piece(a, b) for a, b in zip([0, *ends], ends, strict=False)]
-        for _, record in keep(self.index, b"n", np.concatenate(parts), pieces, None, 1):
-            self.index.acknowledge(record.slot, 0)
-
-    def step(self, scheduled: int = 0, prompts: bool = False) -> list[Encode]:
-        """One behind which nothing runs is one of an engine that rests, once it has begun to."""
-        encodes = self.isolation.take(self.pool, scheduled, prompts)
-        if not scheduled and not encodes:
-            self.now += 2 * RESTED_S
-            encodes = self.isolation.take(self.pool, scheduled, prompts)
-        for encode in encodes:
-            assert all(len(save.blocks[0]) * BLOCK >= len(encode.tokens) for save in encode.saves)
-        return encodes
-
-    def done(self, encodes: list[Encode]) -> None:
-        for encode in encodes:
-            for save in encode.saves:
-                self.index.acknowledge(save.record.slot, 0)
-                self.isolation.settle(save.record.slot, self.pool)
-
-
-def lengths(encodes: list[Encode]) -> list[int]:
-    return [sum(save.end - save.start for save in encode.saves) for encode in encodes]
+from tests.connectors.vllm.alone import BOS, World, lengths, text
 
 
 def test_each_new_chunk_behind_another_is_computed_once() -> None:
@@ -217,7 +139,7 @@ def test_prompts_come_first_and_what_waits_is_not_starved() -> None:
     world = World(isolated_tokens=100)
     world.prompt(text(0, 40), *(text(i, 70) for i in range(1, 8)), again=True)
     taken = [lengths(world.step(scheduled=300, prompts=True)) for _ in range(16)]
-    assert taken == [[]] * 7 + [[70, 70, 70]] + [[]] * 7 + [[70, 70, 70]]
+    assert taken == ([[]] * 7 + [[70]]) * 2
     # As soon as nobody waits for a first token, the rest is done.
     assert lengths(world.step(scheduled=4)) == [70]
 
@@ -300,7 +222,8 @@ def test_what_was_only_met_again_waits_until_nothing_runs_or_long_enough() -> No
     world.prompt(text(7, 32), text(8, 60), text(9, 50), spans=[])
     world.stored(text(7, 32), text(8, 60), text(9, 50))
     world.prompt(text(10, 32), text(9, 50), text(8, 60), spans=[])
-    assert lengths(world.step()) == [50, 60]  # nothing runs
+    # Nothing runs: still no more than so many at a time, since somebody may come.
+    assert [lengths(world.step()) for _ in range(2)] == [[50], [60]]
 
 
 def test_of_a_span_every_chunk_counts_as_told_of() -> None:
@@ -331,3 +254,80 @@ def test_what_clients_tell_of_waits_for_a_rest_until_it_has_come_again() -> None
     assert world.step(scheduled=4) == []
     assert lengths(world.step()) == [60]
     assert world.isolation.pending == 0
+
+
+@pytest.mark.parametrize("scheduled", [0, 4])
+def test_a_text_of_several_chunks_goes_on_where_the_last_step_left_it(scheduled: int) -> None:
+    world = World(isolated_tokens=100)
+    parts = [text(i, 40) for i in range(1, 8)]
+    whole = np.concatenate(parts)
+    for part in [text(0, 40), whole] if scheduled else []:
+        world.stored(text(99, 32), part)
+    for i in range(len(parts) if scheduled else 0):
+        world.stored(text(99, 32), parts[i])
+    world.prompt(text(0, 40), *parts, spans=[(0, 40), (40, 320)])
+    done = 0
+    steps = 0
+    while world.isolation.pending:
+        steps += 1
+        assert steps < 40
+        encodes = world.step(scheduled)
+        if not encodes:
+            continue
+        # Until the workers have said that they are done with it, nothing more of it is computed.
+        assert world.step(scheduled) == []
+        (encode,) = encodes
+        assert encode.first == 40 * done and len(encode.tokens) - encode.first <= 100
+        assert np.array_equal(encode.tokens, whole[: len(encode.tokens)])
+        assert [(load.start, load.end, load.at) for load in encode.loads] == [
+            (40 * i, 40 * i + 40, 40 * i) for i in range(done)
+        ]
+        leased = [load.slot for load in encode.loads]
+        assert all(world.index._entries[slot].leases == 1 for slot in leased)
+        done += len(encode.saves)
+        world.done(encodes)
+        assert not any(world.index._entries[slot].leases for slot in leased)
+    assert done == 7 and world.pool.get_num_free_blocks() == 400
+    tokens = np.concatenate([text(50, 33), *parts])
+    pieces = [Piece(a, b) for a, b in pairwise([0, 33, *range(73, 314, 40)])]
+    found = find(tokens, pieces, Known(world.index, b"n", (), "isolated", BOS))
+    assert [f.kind for f in found] == ["moved"] * 7
+
+
+def test_of_a_text_whose_first_chunks_are_lost_no_more_is_computed_for_ever() -> None:
+    world = World(isolated_tokens=40)
+    parts = [text(i, 40) for i in range(1, 5)]
+    world.prompt(text(0, 40), *parts, spans=[(0, 40), (40, 200)])
+    steps = 0
+    while world.isolation.pending and (steps := steps + 1) < 100:
+        encodes = world.step()
+        world.done(encodes)
+        for encode in encodes:  # each evicts the one before it
+            for load in encode.loads or [*encode.saves]:
+                slot = load.slot if hasattr(load, "slot") else load.record.slot
+                world.index.drop(slot)
+    assert steps < 30 and world.pool.get_num_free_blocks() == 400
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(16, 300), min_size=1, max_size=12),
+    rate=st.integers(16, 200),
+    steps=st.lists(st.tuples(st.sampled_from([0, 0, 4, 64, 512]), st.booleans()), max_size=60),
+    again=st.booleans(),
+)
+def test_no_step_computes_more_than_it_may(
+    sizes: list[int], rate: int, steps: list[tuple[int, bool]], again: bool
+) -> None:
+    """But for one chunk that has more by itself; whatever waits, and however long nothing ran."""
+    world = World(rows=512, isolated_tokens=rate)
+    world.prompt(text(0, 40), *(text(i + 1, T) for i, T in enumerate(sizes)), again=again)
+    done: Counter[int] = Counter()
+    for n, (scheduled, prompts) in enumerate(steps * 4):
+        encodes = world.step(scheduled, prompts and scheduled > 0)
+        computed = [len(e.tokens) - e.first for e in encodes]
+        assert sum(computed) <= rate or len(computed) == 1 == len(encodes[0].saves), n
+        done.update(computed)
+        world.done(encodes)
+    assert all(done[T] <= sizes.count(T) for T in done)
+    assert world.pool.get_num_free_blocks() == 400

@@ -274,7 +274,7 @@ def test_stalls_are_of_steps_in_which_somebody_is_answered() -> None:
 
     rows = np.arange(2)
     claim = Claim("a", 0, 2, rows, [0], [], rows)
-    encode = Encode(rows, [ChunkSave(None, "", 0, 2, [[1]])])  # type: ignore[arg-type]
+    encode = Encode(rows, 0, [], [ChunkSave(None, "", 0, 2, [[1]])])  # type: ignore[arg-type]
     stalls = Stalls()
     for step in (
         StepMetadata(decodes=5),

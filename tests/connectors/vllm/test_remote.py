@@ -20,7 +20,7 @@ def test_documents_of_one_engine_are_reused_and_moved_by_another(
     server = Valkey()
     try:
         tier = {"name": "redis", "url": server.url, "timeout_s": 0.5}
-        settings: dict[str, Any] = {"lmc": {"tiers": [tier]}}
+        settings: dict[str, Any] = {"lmc": {"tiers": [tier], "hand_over": True}}
         module = "tests.connectors.vllm.remote:"
         first = run_scenario(module + "stores", tiny_llama_dir, tmp_path, **settings)
         handed = run_scenario(
@@ -46,7 +46,8 @@ def test_documents_of_one_engine_are_reused_and_moved_by_another(
 def _check_handed(first: dict[str, Any], got: dict[str, Any]) -> None:
     """The prompts that the first engine computed are those of the second, byte by byte."""
     assert first["blended"].kinds == {"exact": 110, "moved": 124, "recomputed": 16, "new": 20}
-    assert first["counts"]["hand_overs"] == 2
+    assert first["counts"]["hand_overs:kept"] == 2
+    assert first["blended"].report["hand_over"] == "kept"
     for name in ("blended", "again"):
         assert got[name].kinds == {"exact": 269, "recomputed": 1}, name
         assert same(got[name], first["blended"]), name

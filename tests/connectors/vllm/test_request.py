@@ -35,7 +35,7 @@ OWN = "tests.connectors.vllm.test_request:Own"
     [
         ({"chunk": []}, "'chunk'; valid: blend, chunks, enabled, explain, hand_over, handed, save"),
         ({5: 1}, "parameter 5; valid"),
-        ({"chunks": [[0, 5], [4, 8]]}, r"\(4, 8\), want 5 <= start"),
+        ({"chunks": [[0, 5], [4, 8]]}, r"chunks: got span \(4, 8\), want 5 <= start"),
         ({"chunks": [[0, 11]]}, r"\(0, 11\).*<= 10"),
         ({"chunks": [[3, 3]]}, r"\(3, 3\)"),
         ({"chunks": [[0.5, 3]]}, "two integers"),
@@ -43,11 +43,14 @@ OWN = "tests.connectors.vllm.test_request:Own"
         ({"chunks": [5]}, "two integers"),
         ({"chunks": "0-5"}, "list of spans, got '0-5'"),
         ({"chunks": [[0, 1]] * 2000}, "2000 spans, allowed: 1024"),
+        ({"hand_over": "prompt-1"}, "hand_over: this engine neither hands prompts over nor takes"),
+        ({"handed": "prompt-1"}, "handed: this engine neither"),
         ({"hand_over": "short"}, "hand_over: got 'short', want 8 to 64 letters"),
         ({"hand_over": "../../etc/x"}, "hand_over: got '../../etc/x'"),
         ({"handed": 12345678}, "handed: got 12345678"),
         ({"handed": "x" * 65}, "handed: got 'x"),
-        ({"handed": "prompt-1", "blend": "epic"}, "handed: got blend too"),
+        ({"blend": {"name": "auto", "min_recovery": 2}}, "min_recovery: got 2.*want 0 to 1"),
+        ({"blend": "nope"}, "valid: auto, block"),  # none that runs on Hugging Face only
         ({"blend": "nope"}, "'nope'"),
         ({"blend": 5}, "got 5, want a name"),
         ({"blend": True}, "got True, want a name"),
@@ -97,7 +100,7 @@ def test_what_the_operator_lists_may_be_asked_for_by_its_name() -> None:
     # By its name alone: its fields are the operator's.
     with pytest.raises(ValueError, match="want a name"):
         parse_request({"blend": {"name": "mine", "rotate": True}}, 10, config)
-    with pytest.raises(ValueError, match="valid: mine, all, ape"):
+    with pytest.raises(ValueError, match="valid: mine, all, auto"):
         parse_request({"blend": "other"}, 10, config)
 
 
