@@ -23,6 +23,10 @@ TRACES = {
     "hung": r"(tiers_left_alone|write_failures.*outcome=dropped|load_failures.*what=fetch"
     r"|single_flights.*outcome=unanswered)",
 }
+# And seconds that bytes were under way to the disk or from it, if there are as many of them as it
+# hung: writes that nobody waited for, with room in the queue for all that came behind them.
+UNDER_WAY = r"transfer_seconds.*tier=disk"
+LONG_S = 15.0
 PREFIX = "vllm:lmc_"
 VLLMS = ("model_name", "engine")  # labels
 
@@ -111,7 +115,10 @@ def moved(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
 
 def traces(phase: str, grown: dict[str, float]) -> dict[str, float]:
     """Which of them tell of what was done in a phase."""
-    return {k: v for k, v in grown.items() if re.match(TRACES[phase], k)}
+    told = {k: v for k, v in grown.items() if re.match(TRACES[phase], k)}
+    if phase == "hung":
+        told |= {k: v for k, v in grown.items() if re.match(UNDER_WAY, k) and v > LONG_S}
+    return told
 
 
 def level(server: Server, name: str) -> float:
