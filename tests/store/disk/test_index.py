@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import struct
@@ -29,12 +30,21 @@ def data_of(root: Path) -> Path:
 
 def rot(root: Path, what: bytes) -> int:
     """Flip a bit of each place of the index where `what` is; how many there are."""
-    data, at, n = data_of(root).read_bytes(), 0, 0
-    fd = os.open(data_of(root), os.O_WRONLY)
-    while (at := data.find(what, at)) >= 0:
-        os.pwrite(fd, bytes([what[0] ^ 1]), at)
-        at, n = at + 1, n + 1
-    os.close(fd)
+    fd = os.open(data_of(root), os.O_RDWR)
+    end = n = 0
+    try:
+        while True:  # it is a file of many gigabytes, most of them holes
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+            data, at = os.pread(fd, end - start, start), 0
+            while (at := data.find(what, at)) >= 0:
+                os.pwrite(fd, bytes([what[0] ^ 1]), start + at)
+                at, n = at + 1, n + 1
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # no more data
+            raise
+    finally:
+        os.close(fd)
     return n
 
 
