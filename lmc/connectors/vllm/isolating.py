@@ -41,16 +41,17 @@ RESTED_S = 0.2  # without a request; a client that asks again at once finds the 
 
 
 class _Wanted:
-    """A text: its tokens `[T]`, `front` of which stand before it in every prompt.
+    """A text.
 
     Attributes:
+        tokens: `[T]`; in front of it the token that prompts begin with, if it is kept there.
         borders: of its chunks, from the first one's start to T.
         contexts: digests of what stands before each border.
         tries: how often something of it was computed.
     """
 
-    def __init__(self, namespace: bytes, front: int, tokens: np.ndarray, borders: list[int]):
-        self.namespace, self.front, self.tokens, self.borders = namespace, front, tokens, borders
+    def __init__(self, namespace: bytes, tokens: np.ndarray, borders: list[int]) -> None:
+        self.namespace, self.tokens, self.borders = namespace, tokens, borders
         self.contexts = context_digests(tokens, borders)
         self.tries = 0
 
@@ -151,7 +152,7 @@ class Isolation:
                 self._drop(key)
             ids = np.concatenate([np.array(front, "<i8"), content])
             borders = [len(front), *(len(front) + piece.end - start for piece in group)]
-            self._queues[place][key] = _Wanted(known.namespace, len(front), ids, borders)
+            self._queues[place][key] = _Wanted(known.namespace, ids, borders)
             self._tokens += len(ids)
         while self._tokens > WAITING:
             self._drop(next(key for queue in reversed(self._queues) for key in queue))
@@ -175,7 +176,6 @@ class Isolation:
             return []
         left = self._rate  # of this step
         room = self._max_rows - scheduled
-        patient = scheduled > 0 and self._waited < PATIENT
         rested = now - self._resting >= RESTED_S
         open_to = 3 if rested else 2 if scheduled and self._waited >= LATER else 1
         encodes: list[Encode] = []
@@ -189,9 +189,8 @@ class Isolation:
             fits = [end for end in wanted.borders[n + 1 :] if end - first <= left]
             end = fits[-1] if fits else wanted.borders[n + 1]
             T = end - first
-            if not fits and (encodes or (scheduled and self._credit < T)):
-                break
-            if (scheduled and self._credit < T) or (room < T and patient):
+            early = scheduled > 0 and (self._credit < T or (room < T and self._waited < PATIENT))
+            if early or (encodes and not fits):
                 break
             blocks = -(-end // self._groups.block_size) * len(self._groups.specs)
             if pool.get_num_free_blocks() < blocks + pool.num_gpu_blocks // SPARE:

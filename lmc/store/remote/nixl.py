@@ -14,6 +14,7 @@ from lmc.store.remote.nixl_server import UNIT, NixlServer
 from lmc.store.remote.redis_client import check_url, connecting
 from lmc.store.remote.redis_flights import RedisFlights
 from lmc.store.remote.redis_server import RedisServer
+from lmc.store.remote.server import check_timeout
 from lmc.store.sections import Heads
 
 
@@ -47,8 +48,7 @@ class NixlConfig:
         check_name(self.compression)
         if parse_bytes(self.capacity) < UNIT:
             raise ValueError(f"capacity: got {self.capacity}, want at least {UNIT} bytes")
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s: got {self.timeout_s}, want more than 0")
+        check_timeout(self.timeout_s)
 
     def open(
         self,

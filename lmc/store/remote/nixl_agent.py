@@ -100,7 +100,6 @@ class Agent:
         Raises:
             Fault: it failed, or took longer than `until`.
         """
-        state = "PROC"
         try:
             with faults("connection"):
                 while (state := self._agent.check_xfer_state(transfer)) == "PROC":

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -46,12 +47,12 @@ class Memory:
         if _units(nbytes) > len(self.buffer) // UNIT:
             return None
         gone: list[Key] = []
-        for other in (part, *self._parts):
-            if other in self._parts and other not in gone and (need > 0 or other == part):
-                need -= _units(sum(end - start for start, end in self._parts[other]))
-                gone.append(other)
-            elif need <= 0 and other != part:
+        older = [part] if part in self._parts else []
+        for other in chain(older, (key for key in self._parts if key != part)):
+            if need <= 0 and other != part:
                 break
+            need -= sum(end - start for start, end in self._parts[other]) // UNIT
+            gone.append(other)
         return gone
 
     def put(self, part: Key, data: memoryview) -> list[Run]:

@@ -11,6 +11,7 @@ from lmc.store.remote.keyed import Keyed
 from lmc.store.remote.redis_client import check_url, connecting
 from lmc.store.remote.redis_flights import RedisFlights
 from lmc.store.remote.redis_server import RedisServer
+from lmc.store.remote.server import check_timeout
 from lmc.store.sections import Heads
 
 
@@ -43,8 +44,7 @@ class RedisConfig:
         check_name(self.compression)
         if self.ttl_s is not None and self.ttl_s < 1:
             raise ValueError(f"ttl_s: got {self.ttl_s}, want at least 1, or null")
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s: got {self.timeout_s}, want more than 0")
+        check_timeout(self.timeout_s)
 
     def open(
         self,

@@ -13,6 +13,7 @@ from lmc.store.remote.redis_client import connecting
 from lmc.store.remote.redis_flights import RedisFlights
 from lmc.store.remote.redis_server import RedisServer
 from lmc.store.remote.s3_server import Listed, S3Server, store_of
+from lmc.store.remote.server import check_timeout
 from lmc.store.sections import Heads
 
 
@@ -49,8 +50,7 @@ class S3Config:
         if self.endpoint and urlsplit(self.endpoint).scheme not in ("http", "https"):
             raise ValueError("endpoint: want one that begins with http:// or https://")
         check_name(self.compression)
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s: got {self.timeout_s}, want more than 0")
+        check_timeout(self.timeout_s)
 
     def open(
         self,

@@ -104,6 +104,12 @@ class Server(Protocol):
         ...
 
 
+def check_timeout(timeout_s: float) -> None:
+    """Raise ValueError unless a config's seconds are some."""
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s: got {timeout_s}, want more than 0")
+
+
 def grouped(bands: Sequence[tuple[int, int]], nbytes: int) -> Iterator[list[tuple[int, int]]]:
     """Bands `[start, end)`, one behind the other, that are asked for in one go: as many as fit."""
     group: list[tuple[int, int]] = []
