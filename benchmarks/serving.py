@@ -13,7 +13,10 @@ prompts that have no text in common. Load is `N` clients that each wait for thei
 `poisson`: arrivals at 0.7 of the rate at which plain vLLM answered one client. The first block of
 a workload warms the servers up and is left out; nothing else is. A request that fails ends the run.
 
-Both compute on the same cores; servers that do not end the run.
+Both compute on the same cores; servers that do not end the run. What a server goes on to compute
+when its requests are answered, texts alone that clients told of, would be paid for by the other
+arm: each block begins when no server has used a processor for a second, and what it took until
+then is told apart (`idle s`, processor seconds a request, of no answer's time).
 
 Arms: `plain`; `lmc`, clients that know of nothing; `spans`, clients that say where documents are.
 Prints medians and 95th percentiles by workload, load and arm, and the ratio plain / arm with a
@@ -25,13 +28,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +63,7 @@ SESSIONS = 4  # of a block, where there are sessions
 REQUESTS = 12  # of a block, where there are none
 ANSWER = 16  # tokens
 PART = 12_000  # characters, which are 1,600 tokens or more
+REST = 0.2  # processor seconds a second that a server at rest uses: it polls
 BUSY = 0.7  # of the rate at which plain vLLM answers one client
 FLAGS = (
     "--dtype", "float32", "--max-model-len", "4096", "--max-num-batched-tokens", "2048",
@@ -131,17 +136,16 @@ async def ask(client: AsyncOpenAI, model: str, ids: Sequence[int], extra: dict[s
 
 
 async def run_block(
-    client: AsyncOpenAI, model: str, arm: str, salt: str, asks: Sequence[Ask],
-    before: Sequence[Prompt], load: str, rate: float, rng: random.Random,
+    servers: Mapping[str, Server], client: AsyncOpenAI, model: str, arm: str, salt: str,
+    asks: Sequence[Ask], before: Sequence[Prompt], load: str, rate: float, rng: random.Random,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of all requests of a block."""
+    server = "plain" if arm == "plain" else "lmc"
     extra: dict[str, Any] = {"cache_salt": salt}
     for document in before:
         said = {"lmc": {"chunks": [list(s) for s in document.spans]}} if arm == "spans" else {}
         more = {"kv_transfer_params": said} if said else {}
         await ask(client, model, document.token_ids, extra | more)
-    if arm != "plain":
-        await asyncio.sleep(1.0)  # what is computed once more, alone, is so by then
     done = [asyncio.Event() for _ in asks]
     places = asyncio.Semaphore(len(asks) if load == "poisson" else int(load))
     rows: list[dict[str, Any]] = []
@@ -160,14 +164,42 @@ async def run_block(
             "tpot_s": (wall - ttft) / max(1, tokens - 1), "prompt_tokens": len(prompt.token_ids),
         })  # fmt: skip
 
+    await at_rest(servers)
+    before_s = busy_s(servers[server])
     begun = time.perf_counter()
     tasks = []
     for item in asks:
         tasks.append(asyncio.create_task(one(item)))
         await asyncio.sleep(rng.expovariate(rate) if load == "poisson" else 0)
     await asyncio.gather(*tasks)
-    took = time.perf_counter() - begun
-    return [row | {"block_s": took, "block_requests": len(asks)} for row in rows]
+    took, answered_s = time.perf_counter() - begun, busy_s(servers[server])
+    await at_rest(servers)
+    block = {
+        "block_s": took, "block_requests": len(asks), "cpu_s": answered_s - before_s,
+        "idle_cpu_s": busy_s(servers[server]) - answered_s,
+    }  # fmt: skip
+    return [row | block for row in rows]
+
+
+def busy_s(server: Server) -> float:
+    """Processor seconds that a server and all that it started have used."""
+    used = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # gone meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == server.pid:  # the session, which each server begins
+                used += int(fields[11]) + int(fields[12])
+    return used / os.sysconf("SC_CLK_TCK")
+
+
+async def at_rest(servers: Mapping[str, Server]) -> None:
+    """Wait until no server has computed anything for a second."""
+    while True:
+        before = [busy_s(s) for s in servers.values()]
+        await asyncio.sleep(1.0)
+        after = [busy_s(s) for s in servers.values()]
+        if max(b - a for a, b in zip(before, after, strict=True)) < REST:
+            return
 
 
 async def measure(
@@ -191,8 +223,8 @@ async def measure(
                     server = "plain" if arm == "plain" else "lmc"
                     salt = f"{workload} {load} {block} {arm}"
                     found = await run_block(
-                        clients[server], models[server], arm, salt, asks, before, load, rate,
-                        random.Random(salt.rpartition(" ")[0]),
+                        servers, clients[server], models[server], arm, salt, asks, before, load,
+                        rate, random.Random(salt.rpartition(" ")[0]),
                     )  # fmt: skip
                     where = {"workload": workload, "load": load, "block": block, "arm": arm}
                     kept += [where | row for row in found if block]
@@ -217,6 +249,8 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
         cells.append(f"{np.median([r['tpot_s'] for r in found.values()]) * 1e3:7.1f}")
         blocks = {r["block"]: r["block_s"] / r["block_requests"] for r in found.values()}
         cells.append(f"{np.mean(list(blocks.values())):7.3f}")
+        idle = {r["block"]: r["idle_cpu_s"] / r["block_requests"] for r in found.values()}
+        cells.append(f"{np.mean(list(idle.values())):6.2f}")
         for column, some in (("ttft_s", again), ("wall_s", found)):
             ratios = [[by_arm["plain"][k][column] / r[column]] for k, r in some.items()]
             ratio = bootstrap(ratios, lambda sample: np.median(np.concatenate(sample)))
@@ -252,7 +286,7 @@ def main() -> None:
         models = {
             name: json.loads(s.get("/v1/models"))["data"][0]["id"] for name, s in servers.items()
         }
-        print("workload load     arm       n  TTFT p50     p95  ms/token  s/answer  "
+        print("workload load     arm       n  TTFT p50     p95  ms/token  s/answer  idle s  "
               "sooner [95%]        whole answer [95%]")  # fmt: skip
         rows = asyncio.run(measure(servers, models, tokenizer, options))
     where = {"time": time.time(), "cpu": cpu_name(), "commit": git_commit()}
