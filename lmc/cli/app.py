@@ -16,6 +16,7 @@ from lmc.cli.errors import errors_in_one_line
 from lmc.cli.explain import explain
 from lmc.cli.fit import fit
 from lmc.cli.kernels import kernels
+from lmc.cli.plan import plan
 from lmc.cli.reuse import reuse
 from lmc.cli.run import run
 from lmc.cli.serve import serve
@@ -35,7 +36,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(trace_app, name="trace")
 app.add_typer(workload_app, name="workload")
 app.add_typer(store_app, name="store")
-for command in (doctor, run, calibrate, explain, sim, reuse, fit, kernels):
+for command in (doctor, run, calibrate, explain, plan, sim, reuse, fit, kernels):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lmc.sim.readers import Reading
 
 SHOWN = 5
+FIGURES = (".pdf", ".png", ".svg")
 
 
 @contextmanager
@@ -49,3 +50,33 @@ def print_bad_lines(reading: Reading) -> None:
         typer.secho(f"  {bad}", fg=typer.colors.YELLOW, err=True)
     if reading.bad_count > SHOWN:
         typer.secho(f"  and {reading.bad_count - SHOWN} more", fg=typer.colors.YELLOW, err=True)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first column is names and whose others are numbers, none of which is cut.
+
+    Where it is wider than the terminal, or standard output none, lines are as long as they need.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    wide = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    typer.echo(title)
+    Console(width=max(wide, console.width)).print(table)
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise ValueError, before any work, unless a figure can be written there."""
+    if path is None:
+        return
+    if path.suffix.lower() not in FIGURES:
+        raise ValueError(f"plot: got {str(path)!r}, want a file that ends in {', '.join(FIGURES)}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"plot: got {str(path)!r}, but there is no folder {path.parent}")

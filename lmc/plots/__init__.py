@@ -5,6 +5,7 @@ from lmc.plots.pareto import deviation_map, pareto, quality_by_position
 from lmc.plots.runs import kinds, ttft, ttft_quality
 from lmc.plots.traces import (
     hit_rates,
+    memory_curves,
     reuse_distances,
     reuse_over_time,
     token_map,
@@ -16,6 +17,7 @@ __all__ = [
     "explained",
     "hit_rates",
     "kinds",
+    "memory_curves",
     "pareto",
     "quality_by_position",
     "reuse_distances",

@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from lmc.plots.style import AMBER, BLUE, GREEN, ORANGE, PURPLE, SKY, tidy
 
 if TYPE_CHECKING:
+    from lmc.sim.planning import Plan
     from lmc.sim.reuse import RequestReuse
     from lmc.sim.stack import Curve
 
@@ -60,6 +61,48 @@ def hit_rates(rows: Sequence[Mapping[str, Any]], lru: Curve | None = None) -> Fi
     metric = rows[0].get("metric", "object") if rows else "object"
     axes.set_ylabel(f"hit rate ({metric})")
     axes.legend(frameon=False, ncols=2, fontsize="small")
+    tidy(axes)
+    return figure
+
+
+def memory_curves(plan: Plan, title: str = "") -> Figure:
+    """What is found against memory in GiB: by a prefix cache, and at any position.
+
+    A point on each curve is where it finds the share that was asked for, and says how much is kept
+    there.
+    """
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    at = next(row for row in plan.targets if row["share"] == plan.target)
+    curves = [("prefix", "prefix cache", plan.reach.prefix, BLUE, "o")]
+    if plan.reach.anywhere is not None:
+        curves.append(("anywhere", "at any position", plan.reach.anywhere, ORANGE, "s"))
+    for name, label, curve, colour, marker in curves:
+        if not len(curve.capacity):
+            continue
+        # The last step goes on to the right: what no memory adds to.
+        x = np.append(curve.capacity, 2 * curve.capacity[-1]) / 2**30
+        y = np.append(curve.hit_rate, curve.infinite)
+        axes.step(x, y, where="post", color=colour, linewidth=1.5, label=label)
+        size, rate = at[f"{name}_bytes"] / 2**30, at[f"{name}_rate"]
+        axes.plot(size, rate, marker=marker, color=colour, markersize=7, zorder=4)
+        amount = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
+        axes.annotate(
+            f"{amount} GiB: {rate:.1%}", (size, rate), (7, -12),
+            textcoords="offset points", color=colour, fontsize="small",
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_ylim(0, None)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel(f"memory for the KV of {plan.model}, GiB (LRU)")
+    axes.set_ylabel("prompt tokens found")
+    axes.set_title(
+        f"{title}: {plan.requests:,} requests, points at {plan.target:.0%} of all that can be found"
+        .lstrip(": "),
+        loc="left", fontsize="medium",
+    )  # fmt: skip
+    axes.legend(frameon=False, loc="upper left")
     tidy(axes)
     return figure
 

@@ -14,7 +14,9 @@ NEVER = np.iinfo(np.int64).max
 _GROUPS = 16
 
 
-def stack_distances(keys: np.ndarray, sizes: np.ndarray | None = None) -> np.ndarray:
+def stack_distances(
+    keys: np.ndarray, sizes: np.ndarray | None = None, offsets: np.ndarray | None = None
+) -> np.ndarray:
     """The smallest capacity at which LRU hits, for each access: [A] int64, `NEVER` for a first one.
 
     It is the sum of the sizes of the different items used since the last access to the key, its
@@ -34,15 +36,21 @@ def stack_distances(keys: np.ndarray, sizes: np.ndarray | None = None) -> np.nda
     Args:
         keys: [A] integers in `[0, A)`, numbered densely: memory goes by the largest.
         sizes: [A] integers above 0 in any unit, the same at each access to a key; default 1 each.
+        offsets: [R + 1] of requests, as in `lmc.sim.trace.Accesses`, each of which is looked up as
+            a whole before any of it is put in, as a store does; no key twice in one. Default: each
+            access is looked up, and put in, alone.
 
     Raises:
-        ValueError: keys or sizes out of range or of another type, differing lengths, or a key
-            with two sizes (which of them LRU has then depends on the capacity).
+        ValueError: keys or sizes out of range or of another type, differing lengths, offsets that
+            do not ascend from 0 to A, or a key with two sizes (which of them LRU has then depends
+            on the capacity).
     """
     keys, sizes = _checked(keys, sizes)
+    offsets = np.arange(len(keys) + 1) if offsets is None else offsets
+    _check_offsets(offsets, len(keys))
     distances = np.empty(len(keys), dtype=np.int64)
     if len(keys):
-        wrong = _fill_distances(keys, sizes, int(keys.max()) + 1, distances)
+        wrong = _fill_distances(keys, sizes, offsets, int(keys.max()) + 1, distances)
         if wrong >= 0:
             raise ValueError(
                 f"sizes: got {sizes[wrong]} at access {wrong} to key {keys[wrong]}, "
@@ -61,10 +69,13 @@ def prefix_distances(distances: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
     Raises ValueError for offsets that do not ascend from 0 to A.
     """
-    A = len(distances)
+    _check_offsets(offsets, len(distances))
+    return _running_maximum(distances, offsets)
+
+
+def _check_offsets(offsets: np.ndarray, A: int) -> None:
     if not len(offsets) or offsets[0] != 0 or offsets[-1] != A or (np.diff(offsets) < 0).any():
         raise ValueError(f"offsets: got {offsets}, want them to ascend from 0 to {A}")
-    return _running_maximum(distances, offsets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +97,21 @@ class Curve:
     def infinite(self) -> float:
         """The hit rate of a place that evicts nothing."""
         return float(self.hit_rate[-1]) if len(self.hit_rate) else 0.0
+
+    def capacity_for(self, rate: float) -> int:
+        """The smallest capacity at which the hit rate is `rate` or more; 0 for a rate of 0.
+
+        Raises ValueError for a rate that no capacity gives.
+        """
+        # What adds up to the highest rate may miss it by the last bits of a sum.
+        if rate > self.infinite * (1 + 1e-12):
+            raise ValueError(
+                f"rate: got {rate:.6g}, but no capacity gives over {self.infinite:.6g}"
+            )
+        if rate <= 0:
+            return 0
+        place = int(np.searchsorted(self.hit_rate, rate * (1 - 1e-12)))
+        return int(self.capacity[min(place, len(self.capacity) - 1)])
 
 
 def hit_curve(
@@ -221,7 +247,9 @@ def _checked(keys: np.ndarray, sizes: np.ndarray | None) -> tuple[np.ndarray, np
 
 
 @compiled
-def _fill_distances(keys: np.ndarray, sizes: np.ndarray, U: int, distances: np.ndarray) -> int:
+def _fill_distances(
+    keys: np.ndarray, sizes: np.ndarray, offsets: np.ndarray, U: int, distances: np.ndarray
+) -> int:
     """Fill `distances`; the first access whose size is not that of its key before, or -1.
 
     Each access takes the next time slot and empties the one its key had. The tree is Fenwick's,
@@ -234,30 +262,34 @@ def _fill_distances(keys: np.ndarray, sizes: np.ndarray, U: int, distances: np.n
     access = np.empty(slots + 1, dtype=np.int64)  # the one in each slot, -1 for none
     slot_of = np.zeros(U, dtype=np.int64)  # of each key; slots count from 1
     last = 0
-    for a in range(len(keys)):
-        key, size = keys[a], sizes[a]
-        slot = slot_of[key]
-        distances[a] = NEVER
-        if slot > 0:
-            if sizes[access[slot]] != size:
-                return a
-            distances[a] = _sum(tree, slot - 1, last)
-            access[slot] = -1
-            while slot <= last:
-                tree[slot] -= size
-                slot += slot & -slot
-        if last == slots:
-            last = 0
-            for old in range(1, slots + 1):
-                if access[old] >= 0:
-                    last += 1
-                    access[last] = access[old]
-                    slot_of[keys[access[last]]] = last
-                    _append(tree, last, sizes[access[last]])
-        last += 1
-        access[last] = a
-        slot_of[key] = last
-        _append(tree, last, size)
+    for r in range(len(offsets) - 1):
+        for a in range(offsets[r], offsets[r + 1]):
+            slot = slot_of[keys[a]]
+            distances[a] = NEVER
+            if slot > 0:
+                if sizes[access[slot]] != sizes[a]:
+                    return a
+                distances[a] = _sum(tree, slot - 1, last)
+        for a in range(offsets[r], offsets[r + 1]):
+            key, size = keys[a], sizes[a]
+            slot = slot_of[key]
+            if slot > 0:
+                access[slot] = -1
+                while slot <= last:
+                    tree[slot] -= size
+                    slot += slot & -slot
+            if last == slots:
+                last = 0
+                for old in range(1, slots + 1):
+                    if access[old] >= 0:
+                        last += 1
+                        access[last] = access[old]
+                        slot_of[keys[access[last]]] = last
+                        _append(tree, last, sizes[access[last]])
+            last += 1
+            access[last] = a
+            slot_of[key] = last
+            _append(tree, last, size)
     return -1
 
 
