@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from lmc.kernels.spec import KernelSpec, interpreted
+from lmc.kernels.spec import OPTIONS, KernelSpec, interpreted
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -19,6 +19,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Bytes of shared memory that one program may have.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -56,8 +58,7 @@ def compile_variant(spec: KernelSpec, variant: str, dtype: torch.dtype, target: 
             aligned[(i,)] = [["tt.divisibility", int(divisor)]]
     source = ASTSource(kernel, signature=types, constexprs=constants, attrs=aligned)
     gpu = TARGETS[target]
-    # What a launch without options gets; triton 3.9 warns where the second is not spelled out.
-    options = {"num_warps": arguments.get("num_warps", 4), "enable_fp_fusion": True}
+    options = {"num_warps": arguments.get("num_warps", 4), **OPTIONS}
     compiled = triton.compile(source, target=gpu, options=options)
     return _nvidia(compiled) if gpu.backend == "cuda" else _amd(compiled)
 
@@ -106,7 +107,7 @@ def _amd(compiled: CompiledKernel) -> Binary:
     return Binary(
         registers=fact("vgpr_count"),
         spills=fact("vgpr_spill_count") + fact("sgpr_spill_count"),
-        shared=fact("group_segment_fixed_size"),
+        shared=compiled.metadata.shared,  # the assembly has 0: it is given at launch
         load_bits=widest("load"),
         store_bits=widest("store"),
     )

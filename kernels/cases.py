@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lmc.kernels.paged import PagedKV
 
-Layout = Literal["nhd", "hnd", "joint", "cpu"]
+Layout = Literal["nhd", "hnd", "joint", "packed", "cpu"]
 Slots = Literal["runs", "shuffled", "holes", "none"]
 
 
@@ -57,8 +57,9 @@ def make_paged(case: Case, dtype: torch.dtype, device: str, *, poisoned: bool) -
     """Pages of normal values, or poisoned.
 
     nhd, hnd: K and V apart, [N, P, G, D] or [N, G, P, D] in memory; joint: both in one tensor
-    [N, 2, P, G, D]; cpu: vLLM's CPU backend, [N, G, P, 2D] where the first half of every
-    (page, head) holds K as [D, P] and the second V as [P, D].
+    [N, 2, P, G, D]; packed: in one [N, P, G, 2D], K before V, as vLLM's GPU backends; cpu: vLLM's
+    CPU backend, [N, G, P, 2D] where the first half of every (page, head) holds K as [D, P] and the
+    second V as [P, D].
     """
     N, P, G, D = case.N, case.P, case.G, case.D
     random = _generator(case)
@@ -75,6 +76,8 @@ def make_paged(case: Case, dtype: torch.dtype, device: str, *, poisoned: bool) -
                 pair = kv.view(2, N, G, P, D).transpose(2, 3).unbind()
             case "joint":
                 pair = kv.view(N, 2, P, G, D).unbind(1)
+            case "packed":
+                pair = kv.view(N, P, G, 2 * D).split(D, dim=-1)
             case "cpu":
                 pair = (
                     halves[:, :, 0].view(N, G, D, P).permute(0, 3, 1, 2),

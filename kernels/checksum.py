@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmc.kernels.paged import describe
-from lmc.kernels.spec import EXACT, KernelSpec, use_kernel
+from lmc.kernels.spec import EXACT, OPTIONS, KernelSpec, use_kernel
 
 # The tree is part of the digest's meaning: a change of TILE changes every digest. 2048 words are
 # eight 16-byte loads a thread.
@@ -72,7 +72,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x
 
 
-@triton.jit
+# rest is 1 for some sizes, and a constant 1 has no .to.
+@triton.jit(do_not_specialize=["rest"])
 def _checksum_kernel(words, tail, out, size, rest):
     i = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, TILE)
@@ -109,7 +110,7 @@ def checksum(x: Tensor) -> Tensor:
         out = torch.empty(_tiles(n), dtype=torch.int64, device=x.device)
         words, tail = data[: n // 8 * 8].view(torch.int64), data[n // 8 * 8 :]
         with torch.cuda.device_of(x):
-            _checksum_kernel[(len(out),)](words, tail, out, n // 8, n % 8)
+            _checksum_kernel[(len(out),)](words, tail, out, n // 8, n % 8, **OPTIONS)
         if len(out) == 1:
             return out[0]
         data = out.view(torch.uint8)

@@ -28,7 +28,7 @@ from lmc.kernels.quantize import (
 )
 from lmc.kernels.rerotate import check_rotation, rotate_args
 from lmc.kernels.scatter import scatter, scatter_reference
-from lmc.kernels.spec import ROUNDED, KernelSpec, use_kernel
+from lmc.kernels.spec import OPTIONS, ROUNDED, KernelSpec, use_kernel
 
 
 def dequantize_reference(q: Quantised, out: Tensor | None = None) -> Tensor:
@@ -95,10 +95,11 @@ def _put(
     tl.store(p_row[:, None] + ((FIRST + o) * PAGE_D)[None, :], b_x, mask=m)
 
 
-@triton.jit
+# Numbers that differ from call to call, and where an index begins, must not compile it anew.
+@triton.jit(do_not_specialize=["T", "t_kv"], do_not_specialize_on_alignment=["slots", "table"])
 def _dequantize_kernel(
     codes, k_scale, v_scale, pages, slots, cos, sin, T, c_l, c_kv, c_t, c_g, s_l, s_t, s_g,
-    table, L, limit, k_n, k_p, k_g, v_n, v_p, v_g,
+    table, t_kv, limit, k_n, k_p, k_g, v_n, v_p, v_g,
     K_D: tl.constexpr, V_D: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
     C_D: tl.constexpr, D: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -113,7 +114,7 @@ def _dequantize_kernel(
     b_page, b_offset = b_slot // P, b_slot % P
     m_t = (b_slot >= 0) & (b_slot < limit)
     p_row = codes + i_l * c_l + i_kv * c_kv + i_g * c_g + o_t * c_t
-    base = tl.multiple_of(tl.load(table + i_kv * L + i_l).to(pages.dtype), ALIGN)
+    base = tl.multiple_of(tl.load(table + i_kv * t_kv + i_l).to(pages.dtype), ALIGN)
     if i_kv == 0:
         p_page = base + i_g * k_g + b_page * k_n + b_offset * k_p
         p_scale = k_scale + (i_l * G + i_g) * D
@@ -141,7 +142,7 @@ def _dequantize_kernel(
         _put(p_page, b_v, m_t, 0, D, BLOCK_D, V_D)
 
 
-def _tile(T: int, D: int, R: int, interleaved: bool) -> dict[str, int]:
+def _tile(D: int, R: int, interleaved: bool) -> dict[str, int]:
     """8192 codes of one program, so that slots, scales and angles are few beside them.
 
     Scales and angles of all dims of a tile take registers: with four warps, fp32 would need 190 of
@@ -149,7 +150,7 @@ def _tile(T: int, D: int, R: int, interleaved: bool) -> dict[str, int]:
     """
     BLOCK_D = triton.next_power_of_2(D)
     return {
-        "BLOCK_T": min(8192 // BLOCK_D, triton.next_power_of_2(max(T, 1))), "BLOCK_D": BLOCK_D,
+        "BLOCK_T": 8192 // BLOCK_D, "BLOCK_D": BLOCK_D,
         **rotate_args(R, D, interleaved), "BLOCK_REST": 64, "num_warps": 8,
     }  # fmt: skip
 
@@ -192,13 +193,13 @@ def scatter_quantised(
         else:
             scatter_quantised_reference(q, paged, slots, cos, sin, interleaved=interleaved)
     elif len(slots):
-        tile = _tile(len(slots), paged.D, R, interleaved)
+        tile = _tile(paged.D, R, interleaved)
         grid = (paged.G, triton.cdiv(len(slots), tile["BLOCK_T"]), 2 * paged.L)
         with torch.cuda.device_of(codes):
             _dequantize_kernel[grid](
                 codes, k_scale.contiguous(), v_scale, paged.k[0], slots.contiguous(), cos, sin,
                 len(slots), *codes.stride()[:4], *v_scale.stride(), **paged.kernel_args,
-                C_D=codes.stride(4), D=paged.D, PACKED=int(q.format == "int4"), **tile,
+                C_D=codes.stride(4), D=paged.D, PACKED=int(q.format == "int4"), **tile, **OPTIONS,
             )  # fmt: skip
 
 
@@ -231,10 +232,10 @@ def _signature(format: str, D: int, R: int, interleaved: bool = False) -> dict[s
     codes = {"int8": "*i8:16", "int4": "*u8:16", "fp8": "*fp8e4nv:16"}[format]
     return {
         "codes": codes, "k_scale": "*fp32:16", "v_scale": "*fp32:16", "pages": "*b:16",
-        "slots": "*i64:16", "cos": "*fp32:16", "sin": "*fp32:16", "T": "i32",
+        "slots": "*i64", "cos": "*fp32:16", "sin": "*fp32:16", "T": "i32",
         "c_l": "i32:16", "c_kv": "i32:16", "c_t": "i32:16", "c_g": "i32:16",
         "s_l": "i32", "s_t": "i32", "s_g": 1, **AOT_ARGS,
-        "C_D": 1, "D": D, "PACKED": int(format == "int4"), **_tile(8192, D, R, interleaved),
+        "C_D": 1, "D": D, "PACKED": int(format == "int4"), **_tile(D, R, interleaved),
     }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmc.kernels.cases import Case, make_chunk, make_paged, make_slots, poison
 from lmc.kernels.paged import PagedKV, check_slots, describe
-from lmc.kernels.spec import EXACT, KernelSpec, use_kernel
+from lmc.kernels.spec import EXACT, OPTIONS, KernelSpec, use_kernel
 
 Which = Literal["k", "v", "both"]
 Norm = Literal["l1", "squared", "cosine"]
@@ -203,7 +203,7 @@ def deviation(
                 len(slots), paged.G, paged.N * paged.P,
                 *k.stride()[:2], *v.stride()[:2], *cached_k.stride()[:3], *cached_v.stride()[:3],
                 X_D=k.stride(2), Y_D=v.stride(2), K_D=cached_k.stride(3), V_D=cached_v.stride(3),
-                P=paged.P, D=paged.D, **_norms(tensor, norm), WRITE=int(write), **tile,
+                P=paged.P, D=paged.D, **_norms(tensor, norm), WRITE=int(write), **tile, **OPTIONS,
             )  # fmt: skip
     return out
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lmc.kernels.cases import Case, make_paged, make_slots, poison
 from lmc.kernels.host import gather_host
 from lmc.kernels.paged import AOT_ARGS, PagedKV, PagedLatents, check_slots, describe, page_runs
-from lmc.kernels.spec import EXACT, KernelSpec, block_rows, use_kernel
+from lmc.kernels.spec import EXACT, OPTIONS, KernelSpec, block_rows, use_kernel
 
 
 def gather_reference(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
@@ -34,12 +34,13 @@ def gather_reference(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -
     return out
 
 
-@triton.jit
+# Numbers that differ from call to call, and where an index begins, must not compile it anew.
+@triton.jit(do_not_specialize=["T", "t_kv"], do_not_specialize_on_alignment=["slots", "table"])
 def _gather_kernel(
     out, slots, T, o_l, o_kv, o_t, o_g,
-    table, L, limit, k_n, k_p, k_g, v_n, v_p, v_g,
+    table, t_kv, limit, k_n, k_p, k_g, v_n, v_p, v_g,
     K_D: tl.constexpr, V_D: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
-    O_D: tl.constexpr, D: tl.constexpr, SIDES: tl.constexpr,
+    O_D: tl.constexpr, D: tl.constexpr, SIDES: tl.constexpr, CLEAR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_g = tl.program_id(0).to(tl.int64)
@@ -49,16 +50,18 @@ def _gather_kernel(
     o_d = tl.arange(0, BLOCK_D)
     b_slot = tl.load(slots + o_row, mask=o_row < T, other=-1)
     b_page, b_offset = b_slot // P, b_slot % P
-    m = ((b_slot >= 0) & (b_slot < limit))[:, None] & (o_d < D)[None, :]
+    m_d = (o_d < D)[None, :]
+    m = ((b_slot >= 0) & (b_slot < limit))[:, None] & m_d
+    m_out = (o_row < T)[:, None] & m_d if CLEAR else m
     p_out = out + i_l * o_l + i_kv * o_kv + i_g * o_g
     p_out = (p_out + o_row * o_t)[:, None] + (o_d * O_D)[None, :]
-    base = tl.multiple_of(tl.load(table + i_kv * L + i_l).to(out.dtype), ALIGN)
+    base = tl.multiple_of(tl.load(table + i_kv * t_kv + i_l).to(out.dtype), ALIGN)
     if i_kv == 0:
         p_k = (base + i_g * k_g + b_page * k_n + b_offset * k_p)[:, None] + (o_d * K_D)[None, :]
-        tl.store(p_out, tl.load(p_k, mask=m), mask=m)
+        tl.store(p_out, tl.load(p_k, mask=m, other=0), mask=m_out)
     else:
         p_v = (base + i_g * v_g + b_page * v_n + b_offset * v_p)[:, None] + (o_d * V_D)[None, :]
-        tl.store(p_out, tl.load(p_v, mask=m), mask=m)
+        tl.store(p_out, tl.load(p_v, mask=m, other=0), mask=m_out)
 
 
 def gather(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
@@ -74,21 +77,24 @@ def gather(paged: PagedKV, slots: Tensor, out: Tensor | None = None) -> Tensor:
             f"out must be {paged.dtype} {list(shape)} on {paged.device}, got {describe(out)}"
         )
     slots = slots.to(paged.device, non_blocking=True)
+    clear, kernel = out is None, use_kernel(paged.k[0])
     if out is None:
-        out = torch.zeros(shape, dtype=paged.dtype, device=paged.device)
-    if not use_kernel(paged.k[0]):
+        make = torch.empty if kernel else torch.zeros  # the kernel writes the zeros, too
+        out = make(shape, dtype=paged.dtype, device=paged.device)
+    if not kernel:
         if paged.sides == 2:
             gather_host(paged, slots, out)
             return out
         return gather_reference(paged, slots, out)
     if len(slots):
-        BLOCK_T = block_rows(len(slots), paged.D)
+        BLOCK_T = block_rows(paged.D)
         grid = (paged.G, triton.cdiv(len(slots), BLOCK_T), shape[1] * paged.L)
         with torch.cuda.device_of(out):
             _gather_kernel[grid](
                 out, slots.contiguous(), len(slots), *out.stride()[:4],
                 **paged.kernel_args, O_D=out.stride(-1), D=paged.D, SIDES=shape[1],
-                BLOCK_T=BLOCK_T, BLOCK_D=triton.next_power_of_2(paged.D),
+                CLEAR=int(clear), BLOCK_T=BLOCK_T, BLOCK_D=triton.next_power_of_2(paged.D),
+                **OPTIONS,
             )  # fmt: skip
     return out
 
@@ -124,10 +130,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
 
 def _signature(D: int, SIDES: int = 2) -> dict[str, str | int]:
     return {
-        "out": "*b:16", "slots": "*i64:16", "T": "i32",
+        "out": "*b:16", "slots": "*i64", "T": "i32",
         "o_l": "i32:16", "o_kv": "i32:16", "o_t": "i32:16", "o_g": "i32:16", **AOT_ARGS,
-        "O_D": 1, "D": D, "SIDES": SIDES,
-        "BLOCK_T": block_rows(8192, D), "BLOCK_D": triton.next_power_of_2(D),
+        "O_D": 1, "D": D, "SIDES": SIDES, "CLEAR": 0,
+        "BLOCK_T": block_rows(D), "BLOCK_D": triton.next_power_of_2(D),
     }  # fmt: skip
 
 
@@ -141,6 +147,7 @@ SPEC = KernelSpec(
         Case(T=37, G=3, D=64, rotate=False, layout="cpu"),
         Case(T=21, G=2, D=80, rotate=False, layout="hnd", slots="holes"),
         Case(T=21, G=2, D=96, rotate=False, layout="joint", slots="shuffled"),
+        Case(T=33, G=2, D=64, rotate=False, layout="packed", slots="holes"),
         Case(T=9, G=1, D=128, P=8, rotate=False, layout="cpu", slots="shuffled"),
         Case(T=20, G=2, D=256, rotate=False, slots="holes"),
         Case(T=7, G=2, D=64, rotate=False, slots="none"),

@@ -22,7 +22,7 @@ from torch import Tensor
 from lmc.kernels.cases import Case, make_paged, poison
 from lmc.kernels.logits import lse_kernel, row_logits, rows_seen, sees
 from lmc.kernels.paged import DTYPES, describe
-from lmc.kernels.spec import ROUNDED, KernelSpec, interpreted, use_kernel
+from lmc.kernels.spec import OPTIONS, ROUNDED, KernelSpec, interpreted, use_kernel
 
 Heads = Literal["mean", "max"]
 Queries = Literal["sum", "max", "l2"]
@@ -257,13 +257,13 @@ def importance(
             share = triton.cdiv(T, splits * shape["BLOCK_N"]) * shape["BLOCK_N"]
             lse_kernel[(programs, splits)](
                 q, k, table, positions, seen, parts, M, T, share, *capping, *strides,
-                *parts.stride()[:2], **shape,
+                *parts.stride()[:2], **shape, **OPTIONS,
             )  # fmt: skip
         _importance_kernel[(triton.cdiv(T, shape["BLOCK_N"]),)](
             q, k, table, positions, seen, others, parts, out, M, T, *capping,
             1.0 if lse is None else LOG2E, *strides, *parts.stride()[:2], **shape,
             SINKS=int(sinks is not None and lse is None), SPLITS=splits,
-            MEAN=int(heads == "mean"), QUERIES=QUERIES[queries],
+            MEAN=int(heads == "mean"), QUERIES=QUERIES[queries], **OPTIONS,
         )  # fmt: skip
     return out
 

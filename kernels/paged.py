@@ -66,8 +66,12 @@ class PagedKV:
         return (self.L, self.sides, T, self.G, self.D)
 
     def some(self, first: int, behind: int) -> "PagedKV":
-        """The same of the layers [first, behind)."""
-        return PagedKV(self.k[first:behind], self.v[first:behind])
+        """The same of the layers [first, behind), with a view of the table of all."""
+        return self._sharing(PagedKV(self.k[first:behind], self.v[first:behind]), first, behind)
+
+    def _sharing(self, part: "PagedKV", first: int, behind: int) -> "PagedKV":
+        part.__dict__["table"] = self.table[:, first:behind]
+        return part
 
     def to(self, dtype: torch.dtype) -> "PagedKV":
         """A copy in another dtype."""
@@ -111,9 +115,13 @@ class PagedKV:
 
     @cached_property
     def table(self) -> Tensor:
-        """Addresses of the layers' first elements, int64 [2, L] on the device: K, then V."""
+        """Addresses of the layers' first elements, int64 [2, L] on the device: K, then V.
+
+        Copied out of pinned memory, so that the stream is not waited for.
+        """
         rows = [[x.data_ptr() for x in layers] for layers in (self.k, self.v)]
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+        table = torch.tensor(rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return table.to(self.device, non_blocking=True)
 
     @cached_property
     def bits(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -130,7 +138,7 @@ class PagedKV:
         # without this promise it would issue one load per element.
         aligned = all(x.data_ptr() % 16 == 0 for x in (*self.k, *self.v))
         return {
-            "table": self.table, "L": self.L, "limit": self.N * self.P,
+            "table": self.table, "t_kv": self.table.stride(0), "limit": self.N * self.P,
             "k_n": k_n, "k_p": k_p, "k_g": k_g, "v_n": v_n, "v_p": v_p, "v_g": v_g,
             "K_D": k_d, "V_D": v_d, "P": self.P,
             "ALIGN": 16 if aligned else self.k[0].element_size(),
@@ -152,8 +160,9 @@ class PagedLatents(PagedKV):
         heads = tuple(x.unsqueeze(2) for x in pages)
         super().__init__(heads, heads)
 
-    def some(self, first: int, behind: int) -> "PagedLatents":
-        return PagedLatents([x.squeeze(2) for x in self.k[first:behind]])
+    def some(self, first: int, behind: int) -> "PagedKV":
+        part = PagedLatents([x.squeeze(2) for x in self.k[first:behind]])
+        return self._sharing(part, first, behind)
 
     def to(self, dtype: torch.dtype) -> "PagedLatents":
         return PagedLatents([x.squeeze(2).to(dtype) for x in self.k])
@@ -166,7 +175,7 @@ class PagedLatents(PagedKV):
 
 
 AOT_ARGS: dict[str, str | int] = {
-    "table": "*i64:16", "L": "i32", "limit": "i32:16",
+    "table": "*i64", "t_kv": "i32", "limit": "i32:16",
     "k_n": "i32:16", "k_p": "i32:16", "k_g": "i32:16",
     "v_n": "i32:16", "v_p": "i32:16", "v_g": "i32:16",
     "K_D": 1, "V_D": 1, "P": 16, "ALIGN": 16,

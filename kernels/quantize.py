@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lmc.kernels.cases import Case, make_chunk
 from lmc.kernels.paged import DTYPES, describe
-from lmc.kernels.spec import QUANTISED, KernelSpec, use_kernel
+from lmc.kernels.spec import OPTIONS, QUANTISED, KernelSpec, interpreted, use_kernel
 
 # By name: the type of the codes, which tells the format, and the largest code.
 FORMATS = {
@@ -130,7 +130,8 @@ def _integer(b_x):
 def _e4m3(b_x):
     """The nearest number of e4m3, so that the conversion that follows is exact.
 
-    Triton 3.9's interpreter would lose the carry of a rounding: 127.7 would become 64.
+    Needed where no hardware rounds: Triton 3.9's interpreter loses the carry of a rounding, so that
+    127.7 becomes 64, and AMD's conversion is not of this format.
     """
     b_bits = b_x.to(tl.int32, bitcast=True)
     b_bits = (b_bits + 0x7FFFF + ((b_bits >> 20) & 1)) & -0x100000
@@ -150,7 +151,7 @@ def _load(p_x, o_t, o_d, T, c_t, C_D: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _store(
     p_codes, b_x, o_t, first, T, G, D: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+    SOFT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Round b_x [BLOCK_T, BLOCK], rows o_t and dims first.., to codes of one head at p_codes."""
     if PACKED:
@@ -164,7 +165,10 @@ def _store(
         o = first + tl.arange(0, BLOCK)
         m = (o_t < T)[:, None] & (o < D)[None, :]
         p = p_codes + (o_t * G * D)[:, None] + o[None, :]
-        b_x = _e4m3(b_x) if p_codes.dtype.element_ty.is_fp8() else _integer(b_x)
+        if not p_codes.dtype.element_ty.is_fp8():
+            b_x = _integer(b_x)
+        elif SOFT:
+            b_x = _e4m3(b_x)
         tl.store(p, b_x.to(p_codes.dtype.element_ty), mask=m)
 
 
@@ -172,7 +176,7 @@ def _store(
 def _keys(
     p_k, p_scale, p_codes, first, T, G, c_t,
     C_D: tl.constexpr, D: tl.constexpr, LIMIT: tl.constexpr, PACKED: tl.constexpr,
-    ONCE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    SOFT: tl.constexpr, ONCE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Channels first.. of one head, all rows."""
     o_t = tl.arange(0, BLOCK_T).to(tl.int64)
@@ -187,18 +191,18 @@ def _keys(
     tl.store(p_scale + o_d, tl.div_rn(b_max, 1.0 * LIMIT), mask=o_d < D)
     b_inverse = tl.div_rn(1.0 * LIMIT, b_max)[None, :]
     if ONCE:
-        _store(p_codes, b_x * b_inverse, o_t, first, T, G, D, PACKED, BLOCK_T, BLOCK_C)
+        _store(p_codes, b_x * b_inverse, o_t, first, T, G, D, PACKED, SOFT, BLOCK_T, BLOCK_C)
     else:
         for start in range(0, T, BLOCK_T):
             b_next = _load(p_k, start + o_t, o_d, T, c_t, C_D, D) * b_inverse
-            _store(p_codes, b_next, start + o_t, first, T, G, D, PACKED, BLOCK_T, BLOCK_C)
+            _store(p_codes, b_next, start + o_t, first, T, G, D, PACKED, SOFT, BLOCK_T, BLOCK_C)
 
 
 @triton.jit
 def _values(
     p_v, p_scale, p_codes, first, T, G, c_t,
     C_D: tl.constexpr, D: tl.constexpr, LIMIT: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows first.. of one head, all channels."""
     o_t = first + tl.arange(0, BLOCK_T)
@@ -206,14 +210,15 @@ def _values(
     b_max = tl.maximum(tl.max(tl.abs(b_x), axis=1), TINY)
     tl.store(p_scale + o_t * G, tl.div_rn(b_max, 1.0 * LIMIT), mask=o_t < T)
     b_x = b_x * tl.div_rn(1.0 * LIMIT, b_max)[:, None]
-    _store(p_codes, b_x, o_t, 0, T, G, D, PACKED, BLOCK_T, BLOCK_D)
+    _store(p_codes, b_x, o_t, 0, T, G, D, PACKED, SOFT, BLOCK_T, BLOCK_D)
 
 
 @triton.jit
 def _quantize_kernel(
     chunk, codes, k_scale, v_scale, T, c_l, c_kv, c_t, c_g,
     C_D: tl.constexpr, D: tl.constexpr, LIMIT: tl.constexpr, PACKED: tl.constexpr,
-    ONCE: tl.constexpr, K_T: tl.constexpr, K_C: tl.constexpr, V_T: tl.constexpr, V_C: tl.constexpr,
+    SOFT: tl.constexpr, ONCE: tl.constexpr,
+    K_T: tl.constexpr, K_C: tl.constexpr, V_T: tl.constexpr, V_C: tl.constexpr,
 ):  # fmt: skip
     i_g, G = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     i_tile = tl.program_id(1).to(tl.int64)
@@ -224,24 +229,24 @@ def _quantize_kernel(
     if i_tile < K_TILES:
         p_scale = k_scale + (i_l * G + i_g) * D
         first = i_tile * K_C
-        _keys(p_k, p_scale, p_codes, first, T, G, c_t, C_D, D, LIMIT, PACKED, ONCE, K_T, K_C)
+        _keys(p_k, p_scale, p_codes, first, T, G, c_t, C_D, D, LIMIT, PACKED, SOFT, ONCE, K_T, K_C)
     else:
         p_scale = v_scale + i_l * T * G + i_g
         first = (i_tile - K_TILES) * V_T
         p_codes += T * G * (D // 2 if PACKED else D)
-        _values(p_k + c_kv, p_scale, p_codes, first, T, G, c_t, C_D, D, LIMIT, PACKED, V_T, V_C)
+        p_v = p_k + c_kv
+        _values(p_v, p_scale, p_codes, first, T, G, c_t, C_D, D, LIMIT, PACKED, SOFT, V_T, V_C)
 
 
-def _tiles(T: int, D: int, format: str) -> dict[str, int]:
+def _tiles(T: int, D: int, format: str, soft: bool) -> dict[str, int]:
     """Tiles of 8192 elements: of K all rows, while 16 channels of them fit, of V all channels."""
     rows, V_C = triton.next_power_of_2(max(T, 1)), triton.next_power_of_2(D)
     K_T = min(rows, ROWS_AT_ONCE)
     K_C, V_T = min(8192 // K_T, V_C), min(8192 // V_C, rows)
-    # Rounding to fp8 takes registers, so that more threads must share a tile.
-    warps = 8 if format == "fp8" else 4
     return {
-        "LIMIT": FORMATS[format][1], "PACKED": int(format == "int4"), "ONCE": int(T <= K_T),
-        "K_T": K_T, "K_C": K_C, "V_T": V_T, "V_C": V_C, "num_warps": warps,
+        "LIMIT": FORMATS[format][1], "PACKED": int(format == "int4"), "SOFT": int(soft),
+        "ONCE": int(T <= K_T), "K_T": K_T, "K_C": K_C, "V_T": V_T, "V_C": V_C,
+        "num_warps": 8 if soft else 4,  # rounding takes registers: more threads share a tile
     }  # fmt: skip
 
 
@@ -283,12 +288,13 @@ def quantize(chunk: Tensor, format: str, out: Quantised | None = None) -> Quanti
     check_device(format, chunk.device)
     if not use_kernel(chunk):
         return quantize_reference(chunk, format, out)
-    tiles = _tiles(T, D, format)
+    soft = format == "fp8" and (interpreted() or torch.version.hip is not None)
+    tiles = _tiles(T, D, format, soft)
     programs = triton.cdiv(D, tiles["K_C"]) + triton.cdiv(T, tiles["V_T"])
     with torch.cuda.device_of(chunk):
         _quantize_kernel[(G, programs, L)](
             chunk, out.codes, out.k_scale, out.v_scale, T, *chunk.stride()[:4],
-            C_D=chunk.stride(4), D=D, **tiles,
+            C_D=chunk.stride(4), D=D, **tiles, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -319,12 +325,13 @@ def make_inputs(case: QuantisedCase, dtype: torch.dtype, device: str) -> dict[st
     return {"chunk": chunk, "format": case.format, "out": out}
 
 
-def _signature(format: str, T: int, D: int = 128) -> dict[str, str | int]:
+def _signature(format: str, T: int, *, soft: bool = False) -> dict[str, str | int]:
+    D = 128
     codes = {"int8": "*i8:16", "int4": "*u8:16", "fp8": "*fp8e4nv:16"}[format]
     return {
         "chunk": "*b:16", "codes": codes, "k_scale": "*fp32:16", "v_scale": "*fp32:16", "T": "i32",
         "c_l": "i32:16", "c_kv": "i32:16", "c_t": "i32:16", "c_g": "i32:16",
-        "C_D": 1, "D": D, **_tiles(T, D, format),
+        "C_D": 1, "D": D, **_tiles(T, D, format, soft),
     }  # fmt: skip
 
 
@@ -353,11 +360,13 @@ SPEC = KernelSpec(
     check=QUANTISED,
     aot={
         **{format: _signature(format, 512) for format in FORMATS},
+        "fp8-soft": _signature("fp8", 512, soft=True),
         "long": _signature("int8", 2048),
     },
-    unsupported={"fp8": ("sm_80",)},
+    unsupported={"fp8": ("sm_80",), "fp8-soft": ("sm_80",)},
     traffic={
         **{format: QuantisedCase(L=1, T=512, G=1, D=128, format=format) for format in FORMATS},
+        "fp8-soft": QuantisedCase(L=1, T=512, G=1, D=128, format="fp8"),
         "long": QuantisedCase(L=1, T=1024, G=1, D=128),
     },
     bus=lambda c, b: c.bytes(0),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lmc.kernels.cases import Case, make_chunk, make_rotation, poison
 from lmc.kernels.paged import DTYPES, describe
-from lmc.kernels.spec import ROUNDED, KernelSpec, block_rows, use_kernel
+from lmc.kernels.spec import OPTIONS, ROUNDED, KernelSpec, block_rows, use_kernel
 
 
 def _pairs(x: Tensor, R: int, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -92,14 +92,15 @@ def rotate_args(R: int, D: int, interleaved: bool) -> dict[str, int]:
 
 @triton.jit
 def _rerotate_kernel(
-    k, out, cos, sin, T, k_l, k_t, k_g, o_l, o_t, o_g,
+    k, out, cos, sin, T, G, k_l, k_t, k_g, o_l, o_t, o_g,
     K_D: tl.constexpr, O_D: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    i_g = tl.program_id(0).to(tl.int64)
-    i_l = tl.program_id(2).to(tl.int64)
-    o_rows = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # Tiles and heads share the one axis of the grid that has no limit at 65,535.
+    i_g = tl.program_id(0).to(tl.int64) % G
+    i_l = tl.program_id(1).to(tl.int64)
+    o_rows = tl.program_id(0).to(tl.int64) // G * BLOCK_T + tl.arange(0, BLOCK_T)
     p_k = k + i_l * k_l + i_g * k_g + o_rows * k_t
     p_out = out + i_l * o_l + i_g * o_g + o_rows * o_t
     rotate_tile(p_k, p_out, o_rows < T, cos, sin, K_D, O_D, D, R, INTERLEAVED, BLOCK_R, BLOCK_REST)
@@ -146,12 +147,13 @@ def rerotate(
         if k4.shape[1] < k4.shape[2]:
             k4, o4 = k4.transpose(1, 2), o4.transpose(1, 2)
         L, T, G, D = k4.shape
-        BLOCK_T = block_rows(T, D)
+        BLOCK_T = block_rows(D)
         with torch.cuda.device_of(k):
-            _rerotate_kernel[(G, triton.cdiv(T, BLOCK_T), L)](
-                k4, o4, cos.contiguous(), sin.contiguous(), T, *k4.stride()[:3], *o4.stride()[:3],
+            _rerotate_kernel[(G * triton.cdiv(T, BLOCK_T), L)](
+                k4, o4, cos.contiguous(), sin.contiguous(), T, G,
+                *k4.stride()[:3], *o4.stride()[:3],
                 K_D=k4.stride(3), O_D=o4.stride(3), D=D, BLOCK_T=BLOCK_T,
-                **rotate_args(2 * cos.numel(), D, interleaved),
+                **rotate_args(2 * cos.numel(), D, interleaved), **OPTIONS,
             )  # fmt: skip
     return out
 
@@ -163,10 +165,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
 
 def _signature(D: int, R: int, interleaved: bool) -> dict[str, str | int]:
     return {
-        "k": "*b:16", "out": "*b:16", "cos": "*fp32:16", "sin": "*fp32:16", "T": "i32",
+        "k": "*b:16", "out": "*b:16", "cos": "*fp32:16", "sin": "*fp32:16", "T": "i32", "G": "i32",
         "k_l": "i32:16", "k_t": "i32:16", "k_g": "i32:16",
         "o_l": "i32:16", "o_t": "i32:16", "o_g": "i32:16",
-        "K_D": 1, "O_D": 1, "D": D, "BLOCK_T": block_rows(8192, D),
+        "K_D": 1, "O_D": 1, "D": D, "BLOCK_T": block_rows(D),
         **rotate_args(R, D, interleaved),
     }  # fmt: skip
 

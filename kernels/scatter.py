@@ -24,7 +24,7 @@ from lmc.kernels.gather import (
 from lmc.kernels.host import scatter_host
 from lmc.kernels.paged import AOT_ARGS, PagedKV, check_slots, describe, page_runs
 from lmc.kernels.rerotate import check_rotation, rotate_args, rotate_tile, rotated
-from lmc.kernels.spec import ROUNDED, KernelSpec, block_rows, interpreted, use_kernel
+from lmc.kernels.spec import OPTIONS, ROUNDED, KernelSpec, block_rows, interpreted, use_kernel
 
 
 def scatter_reference(
@@ -49,10 +49,11 @@ def scatter_reference(
                 pages[page, offsets] = new[rows]
 
 
-@triton.jit
+# Numbers that differ from call to call, and where an index begins, must not compile it anew.
+@triton.jit(do_not_specialize=["T", "t_kv"], do_not_specialize_on_alignment=["slots", "table"])
 def _scatter_kernel(
     chunk, slots, cos, sin, T, c_l, c_kv, c_t, c_g,
-    table, L, limit, k_n, k_p, k_g, v_n, v_p, v_g,
+    table, t_kv, limit, k_n, k_p, k_g, v_n, v_p, v_g,
     K_D: tl.constexpr, V_D: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
     C_D: tl.constexpr, D: tl.constexpr, SIDES: tl.constexpr, R0: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -69,7 +70,7 @@ def _scatter_kernel(
     m = m_t[:, None] & (o_d < (R0 if R0 > 0 else D))[None, :]
     p_row = chunk + i_l * c_l + i_kv * c_kv + i_g * c_g + o_t * c_t
     p_chunk = p_row[:, None] + (o_d * C_D)[None, :]
-    base = tl.multiple_of(tl.load(table + i_kv * L + i_l).to(chunk.dtype), ALIGN)
+    base = tl.multiple_of(tl.load(table + i_kv * t_kv + i_l).to(chunk.dtype), ALIGN)
     if i_kv == 0:
         p_k = base + i_g * k_g + b_page * k_n + b_offset * k_p
         if R == 0 or R0 > 0:
@@ -130,14 +131,14 @@ def scatter(
             scatter_reference(chunk, paged, slots, cos, sin, interleaved=interleaved)
     elif len(slots):
         copied = R0 or paged.D
-        BLOCK_T = block_rows(len(slots), copied)
+        BLOCK_T = block_rows(copied)
         grid = (paged.G, triton.cdiv(len(slots), BLOCK_T), shape[1] * paged.L)
         with torch.cuda.device_of(paged.k[0]):
             _scatter_kernel[grid](
                 chunk, slots.contiguous(), cos, sin, len(slots), *chunk.stride()[:4],
                 **paged.kernel_args, C_D=chunk.stride(-1), D=paged.D, SIDES=shape[1], R0=R0,
                 BLOCK_T=BLOCK_T, BLOCK_D=triton.next_power_of_2(copied),
-                **rotate_args(R, paged.D - R0, interleaved),
+                **rotate_args(R, paged.D - R0, interleaved), **OPTIONS,
             )  # fmt: skip
 
 
@@ -157,10 +158,10 @@ def _signature(
 ) -> dict[str, str | int]:
     copied = R0 or D
     return {
-        "chunk": "*b:16", "slots": "*i64:16", "cos": "*fp32:16", "sin": "*fp32:16",
+        "chunk": "*b:16", "slots": "*i64", "cos": "*fp32:16", "sin": "*fp32:16",
         "T": "i32", "c_l": "i32:16", "c_kv": "i32:16", "c_t": "i32:16", "c_g": "i32:16", **AOT_ARGS,
         "C_D": 1, "D": D, "SIDES": SIDES, "R0": R0,
-        "BLOCK_T": block_rows(8192, copied), "BLOCK_D": triton.next_power_of_2(copied),
+        "BLOCK_T": block_rows(copied), "BLOCK_D": triton.next_power_of_2(copied),
         **rotate_args(R, D - R0, interleaved),
     }  # fmt: skip
 
@@ -178,6 +179,7 @@ SPEC = KernelSpec(
         Case(T=21, G=2, D=96, R=48, layout="joint", slots="shuffled", interleaved=True),
         Case(T=21, G=2, D=80, layout="joint", slots="shuffled", interleaved=True),
         Case(T=9, G=1, D=128, P=8, layout="cpu", slots="shuffled"),
+        Case(T=33, G=2, D=64, layout="packed", slots="holes"),
         Case(T=20, G=2, D=256, slots="holes"),
         Case(T=21, G=2, D=64, rotate=False, layout="hnd", slots="shuffled"),
         Case(T=7, G=2, D=64, slots="none"),

@@ -25,7 +25,7 @@ from lmc.kernels.host import scatter_runs_host
 from lmc.kernels.paged import AOT_ARGS, PagedKV, check_slots, describe
 from lmc.kernels.rerotate import rotate_args, rotate_tile
 from lmc.kernels.scatter import scatter_reference
-from lmc.kernels.spec import ROUNDED, KernelSpec, block_rows, use_kernel
+from lmc.kernels.spec import OPTIONS, ROUNDED, KernelSpec, block_rows, use_kernel
 
 
 def scatter_runs_reference(
@@ -57,12 +57,12 @@ def scatter_runs_reference(
 
 # Numbers that differ from claim to claim, and where an index begins, must not compile it anew.
 @triton.jit(
-    do_not_specialize=["U", "M", "C", "first_layer"],
-    do_not_specialize_on_alignment=["slots", "runs", "by_layer"],
+    do_not_specialize=["U", "M", "C", "first_layer", "t_kv"],
+    do_not_specialize_on_alignment=["slots", "runs", "by_layer", "table"],
 )
 def _scatter_runs_kernel(
     buffer, slots, runs, cos, sin, by_layer, U, M, C, first_layer,
-    table, L, limit, k_n, k_p, k_g, v_n, v_p, v_g,
+    table, t_kv, limit, k_n, k_p, k_g, v_n, v_p, v_g,
     K_D: tl.constexpr, V_D: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BY_LAYER: tl.constexpr, SIDES: tl.constexpr, R0: tl.constexpr,
@@ -79,7 +79,7 @@ def _scatter_runs_kernel(
     at = tl.load(p_run + 2) + (SIDES * i_l + i_kv) * tl.load(p_run + 3)
     # On a GPU nobody checked them: what is out of range is left alone.
     inside = (first >= 0) & (first + T <= M) & (at >= 0) & (at + T <= U) & (turn < C)
-    base = tl.multiple_of(tl.load(table + i_kv * L + i_l).to(buffer.dtype), ALIGN)
+    base = tl.multiple_of(tl.load(table + i_kv * t_kv + i_l).to(buffer.dtype), ALIGN)
     o_d = tl.arange(0, BLOCK_D)
     for start in range(0, tl.where(inside, T, 0), BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T)
@@ -175,9 +175,9 @@ def scatter_runs(
             _scatter_runs_kernel[grid](
                 buffer, slots, runs, cos, sin, offsets, len(buffer), len(slots), C, low,
                 **paged.kernel_args, G=paged.G, D=paged.D,
-                BLOCK_T=block_rows(len(slots), paged.D), BLOCK_D=triton.next_power_of_2(paged.D),
+                BLOCK_T=block_rows(paged.D), BLOCK_D=triton.next_power_of_2(paged.D),
                 BY_LAYER=int(by_layer is not None), SIDES=paged.sides, R0=R0,
-                **rotate_args(R, paged.D - R0, interleaved),
+                **rotate_args(R, paged.D - R0, interleaved), **OPTIONS,
             )  # fmt: skip
 
 
@@ -275,7 +275,7 @@ def _signature(
         "by_layer": "*i64", "BY_LAYER": int(apart),
         "U": "i64", "M": "i32", "C": "i32", "first_layer": "i32", **AOT_ARGS,
         "G": 1 if latents else 8, "D": D, "SIDES": 1 if latents else 2, "R0": R0,
-        "BLOCK_T": block_rows(8192, D), "BLOCK_D": triton.next_power_of_2(D),
+        "BLOCK_T": block_rows(D), "BLOCK_D": triton.next_power_of_2(D),
         **rotate_args(R, D - R0, interleaved),
     }  # fmt: skip
 
@@ -293,6 +293,7 @@ SPEC = KernelSpec(
         RunsCase(T=21, G=2, D=96, R=48, layout="joint", slots="shuffled", interleaved=True),
         RunsCase(T=90, G=1, D=128, P=8, layout="cpu", slots="shuffled", run=80),
         RunsCase(T=20, G=2, D=256, L=3, slots="holes", first=2),
+        RunsCase(T=33, G=2, D=64, layout="packed", run=9),
         RunsCase(T=21, G=2, D=64, rotate=False, layout="hnd", slots="shuffled"),
         RunsCase(T=21, G=1, D=64, L=5, layout="cpu", apart=True),
         RunsCase(T=33, G=2, D=80, R=32, L=4, slots="shuffled", apart=True, first=1),

@@ -27,7 +27,7 @@ from lmc.kernels.query_rows import (
     processors,
     query_rows,
 )
-from lmc.kernels.spec import ROUNDED, KernelSpec, interpreted, use_kernel
+from lmc.kernels.spec import OPTIONS, ROUNDED, KernelSpec, interpreted, use_kernel
 from lmc.kernels.split import merge
 
 
@@ -118,7 +118,7 @@ def _attention_kernel(
     i_b = tl.load(tiles + 3 * i_tile).to(tl.int64)
     o_pair = tl.load(tiles + 3 * i_tile + 1) + i_part * PAIRS + tl.arange(0, PAIRS)
     m_pair = o_pair < tl.load(tiles + 3 * i_tile + 2)
-    o_row, o_head = o_pair // GROUP, i_g * GROUP + o_pair % GROUP
+    o_row, o_head = (o_pair // GROUP).to(tl.int64), i_g * GROUP + o_pair % GROUP
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_V)
     m_dv = (o_dv < D_V)[None, :]
@@ -182,7 +182,7 @@ def _attention_kernel(
                     m_s = b_behind.to(tl.uint32) < WINDOW  # what is negative becomes large
                 b_s = tl.where(m_s, b_s, -float("inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 1))
-            b_p = tl.exp2((b_s - b_new[:, None]) * to_exp2)
+            b_p = tl.exp2(b_s * to_exp2 - (b_new * to_exp2)[:, None])
             b_shrink = tl.exp2((b_max - b_new) * to_exp2)
             b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
             b_max = b_new
@@ -282,7 +282,7 @@ def sparse_attention(
             WINDOW=window or 0, SOFTCAP=softcap is not None, LSE=lses is not None,
             # Triton 3.9's interpreter multiplies bf16 as integers.
             UPCAST=interpreted() and q.dtype != torch.float32,
-            num_warps=rows.tile[2],
+            num_warps=rows.tile[2], **OPTIONS,
         )  # fmt: skip
     if lses is not None and splits > 1:
         merge(parts, lses, out, lse)
@@ -372,6 +372,7 @@ SPEC = KernelSpec(
         Prompts(requests=((90, 12),), D=80, P=8, H=14, G=2, layout="cpu"),
         Prompts(requests=((50, 9), (33, 33)), D=96, P=32, layout="joint", softcap=2.0),
         Prompts(requests=((200, 30),), D=128, window=50, H=8),
+        Prompts(requests=((75, 20), (20, 3)), D=128, H=8, layout="packed"),
         Prompts(requests=((70, 5), (150, 9)), D=256, P=128, window=7, softcap=30.0, layout="cpu"),
         Prompts(requests=((20, 0),)),
         Prompts(requests=((40, 9), (33, 5)), H=4, G=1, D=288, D_v=256),

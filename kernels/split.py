@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmc.kernels.cases import poison
 from lmc.kernels.paged import describe
-from lmc.kernels.spec import ROUNDED, KernelSpec, block_rows, use_kernel
+from lmc.kernels.spec import OPTIONS, ROUNDED, KernelSpec, use_kernel
 
 
 def merge_reference(parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
@@ -54,6 +54,12 @@ def _merge_kernel(
         tl.store(lse + o_row // H * l_m + o_row % H, b_max + tl.log(b_sum), mask=m_row)
 
 
+def _rows(D: int) -> int:
+    """Of one program, which is one warp: in decoding there are few rows to share out, and each is
+    a loop over splits. Eight elements a thread of AMD's are the widest accesses in bf16."""
+    return max(1, 512 // triton.next_power_of_2(D))
+
+
 def merge(parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
     """Merge into out [M, H, D], of any dtype, and lse [M, H], the last axes of both contiguous.
 
@@ -78,12 +84,13 @@ def merge(parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None = None) -
     if not use_kernel(parts):
         merge_reference(parts, lses, out, lse)
     elif M:
-        BLOCK_T = block_rows(M * H, D)
+        BLOCK_T = _rows(D)
         with torch.cuda.device_of(out):
             _merge_kernel[(triton.cdiv(M * H, BLOCK_T),)](
                 parts, lses.contiguous(), out, lse, S, M * H, H, *out.stride()[:2],
                 0 if lse is None else lse.stride(0), D=D, BLOCK_T=BLOCK_T,
                 BLOCK_D=triton.next_power_of_2(D), LSE=lse is not None,
+                num_warps=1, **OPTIONS,
             )  # fmt: skip
 
 
@@ -138,8 +145,8 @@ SPEC = KernelSpec(
         f"D{D}": {
             "parts": "*fp32:16", "lses": "*fp32:16", "out": "*b:16", "lse": "*fp32:16",
             "S": "i32", "rows": "i32", "H": "i32:16", "o_m": "i32:16", "o_h": "i32:16",
-            "l_m": "i32:16", "D": D, "BLOCK_T": block_rows(8192, D),
-            "BLOCK_D": triton.next_power_of_2(D), "LSE": 1,
+            "l_m": "i32:16", "D": D, "BLOCK_T": _rows(D),
+            "BLOCK_D": triton.next_power_of_2(D), "LSE": 1, "num_warps": 1,
         }
         for D in (64, 80, 128)
     },

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lmc.kernels.aot import DTYPES, TARGETS, compile_variant
+from lmc.kernels.aot import DTYPES, SHARED, TARGETS, compile_variant
 from lmc.kernels.spec import interpreted, load
 
 pytestmark = [
@@ -26,6 +26,7 @@ def test_compiles_without_spills_and_with_wide_access(spec, variant, dtype, targ
     binary = compile_variant(spec, variant, dtype, target)
     assert binary.spills == 0
     assert 0 < binary.registers <= 255
+    assert binary.shared <= SHARED[target]
     if spec.moves:
         assert binary.registers <= 128
         # Above all for addresses out of a table, where the compiler has only our word for

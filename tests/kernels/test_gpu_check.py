@@ -36,7 +36,7 @@ def test_without_a_gpu_it_says_so_and_runs_nothing():
 
 
 def test_a_wrong_kernel_is_named_with_its_case_and_the_others_still_run():
-    assert failures([SMALL], "cpu") == []
+    assert failures([SMALL], "cpu") == {}
 
     def one_short(paged, slots, out):
         return GATHER.launch(paged, slots[1:], out[:, :, 1:])
@@ -44,11 +44,16 @@ def test_a_wrong_kernel_is_named_with_its_case_and_the_others_still_run():
     def broken(**inputs):
         raise RuntimeError("does not compile")
 
-    wrong = [dataclasses.replace(SMALL, launch=launch) for launch in (one_short, broken)]
-    found = failures([wrong[0], SMALL, wrong[1]], "cpu")
+    wrong = [
+        dataclasses.replace(SMALL, launch=launch, name=name)
+        for launch, name in ((one_short, "short"), (broken, "broken"))
+    ]
+    by_kernel = failures([wrong[0], SMALL, wrong[1]], "cpu")
+    assert list(by_kernel) == ["short", "broken"]
+    found = [line for lines in by_kernel.values() for line in lines]
     missed = [line for line in found if "a row missed" in line]
     assert {line.split()[2].rstrip(":") for line in missed} == {"fp32", "fp16", "bf16"}
-    assert missed[0].startswith(f"gather {GATHER.cases[0]} fp16: AssertionError")
+    assert missed[0].startswith(f"short {GATHER.cases[0]} fp16: AssertionError")
     assert len([line for line in found if "does not compile" in line]) == 3 * len(GATHER.cases)
 
 
@@ -95,7 +100,9 @@ def test_table_shows_every_row():
     row = measure(SMALL, "cpu", cache=0, copied=1e9, timer=lambda call: float(next(times)))
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(table([row, {**row, "kernel": "other", "tflop_per_s": 3.4}], "made-up GPU"))
+        other = {**row, "kernel": "other", "tflop_per_s": 3.4, "agrees": False}
+        console.print(table([{**row, "agrees": True}, other], "made-up GPU"))
     text = capture.get()
+    assert text.count("(WRONG)") == 1
     assert "gather" in text and "other" in text and "made-up GPU" in text
     assert str(SMALL.bench) in text and "1.000" in text

@@ -274,7 +274,8 @@ def warm_up(target: Target, memory: HostMemory) -> None:
     pages, P = target.pages, target.pages.P
     slots = flat_slots(np.arange(P), target.blocks[0], P)
     page = torch.from_numpy(slots).to(pages.device)
-    scatter(gather(pages, page), pages, page)
+    out = torch.empty(pages.shape(P), dtype=pages.dtype, device=pages.device)
+    scatter(gather(pages, page, out), pages, page)
     if memory.capacity >= P * memory.layout.bytes_per_token:
         for delta in (0, 1) if isinstance(target.rope, Rotations) else (0,):
             placement = Placement([(ChunkLoad(0, 0, P, 0, P, delta), [(0, P)])], memory, target)
