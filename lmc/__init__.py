@@ -8,6 +8,7 @@ What a notebook needs, each imported when it is first used:
     run                     an experiment, as `lmc run` runs it
     read_rows, summarise    what an experiment measured
     read_trace              a trace of requests
+    plan                    from a trace to memory and hit rates, as `lmc plan`
     plots                   figures of rows and of traces
 """
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lmc.experiment.run import run
     from lmc.results.rows import read_rows
     from lmc.results.summary import summarise
+    from lmc.sim.planning import plan
     from lmc.sim.readers import read as read_trace
     from lmc.store.store import Store
 
@@ -32,6 +34,7 @@ __all__ = [
     "Store",
     "__version__",
     "answer",
+    "plan",
     "plots",
     "prompt",
     "read_rows",
@@ -45,6 +48,7 @@ _WHERE = {
     "Prompt": "lmc.chunking.prompt:Prompt",
     "Store": "lmc.store.store:Store",
     "answer": "lmc.connectors.hf:answer",
+    "plan": "lmc.sim.planning:plan",
     "plots": "lmc.plots:",
     "prompt": "lmc.chunking.prompt:prompt",
     "read_rows": "lmc.results.rows:read_rows",
