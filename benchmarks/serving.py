@@ -136,11 +136,11 @@ async def ask(client: AsyncOpenAI, model: str, ids: Sequence[int], extra: dict[s
 
 
 async def run_block(
-    servers: Mapping[str, Server], client: AsyncOpenAI, model: str, arm: str, salt: str,
-    asks: Sequence[Ask], before: Sequence[Prompt], load: str, rate: float, rng: random.Random,
+    servers: Mapping[str, Server], server: str, client: AsyncOpenAI, model: str, arm: str,
+    salt: str, asks: Sequence[Ask], before: Sequence[Prompt], load: str, rate: float,
+    rng: random.Random,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of all requests of a block."""
-    server = "plain" if arm == "plain" else "lmc"
+    """Rows of all requests of a block, which `server` of the servers is asked."""
     extra: dict[str, Any] = {"cache_salt": salt}
     for document in before:
         said = {"lmc": {"chunks": [list(s) for s in document.spans]}} if arm == "spans" else {}
@@ -223,8 +223,8 @@ async def measure(
                     server = "plain" if arm == "plain" else "lmc"
                     salt = f"{workload} {load} {block} {arm}"
                     found = await run_block(
-                        servers, clients[server], models[server], arm, salt, asks, before, load,
-                        rate, random.Random(salt.rpartition(" ")[0]),
+                        servers, server, clients[server], models[server], arm, salt, asks, before,
+                        load, rate, random.Random(salt.rpartition(" ")[0]),
                     )  # fmt: skip
                     where = {"workload": workload, "load": load, "block": block, "arm": arm}
                     kept += [where | row for row in found if block]

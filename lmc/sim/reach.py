@@ -9,13 +9,8 @@ import numpy as np
 
 from lmc.chunking import Chunker
 from lmc.chunking.pieces import chunk_key, context_digests, split
-from lmc.sim.stack import (
-    NEVER,
-    Curve,
-    hit_curve,
-    prefix_distances,
-    stack_distances,
-)
+from lmc.sim.stack import NEVER, Curve, hit_curve, prefix_distances, stack_distances
+from lmc.sim.sweep import prefix_curve
 from lmc.sim.trace import Accesses, Request
 
 
@@ -92,15 +87,6 @@ class Reach:
         return 0.0 if self.anywhere is None else self.anywhere.infinite - self.prefix.infinite
 
 
-def prefix_curve(accesses: Accesses, bytes_per_token: int) -> Curve:
-    """Tokens in the run of hits from the start of each prompt, full blocks only, by bytes."""
-    total = float(accesses.input_tokens.sum())
-    full = accesses.full_blocks() if accesses.block_tokens else accesses
-    distances = stack_distances(full.keys, full.tokens * bytes_per_token)
-    weights = full.tokens.astype(float)
-    return hit_curve(prefix_distances(distances, full.offsets), weights, total)
-
-
 def moved_distances(pieces: Pieces, bytes_per_token: int) -> tuple[np.ndarray, np.ndarray]:
     """([A], [A]) int64: the smallest capacity in bytes at which each piece is found, and at which
     it is found behind the same tokens, with all before it; `NEVER` where it is at none.
@@ -138,7 +124,8 @@ def reach(
 
     Raises ValueError for a chunker and requests without token ids.
     """
-    prefix = prefix_curve(accesses, bytes_per_token)
+    full = accesses.full_blocks() if accesses.block_tokens else accesses
+    prefix = prefix_curve(full, full.tokens * bytes_per_token)
     total = int(accesses.input_tokens.sum())
     if chunker is None:
         return Reach(prefix, None, None, total)

@@ -139,13 +139,10 @@ def lru_rows(
         if metric == "prefix":
             raise ValueError("sample: a run of hits needs every block, so prefix has no sample")
         curve: Curve = shards(accesses.keys, sizes, sample)
+    elif metric == "prefix":
+        curve = prefix_curve(accesses, sizes)
     else:
-        distances = stack_distances(accesses.keys, sizes)
-        if metric == "prefix":
-            distances = prefix_distances(distances, accesses.offsets)
-            curve = hit_curve(distances, accesses.tokens.astype(float), float(total))
-        else:
-            curve = hit_curve(distances)
+        curve = hit_curve(stack_distances(accesses.keys, sizes))
     top = int(curve.capacity[-1]) if len(curve.capacity) else 1
     steps = [m * 10**e for e in range(len(str(top))) for m in (1, 2, 5)]
     shown = [c for c in steps if c >= sizes.min() and c < 5 * top]
@@ -166,6 +163,16 @@ def lru_rows(
             row["error"] = float(curve.error_at([int(at)])[0])
         rows.append(row)
     return curve, rows
+
+
+def prefix_curve(accesses: Accesses, sizes: np.ndarray) -> Curve:
+    """Tokens in the run of hits from the start of each prompt, of all prompt tokens, under LRU.
+
+    sizes: [A] of the accesses, in any unit.
+    """
+    distances = prefix_distances(stack_distances(accesses.keys, sizes), accesses.offsets)
+    total = float(accesses.input_tokens.sum())
+    return hit_curve(distances, accesses.tokens.astype(float), total)
 
 
 def store_sweep(
