@@ -363,15 +363,10 @@ def _to_integer(a: Array, into: str, rounding: str | None, parts: tuple[str, ...
         top = whole >= float(limits.max)
         return np.where(top, dtype(limits.max), np.where(top, 0, inside).astype(dtype))
     if "sat" in parts:
-        low, high = (
-            np.clip(n, np.iinfo(a.dtype).min, np.iinfo(a.dtype).max) for n in limits_of(limits)
-        )
+        given = np.iinfo(a.dtype)
+        low, high = max(limits.min, given.min), min(limits.max, given.max)
         return np.clip(a, a.dtype.type(low), a.dtype.type(high)).astype(dtype)
     return a.astype(dtype)
-
-
-def limits_of(limits: np.iinfo) -> tuple[int, int]:
-    return int(limits.min), int(limits.max)
 
 
 def _to_tf32(a: Array) -> Array:
