@@ -9,6 +9,7 @@ import json
 import random
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,12 @@ def test_documents_are_found_in_another_order(server: Server) -> None:
     ask(server, [user("Now.\n" + "\n\n".join(TEXTS) + "\n\nWhat is it?")], {"texts": TEXTS})
     turned = [TEXTS[2], TEXTS[0], TEXTS[1]]
     prompt = [user("Then.\n" + "\n\n".join(turned) + "\n\nWho is it?")]
-    for _ in range(20):  # chunks of a prompt are computed once more, alone, in steps of their own
+    moved, until = 0, time.monotonic() + 120
+    while moved <= 500 and time.monotonic() < until:
+        time.sleep(0.5)  # what was told of for the first time is computed alone once nothing runs
         _, report = ask(server, prompt, {"texts": turned, "blend": "full_reuse", "save": False})
-        if report["kinds"]["moved"] > 500:
-            break
-    assert report["kinds"]["moved"] > 500 and report["strategy"] == "full_reuse"
+        moved = report["kinds"]["moved"]
+    assert moved > 500 and report["strategy"] == "full_reuse"
     assert report["reason"] is None
 
 
@@ -204,14 +206,15 @@ def test_the_plain_command_does_the_same_after_a_restart(
     server: Server, folder: Path, tmp_path: Path
 ) -> None:
     """What `lmc serve` printed is vLLM's own command; it finds on the disk what was stored."""
-    turn = [user("Restarted.\n" + "\n\n".join(TEXTS) + "\n\nWhat is in room 3?")]
-    answer, before = ask(server, turn, {"texts": TEXTS}, n=40)
+    texts = texts_of(3)  # of which nothing is known yet: what is moved is not stored as exact
+    turn = [user("Restarted.\n" + "\n\n".join(texts) + "\n\nWhat is in room 3?")]
+    answer, before = ask(server, turn, {"texts": texts}, n=40)
     turn += [{"role": "assistant", "content": answer}, user("And in room 4?")]
     lines = server.log.read_text().splitlines()
     plain = shlex.split(lines[next(i for i, x in enumerate(lines) if "the same without" in x) + 1])
     plain = plain[: plain.index("--host")]  # and the port
     with running([sys.executable, *plain[1:]], tmp_path / "log", ENVIRONMENT) as again:
         _, report = ask(again, turn)
-        assert report["kinds"]["exact"] > before["prompt_tokens"] - 40
+        assert report["kinds"]["exact"] > before["prompt_tokens"] - 40, (before, report)
         with pytest.raises(openai.BadRequestError):
             ask(again, turn, {"chunkz": []})

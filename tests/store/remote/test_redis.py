@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import socket
 import ssl
@@ -224,6 +225,37 @@ def test_behind_sentinels() -> None:
             sentinel.wait(10)
 
 
+@contextmanager
+def ending_tls(context: ssl.SSLContext, behind: int) -> Iterator[int]:
+    """A proxy's port. On one thread: two must not read and write an OpenSSL connection at once."""
+
+    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(OSError):  # who hangs up
+            while data := await source.read(1 << 16):
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner, outer = await asyncio.open_connection("127.0.0.1", behind)
+        await asyncio.gather(pump(reader, outer), pump(inner, writer))
+
+    loop = asyncio.new_event_loop()
+    proxy = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield proxy.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        proxy.close()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")
 def test_over_tls(tmp_path: Path) -> None:
     """Behind a proxy that ends TLS: the server of the tests is built without."""
@@ -235,30 +267,8 @@ def test_over_tls(tmp_path: Path) -> None:
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    with running() as server, socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def pump(source: socket.socket, sink: socket.socket) -> None:
-            with suppress(OSError):
-                while data := source.recv(1 << 16):
-                    sink.sendall(data)
-                sink.close()
-
-        def serve() -> None:
-            while True:
-                try:
-                    plain, _ = listening.accept()
-                except OSError:
-                    return
-                try:
-                    inside = context.wrap_socket(plain, server_side=True)
-                except OSError:  # a client that hangs up as well
-                    continue
-                behind = socket.create_connection(("127.0.0.1", server.port))
-                for pair in ((inside, behind), (behind, inside)):
-                    threading.Thread(target=pump, args=pair, daemon=True).start()
-
-        threading.Thread(target=serve, daemon=True).start()
-        url = f"rediss://127.0.0.1:{listening.getsockname()[1]}/0"
+    with running() as server, ending_tls(context, server.port) as port:
+        url = f"rediss://127.0.0.1:{port}/0"
         with opened(f"{url}?ssl_ca_certs={certificate}", timeout_s=5.0) as tier:
             assert put(tier, SPECS[0]) == ["stored"] and served(tier, SPECS[0])
         with opened(url) as stranger:  # nobody vouches for the certificate
