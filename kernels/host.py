@@ -19,7 +19,6 @@ from torch import Tensor
 from lmc.kernels.paged import PagedKV
 
 _NO_ANGLES = np.empty((0, 0), np.float32)
-_TOGETHER = 16  # tokens
 
 
 @cache
@@ -31,39 +30,42 @@ def _compiled(function: Callable[..., None]) -> Any:
     return numba.njit(nogil=True)(function)
 
 
-def _gather_layer(k, v, new_k, new_v, slots):
-    G, D = new_k.shape[1:]
-    P = k.shape[1]
-    start, end = 0, len(slots)
+def _gather_layers(k, v, at, strides, new, slots, P):
+    L, _, end, G, D = new.shape
+    start = 0
     while start < end:
-        # A run of slots inside one page: K may lie transposed there, so that what is read together
-        # is a run of tokens; few at a time, since they are written apart.
+        # A run of slots inside one page. K may lie transposed there: a row of it is D places apart,
+        # whose neighbours, of the next tokens, are in the cache by then.
         n = 1
         while start + n < end and slots[start + n] == slots[start] + n and slots[start + n] % P:
             n += 1
-        if slots[start] >= 0:
-            page, offset = slots[start] // P, slots[start] % P
-            for g in range(G):
-                for some in range(0, n, _TOGETHER):
-                    for d in range(D):
-                        for t in range(some, min(some + _TOGETHER, n)):
-                            new_k[start + t, g, d] = k[page, offset + t, g, d]
-            for t in range(n):
+        page, offset = slots[start] // P, slots[start] % P
+        for layer in range(L if slots[start] >= 0 else 0):
+            for side in range(2):
+                pages = k[layer] if side == 0 else v[layer]
+                of_page, of_token, of_head, of_dim = strides[side]
+                first = at[side, layer] + page * of_page + offset * of_token
                 for g in range(G):
-                    for d in range(D):
-                        new_v[start + t, g, d] = v[page, offset + t, g, d]
+                    for t in range(n):
+                        row = first + g * of_head + t * of_token
+                        if of_dim == 1:  # said, so that it is compiled to moves of many bytes
+                            for d in range(D):
+                                new[layer, side, start + t, g, d] = pages[row + d]
+                        else:
+                            for d in range(D):
+                                new[layer, side, start + t, g, d] = pages[row + d * of_dim]
         start += n
 
 
 def gather_host(paged: PagedKV, slots: Tensor, out: Tensor) -> None:
     """`gather` for checked arguments in host memory, of any dtype: bits are copied.
 
-    On one thread: the model computes beside it.
+    On one thread, since the model computes beside it; and in one call, since a thread that comes
+    back to Python again and again keeps the one that runs the model from it.
     """
-    gather_layer, rows = _compiled(_gather_layer), slots.numpy()
     integer = getattr(torch, f"int{8 * paged.dtype.itemsize}")
-    for (k, v), (new_k, new_v) in zip(paged.bits, out.view(integer).numpy(), strict=True):
-        gather_layer(k, v, new_k, new_v, rows)
+    gather_layers = _compiled(_gather_layers)
+    gather_layers(*paged.in_host_memory, out.view(integer).numpy(), slots.numpy(), paged.P)
 
 
 def _scatter_layer(k, v, new_k, new_v, slots, runs, layer, cos, sin, interleaved):

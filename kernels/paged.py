@@ -124,11 +124,17 @@ class PagedKV:
         return table.to(self.device, non_blocking=True)
 
     @cached_property
-    def bits(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Where they lie in host memory: K and V of each layer, as integers of their width."""
+    def in_host_memory(self) -> tuple[Any, ...]:
+        """Where the pages lie there, for compiled loops: what holds each layer's K and V, as 1-D
+        arrays of integers of their width, where in it they begin [2, L], and strides [2, 4]."""
         integer = getattr(torch, f"int{8 * self.dtype.itemsize}")
-        k, v = ([x.view(integer).numpy() for x in layers] for layers in (self.k, self.v))
-        return list(zip(k, v, strict=True))
+        both = (self.k, self.v)
+        holds = (
+            tuple(torch.empty(0, dtype=integer).set_(x.untyped_storage()).numpy() for x in layers)
+            for layers in both
+        )
+        begin = np.array([[x.storage_offset() for x in layers] for layers in both])
+        return (*holds, begin, np.array([layers[0].stride() for layers in both]))
 
     @cached_property
     def kernel_args(self) -> dict[str, Any]:
