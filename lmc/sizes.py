@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 SCALE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+SCALE |= {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 SCALE |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
 
@@ -14,6 +15,11 @@ def scaled(text: str) -> float:
     if match is None or match[2] not in SCALE:
         raise ValueError(f"got {text!r}, want a number such as 1000 or 64GiB")
     return float(match[1]) * SCALE[match[2]]
+
+
+def in_bytes(text: str) -> bool:
+    """Whether a size says that it is one of bytes, as `64GiB` and `1TB` do, and `50k` does not."""
+    return text.strip().lower().endswith("b")
 
 
 def parse_bytes(size: int | str) -> int:

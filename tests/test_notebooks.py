@@ -38,7 +38,7 @@ def test_defines_nothing_and_holds_no_outputs(path: Path) -> None:
     [
         pytest.param(REPO / "notebooks" / f"{name}.ipynb", figures, marks=marks, id=name)
         for name, figures, marks in (
-            ("hit_rates", 5, ()),
+            ("hit_rates", 6, ()),
             ("ttft", 3, pytest.mark.engine),
             ("strategies", 3, ()),
             ("store", 1, ()),

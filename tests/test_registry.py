@@ -214,7 +214,7 @@ REGISTRIES = [
     "lmc.store.tier:TIERS",
     "lmc.workloads:WORKLOADS",
     "lmc.sim.readers:FORMATS",
-    "lmc.sim.generate:GENERATORS",
+    "lmc.sim.synthetic:GENERATORS",
     "lmc.sim.reuse:CUTS",
 ]
 

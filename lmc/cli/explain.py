@@ -58,12 +58,15 @@ def explain(
     """Show the token map of a request: what was reused, from where, and why the rest was not.
 
     A response has one if its request said "explain": true.
+
+    For example: lmc explain trace.jsonl --request 7 --plot map.png
     """
     with errors_in_one_line("sim"):
-        from lmc.cli.output import print_json
+        from lmc.cli.output import check_plot, print_json
         from lmc.model.times import load
         from lmc.sim.explain import estimate
 
+        check_plot(plot)
         report, bad = _read(source, request)
         guess = None if times is None else estimate(report, load(times))
         if json:
@@ -138,6 +141,9 @@ def _print(report: Report, guess: Estimate | None, runs: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from lmc.cli.output import show
+    from lmc.store.causes import CAUSES
+
     console = Console()
     name = "" if report.request is None else f" {report.request}"
     facts = [f"{report.prompt_tokens:,} tokens", f"{report.compute_fraction:.1%} of rows computed"]
@@ -146,10 +152,12 @@ def _print(report: Report, guess: Estimate | None, runs: bool) -> None:
     # Text: what a file holds is no markup.
     console.print(Text(f"Request{name}: {', '.join(facts)}"))
     console.print(_bar(report, console.width))
-    console.print(_summary(report))
+    show(_summary(report))
+    for cause in dict.fromkeys(run.cause for run in report.map if run.cause):
+        console.print(Text(f"{cause}: {CAUSES[cause]}", "dim"), soft_wrap=True)
     few = len(report.map) <= SHOWN_RUNS
     if runs or few:
-        console.print(_runs(report))
+        show(_runs(report))
     else:
         console.print(f"{len(report.map):,} runs: --runs lists them.", style="dim")
     _print_seconds(console, report, guess)
@@ -177,10 +185,9 @@ def _bar(report: Report, width: int) -> Any:
 
 def _summary(report: Report) -> Table:
     """Tokens by kind, tier and cause."""
-    from lmc.store.causes import CAUSES
+    from lmc.cli.output import table
 
-    table = _table("What became of them", ["kind", "tier", "cause"], ["tokens", "share"])
-    table.add_column("that is", style="dim", ratio=1)
+    shown = table("What became of them", ["kind", "tier", "cause", "tokens", "share"], left=3)
     alike: dict[tuple[str, str | None, str | None], int] = {}
     for start, end, kind, tier, cause in report.map:
         alike[kind, tier, cause] = alike.get((kind, tier, cause), 0) + end - start
@@ -188,32 +195,21 @@ def _summary(report: Report) -> Table:
     for (kind, tier, cause), n in sorted(
         alike.items(), key=lambda i: (order.index(i[0][0]), -i[1])
     ):
-        why = CAUSES[cause] if cause else ""
-        table.add_row(
-            kind, _cell(tier), cause or "", f"{n:,}", f"{n / report.prompt_tokens:.1%}", why,
+        shown.add_row(
+            kind, _cell(tier), cause or "", f"{n:,}", f"{n / report.prompt_tokens:.1%}",
             style=KINDS[kind][1],
         )  # fmt: skip
-    return table
+    return shown
 
 
 def _runs(report: Report) -> Table:
-    table = _table("Runs", ["kind", "tier", "cause"], ["from", "to", "tokens"])
+    from lmc.cli.output import table
+
+    shown = table("Runs", ["kind", "tier", "cause", "from", "to", "tokens"], left=3)
     for start, end, kind, tier, cause in report.map:
         row = (kind, _cell(tier), cause or "", f"{start:,}", f"{end:,}", f"{end - start:,}")
-        table.add_row(*row, style=KINDS[kind][1])
-    return table
-
-
-def _table(title: str, left: list[str], right: list[str]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-    for name in left:
-        table.add_column(name, no_wrap=True)
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+        shown.add_row(*row, style=KINDS[kind][1])
+    return shown
 
 
 def _cell(text: str | None) -> Any:

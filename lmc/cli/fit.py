@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -51,14 +50,17 @@ def fit(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Fit seconds to first token to measured rows, and say when reuse is slower than computing."""
+    """Fit seconds to first token to measured rows, and say when reuse is slower than computing.
+
+    For example: lmc fit results/demo --out times.yaml
+    """
     with errors_in_one_line("sim"):
-        import json
         from dataclasses import asdict, replace
         from hashlib import sha256
 
         from rich.console import Console
 
+        from lmc.cli.output import print_json, show
         from lmc.model.shape import shape
         from lmc.results.fit import fit as fit_rows
         from lmc.results.rows import ROWS, read_rows
@@ -84,10 +86,9 @@ def fit(
                 "warnings": fitted.warnings,
                 "verdicts": verdicts,
             }
-            typer.echo(json.dumps(_finite(answer)))
+            print_json(answer)
             return
-        for table in _tables(fitted):
-            console.print(table)
+        show(*_tables(fitted))
         for warning in fitted.warnings:
             console.print(f"warning: {warning}", style="yellow", soft_wrap=True, highlight=False)
         for verdict in verdicts:
@@ -110,8 +111,7 @@ def _tier(text: str) -> TierSpeed:
 
 
 def _tables(fitted: Fit) -> list[Table]:
-    from rich import box
-    from rich.table import Table
+    from lmc.cli.output import table
 
     units = {
         "fixed_s": ("a request", "ms", 1e3),
@@ -119,23 +119,12 @@ def _tables(fitted: Fit) -> list[Table]:
         "per_pair_s": ("1,000 keys attended to", "ms", 1e6),
         "blend_s": ("a forward among reused rows", "ms", 1e3),
     }
-    constants = Table("takes", "", "95%", title="Time to first token", box=box.SIMPLE_HEAD)
+    constants = table("Time to first token", ["takes", "", "95%"])
     for name, e in fitted.estimates.items():
         what, unit, factor = units.get(name, (f"loading from {name}", "GiB/s", 2.0**-30))
         value, low, high = (f"{x * factor:.3g}" for x in (e.value, e.low, e.high))
         constants.add_row(what, f"{value} {unit}", f"{low} to {high}")
-    residuals = Table(
-        "arm", "rows", "size", "signed", title="Predicted ÷ measured - 1", box=box.SIMPLE_HEAD
-    )
+    residuals = table("Predicted ÷ measured - 1", ["arm", "rows", "size", "signed"])
     for r in fitted.residuals:
         residuals.add_row(r.arm, str(r.rows), f"{r.absolute:.1%}", f"{r.signed:+.1%}")
     return [constants, residuals]
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for what is infinite, which JSON cannot say."""
-    if isinstance(value, dict):
-        return {name: _finite(v) for name, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and math.isinf(value) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-# The data sheet of an H100 SXM, and what is left of PCIe 5 x16's 64 GB/s.
-HBM, BUS, BF16_FLOPS = 3.35e12, 55e9, 989e12
 FIGURES = ("registers", "spills", "shared_bytes", "load_bits", "store_bits")
 TOKENS = (8192, 32768)
 README = Path(__file__).parents[1] / "kernels" / "README.md"
@@ -87,6 +84,9 @@ def rows(spec: KernelSpec, ratios: Ratios) -> Iterator[Row]:
 
 def roofline(spec: KernelSpec) -> Iterator[Row]:
     """The least time of the bench case in bf16, by tokens; nothing if it has no such axis."""
+    from lmc.model.gpus import GPUS
+
+    h100 = GPUS["h100"]
     for T in TOKENS:
         case = spec.sized(T)
         if case is None:
@@ -99,10 +99,10 @@ def roofline(spec: KernelSpec) -> Iterator[Row]:
             "case": str(case),
             "bytes": nbytes,
             "flops": flops,
-            "hbm_ms": 1e3 * nbytes / HBM,
-            "compute_ms": 1e3 * flops / BF16_FLOPS,
-            "bus_ms": 1e3 * spec.bus(case, 2) / BUS if spec.bus else None,
-            "bound": "compute" if flops / BF16_FLOPS > nbytes / HBM else "memory",
+            "hbm_ms": 1e3 * nbytes / h100.hbm,
+            "compute_ms": 1e3 * flops / h100.flops,
+            "bus_ms": 1e3 * spec.bus(case, 2) / h100.bus if spec.bus else None,
+            "bound": "compute" if flops / h100.flops > nbytes / h100.hbm else "memory",
         }
 
 
@@ -166,8 +166,11 @@ def readme(specs: Sequence[KernelSpec], sections: Sequence[str]) -> str:
     """The whole page kernels/README.md, of one section a kernel."""
     import triton
 
+    from lmc.model.gpus import GPUS
+
+    h100 = GPUS["h100"]
     predicted = [_roofline_cells(row) for spec in specs for row in roofline(spec)]
-    constants = ROOFLINE.format(hbm=HBM / 1e12, flops=BF16_FLOPS / 1e12, bus=BUS / 1e9)
+    constants = ROOFLINE.format(hbm=h100.hbm / 1e12, flops=h100.flops / 1e12, bus=h100.bus / 1e9)
     return "\n".join(
         [
             HEAD.format(triton=triton.__version__),
@@ -181,10 +184,14 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Write kernels/README.md anew.")] = False,
 ) -> None:
-    """Registers, spills, access widths, traffic and roofline of every kernel; needs no GPU."""
+    """Registers, spills, access widths, traffic and roofline of every kernel; needs no GPU.
+
+    For example: lmc kernels --json
+    """
     with errors_in_one_line():
         if os.environ.get("TRITON_INTERPRET") == "1":
             raise ValueError("TRITON_INTERPRET=1 replaces the compiler: unset it")
+        from lmc.cli.output import print_json
         from lmc.kernels.spec import load
         from lmc.kernels.traffic import measure
 
@@ -194,7 +201,7 @@ def kernels(
             README.write_text(readme(specs, [section(*item) for item in found.items()]))
             typer.echo(f"wrote {README}")
         if as_json:
-            typer.echo(json.dumps([row for mine in found.values() for row in mine], indent=1))
+            print_json([row for mine in found.values() for row in mine])
         if write or as_json:
             return
         for name, mine in found.items():
@@ -213,14 +220,9 @@ def _columns(row: Row) -> list[str]:
 
 
 def _print(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from lmc.cli.output import show, table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in head:
-        figures = name in COLUMNS[3:] + ROOFLINE_HEAD[1:-2]
-        table.add_column(name, justify="right" if figures else "left")
+    shown = table(title, head, left=3 if head == COLUMNS else 1)
     for line in body:
-        table.add_row(*line)
-    Console().print(table)
+        shown.add_row(*line)
+    show(shown)

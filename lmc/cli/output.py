@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from lmc.sim.readers import Reading
 
 SHOWN = 5
@@ -35,10 +39,18 @@ def bar_of_bytes(trace: Path, quiet: bool) -> Iterator[Callable[[int], None] | N
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on standard output, and nothing else."""
+    """One JSON value on standard output, and nothing else; what is not finite is null."""
     from json import dumps
 
-    typer.echo(dumps(value, indent=1))
+    typer.echo(dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_bad_lines(reading: Reading) -> None:
@@ -52,24 +64,57 @@ def print_bad_lines(reading: Reading) -> None:
         typer.secho(f"  and {reading.bad_count - SHOWN} more", fg=typer.colors.YELLOW, err=True)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table whose first column is names and whose others are numbers, none of which is cut.
+def plain(text: str) -> str:
+    """Of text that a file holds, nothing that a terminal or a table would obey."""
+    from rich.markup import escape
 
-    Where it is wider than the terminal, or standard output none, lines are as long as they need.
-    """
+    return escape("".join(c if c.isprintable() else "?" for c in text))
+
+
+def table(title: str, columns: Sequence[str], left: int = 1, caption: str = "") -> Table:
+    """An empty table of `left` columns of names, and of numbers behind them."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
+    made = Table(
+        title=title or None, caption=caption or None, title_justify="left", caption_justify="left",
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
     for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    wide = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    typer.echo(title)
-    Console(width=max(wide, console.width)).print(table)
+        made.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+    return made
+
+
+def show(*tables: Table, console: Console | None = None) -> None:
+    """Print tables whole: one that is wider than the terminal has lines as long as it needs.
+
+    Titles and captions, which a table would wrap to its own width, stand above and below.
+    """
+    import rich.console
+
+    console = console or rich.console.Console()
+    unbounded, usual = console.options.update(max_width=10_000), console.width
+    for each in tables:
+        title, caption, each.title, each.caption = each.title, each.caption, None, None
+        wide = console.measure(each, options=unbounded).maximum
+        if title:
+            console.print(title, style="bold", soft_wrap=True, markup=False, highlight=False)
+        console.width = max(wide, usual)
+        console.print(each)
+        console.width = usual
+        if caption:
+            console.print(caption, style="dim", markup=False, highlight=False)
+        console.print()
+
+
+def size(nbytes: int) -> str:
+    """1536 -> 1.5 KiB."""
+    value, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1000:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:,.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
 
 
 def check_plot(path: Path | None) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lmc.cli.errors import errors_in_one_line
+from lmc.cli.options import AsJson, Format, Strict, Tokenizer, Trace
 
 if TYPE_CHECKING:
     from lmc.sim.reuse import RequestReuse
@@ -17,10 +18,8 @@ SHOWN_SESSIONS = 20
 
 
 def reuse(
-    trace: Annotated[Path, typer.Argument(help="A trace with text (chat, sharegpt) or token ids.")],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer.json, or a folder that holds one.")
-    ] = None,
+    trace: Trace,
+    tokenizer: Tokenizer = None,
     chunker: Annotated[
         str,
         typer.Option(
@@ -33,16 +32,18 @@ def reuse(
         typer.Option(help="What counts as seen before: the session, or the whole trace."),
     ] = "session",
     window: Annotated[int, typer.Option(help="Tokens of the windows of the upper bound.")] = 64,
-    format: Annotated[str, typer.Option(help="The trace's format, if it cannot be told.")] = "auto",
-    strict: Annotated[bool, typer.Option(help="Stop at the first bad line.")] = False,
+    format: Format = "auto",
+    strict: Strict = False,
     show: Annotated[
         int | None, typer.Option(help="Print the prompt of this request, counted from 1, by kind.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Show what share of a trace's tokens is reusable as prefix, only when moved, or not at all.
 
     Nothing is ever evicted here: `lmc sim` says what a store of some size keeps of it.
+
+    For example: lmc reuse chats.jsonl --tokenizer tokenizer.json --scope trace
     """
     with errors_in_one_line("sim"):
         from lmc.cli.output import bar_of_bytes, print_bad_lines, print_json
@@ -59,10 +60,10 @@ def reuse(
         summary = summarise(done) | {"chunker": chunker, "scope": scope, "window": window}
         if json:
             print_json(summary | {"bad_lines": reading.bad_count})
-            return
-        _print(summary, trace)
+        else:
+            _print(summary, trace)
         print_bad_lines(reading)
-        if show is not None:
+        if show is not None and not json:
             _print_map(requests[show - 1], done[show - 1], reading)
 
 
@@ -75,7 +76,7 @@ def summarise(done: list[RequestReuse]) -> dict[str, Any]:
 
 
 def _shares(done: list[RequestReuse]) -> dict[str, Any]:
-    from lmc.sim.reuse import KINDS
+    from lmc.sim.kinds import KINDS
 
     total = sum(len(r.kinds) for r in done)
     found = {kind: sum(r.tokens()[kind] for r in done) for kind in KINDS}
@@ -94,37 +95,33 @@ def _shares(done: list[RequestReuse]) -> dict[str, Any]:
 
 
 def _print(summary: dict[str, Any], trace: Path) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(
-        title=f"Reuse in {trace.name}, {summary['chunker']}, seen before in the {summary['scope']}",
+    from lmc.cli.output import plain, show, table
+
+    columns = ("prefix", "moved", "repeated_within", "new", "upper_bound")
+    heads = ["session", "requests", "tokens", "prefix", "moved", "repeated", "new", "bound"]
+    shown = table(
+        f"Reuse in {trace.name}, {summary['chunker']}, seen before in the {summary['scope']}",
+        heads,
         caption=f"Shares of all tokens. bound: behind the prefix and in any window of "
         f"{summary['window']} tokens seen before. "
         f"A chunk has {summary['mean_chunk_tokens']:.1f} tokens on average.",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
     )
-    columns = ("prefix", "moved", "repeated_within", "new", "upper_bound")
-    table.add_column("session", no_wrap=True)
-    for name in ("requests", "tokens", "prefix", "moved", "repeated", "new", "bound"):
-        table.add_column(name, justify="right")
 
     def add(name: str, row: dict[str, Any], style: str = "") -> None:
         cells = [f"{row[c]:.1%}" for c in columns]
-        table.add_row(name, f"{row['requests']:,}", f"{row['tokens']:,}", *cells, style=style)
+        shown.add_row(name, f"{row['requests']:,}", f"{row['tokens']:,}", *cells, style=style)
 
     sessions = sorted(summary["sessions"].items(), key=lambda item: -item[1]["tokens"])
     if len(sessions) > 1:
         for name, row in sessions[:SHOWN_SESSIONS]:
-            add(name[:32] or "(none)", row)
+            add(plain(name[:32]) or "(none)", row)
         if len(sessions) > SHOWN_SESSIONS:
-            table.add_row(f"and {len(sessions) - SHOWN_SESSIONS} more", style="dim")
+            shown.add_row(f"and {len(sessions) - SHOWN_SESSIONS} more", style="dim")
     add("all", summary, "bold")
+    show(shown)
     console = Console()
-    console.print(table)
     why = ", ".join(f"{cause} {share:.1%}" for cause, share in summary["causes"].items())
     console.print(f"Not reusable: {why} (of all tokens)")
     if summary["scope"] == "session" and all(row["requests"] == 1 for _, row in sessions):
@@ -143,7 +140,7 @@ def _print_map(request: Request, done: RequestReuse, reading: Any) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from lmc.sim.reuse import KINDS
+    from lmc.sim.kinds import KINDS
 
     colours = ("green", "cyan", "magenta", "default")
     console = Console()

@@ -25,7 +25,10 @@ def run(
         typer.Option("--set", metavar="A.B=VALUE", help="Override one value; may be repeated."),
     ] = None,
 ) -> None:
-    """Run an experiment; one that was stopped goes on where it stopped."""
+    """Run an experiment; one that was stopped goes on where it stopped.
+
+    For example: lmc run experiments/demo.yaml --out results/demo --set workload.prompts=6
+    """
     with errors_in_one_line():
         from functools import partial
 
@@ -48,17 +51,17 @@ def report(
     from importlib.util import find_spec
 
     from lmc.cli import tables
+    from lmc.cli.output import show
     from lmc.experiment.hf.config import HFExperiment
     from lmc.results.rows import ROWS
     from lmc.results.summary import summarise
 
     if isinstance(config, HFExperiment):
-        console.print(tables.hf_quality(rows))
+        show(tables.hf_quality(rows), console=console)
         lines = tables.comparisons(rows, config.compare)
     else:
         summaries = summarise(rows)
-        for table in tables.speed_and_quality(summaries):
-            console.print(table)
+        show(*tables.speed_and_quality(summaries), console=console)
         lines = tables.fallbacks(summaries)
     for line in [*lines, f"rows: {out / ROWS}"]:
         console.print(line, soft_wrap=True)

@@ -38,6 +38,8 @@ def serve(
 
     Prints the plain vLLM command that does the same. Clients need not know: see docs/serve.md for
     what they may say.
+
+    For example: lmc serve smollm2 --config lmc.yaml --port 8000
     """
     with errors_in_one_line("cuda"):
         from vllm.entrypoints.cli.serve import ServeSubcommand

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lmc.cli.errors import errors_in_one_line
+from lmc.cli.options import (
+    AsJson,
+    Format,
+    KVDtype,
+    Model,
+    RateScale,
+    Servers,
+    Strict,
+    Times,
+    Tokenizer,
+    Trace,
+)
+from lmc.sizes import in_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from lmc.model.times import TTFTModel
-    from lmc.sim.sweep import Metric, Outcome
+    from lmc.sim.sweep import Metric, Outcome, Unit
     from lmc.sim.trace import Request
 
 CAPACITIES = {
@@ -25,7 +39,7 @@ CAPACITIES = {
 
 
 def sim(
-    trace: Annotated[Path, typer.Argument(help="A trace with block ids, token ids or text.")],
+    trace: Trace,
     policy: Annotated[str, typer.Option(help="One or more, such as lru,belady,ttl:600.")] = "lru",
     capacity: Annotated[
         str | None,
@@ -35,26 +49,22 @@ def sim(
         ),
     ] = None,
     unit: Annotated[
-        Literal["blocks", "tokens", "bytes"], typer.Option(help="Of capacities.")
-    ] = "blocks",
+        Literal["blocks", "tokens", "bytes"] | None,
+        typer.Option(
+            help="Of capacities. Default: bytes where they are such as 64GiB, and for the metric "
+            "store; else blocks."
+        ),
+    ] = None,
     metric: Annotated[
         Literal["object", "prefix", "store"],
         typer.Option(
             help="object: accesses that a tier held. prefix: tokens in the run of hits from the "
             "start, full blocks only. store: tokens that lmc's own store and planner find, exact "
-            "or moved (needs token ids or text, and capacities in bytes)."
+            "or moved (needs token ids or text; its capacities are bytes)."
         ),
     ] = "object",
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Says the bytes of a token and the cost of computing it: a known name, "
-            "a config.json or its folder."
-        ),
-    ] = "llama-3.1-8b",
-    kv_dtype: Annotated[
-        str | None, typer.Option(help="Of the KV, default the model's own.")
-    ] = None,
+    model: Model = "llama-3.1-8b",
+    kv_dtype: KVDtype = None,
     write: Annotated[
         Literal["through", "back"],
         typer.Option(help="Tiers: through (all at once) or back (what one evicts)."),
@@ -66,57 +76,68 @@ def sim(
         str, typer.Option(help="Metric store: the blending strategy, such as epic:4.")
     ] = "epic",
     exact_variants: Annotated[
-        int, typer.Option(help="Metric store: exact contexts kept of one content.")
-    ] = 2,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="For text: a tokenizer.json, or a folder that holds one.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Metric store: exact contexts kept of one content; by default 2, and 64 where "
+            "the strategy moves nothing.",
+        ),
     ] = None,
+    tokenizer: Tokenizer = None,
     sample: Annotated[
         float | None,
         typer.Option(help="With --capacity all: the share of keys to look at (SHARDS)."),
     ] = None,
-    times: Annotated[
-        Path | None, typer.Option(help="A time model that `lmc fit` wrote: adds TTFT under load.")
-    ] = None,
-    servers: Annotated[int, typer.Option(help="With --times: engines behind one queue.")] = 1,
-    rate_scale: Annotated[
-        float, typer.Option(help="With --times: how many times faster requests come.")
-    ] = 1.0,
+    times: Times = None,
+    servers: Servers = 1,
+    rate_scale: RateScale = 1.0,
     plot: Annotated[
         Path | None, typer.Option(help="Draw hit rate against capacity into this file.")
     ] = None,
-    format: Annotated[str, typer.Option(help="The trace's format, if it cannot be told.")] = "auto",
-    strict: Annotated[bool, typer.Option(help="Stop at the first bad line.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    format: Format = "auto",
+    strict: Strict = False,
+    json: AsJson = False,
 ) -> None:
-    """Replay a trace through eviction policies, in tiers that hold no bytes."""
+    """Replay a trace through eviction policies, in tiers that hold no bytes.
+
+    For example: lmc sim trace.jsonl --metric prefix --policy lru,sieve --capacity 64GiB,1TiB
+    """
     with errors_in_one_line("sim"):
         from lmc.chunking import CHUNKERS
-        from lmc.cli.output import bar_of_bytes, print_bad_lines, print_json
+        from lmc.cli.output import bar_of_bytes, check_plot, print_bad_lines, print_json
+        from lmc.model.gpus import times_for
         from lmc.model.shape import shape as model_shape
         from lmc.policies import POLICIES
         from lmc.quality import BLENDS
+        from lmc.sim.reach import store_rows
         from lmc.sim.readers import read
         from lmc.sim.sweep import lru_rows, parse_capacity, store_sweep, sweep
         from lmc.sim.trace import accesses
 
-        model_of_times = _loaded(times)
+        check_plot(plot)
         shape, cut = model_shape(model), CHUNKERS.build(chunker)
+        model_of_times = times_for(times, shape, kv_dtype, model) if times else None
+        unit = _unit(unit, capacity, metric)
         capacity = capacity or CAPACITIES[unit]
         curve = capacity.strip() == "all"
-        if curve and (policy, metric == "store", times) != ("lru", False, None):
-            raise ValueError("capacity all: for policy lru and the metrics object and prefix alone")
+        if curve and (policy, times) != ("lru", None):
+            raise ValueError("capacity all: for policy lru, and without times")
+        if sample is not None and metric == "store":
+            raise ValueError("sample: for the metric object alone")
         if sample is not None and not curve:
             raise ValueError("sample: goes with --capacity all")
-        if metric == "store" and unit != "bytes":
-            raise ValueError(f"metric store counts bytes: got unit {unit}, want --unit bytes")
         policies = POLICIES.split(policy)
-        capacities = [] if curve else [parse_capacity(c) for c in capacity.split(",")]
+        asked = {} if curve else {parse_capacity(c): c.strip() for c in capacity.split(",")}
+        capacities = list(asked)
         with bar_of_bytes(trace, json) as tell:
             reading = read(trace, format, tokenizer=tokenizer, strict=strict, tell=tell)
             requests = sorted(reading, key=lambda r: r.timestamp)
         by_block: Metric = "prefix" if metric == "prefix" else "object"
-        if curve:
+        spans = CHUNKERS.parse(chunker)["name"] == "explicit"
+        if curve and metric == "store":
+            per_token = shape.bytes_per_token(kv_dtype)
+            lru, rows = store_rows(requests, cut, per_token, spans=spans)
+        elif curve:
             lru, rows = lru_rows(
                 accesses(requests, cut),
                 unit=unit,
@@ -137,7 +158,7 @@ def sim(
                     dtype=kv_dtype,
                     blend=BLENDS.build(blend),
                     exact_variants=exact_variants,
-                    spans=CHUNKERS.parse(chunker)["name"] == "explicit",
+                    spans=spans,
                 )
             else:
                 replayed = sweep(
@@ -155,18 +176,15 @@ def sim(
         if json:
             print_json(rows)
         else:
-            _print(trace, rows)
-            print_bad_lines(reading)
+            _print(trace, rows, asked)
+        print_bad_lines(reading)
         if plot is not None:
             from lmc.plots import hit_rates
 
-            hit_rates(rows, lru).savefig(plot, dpi=150)
-
-
-def _loaded(path: Path | None) -> TTFTModel | None:
-    from lmc.model.times import load
-
-    return None if path is None else load(path)
+            of = f", KV of {model}" if unit == "bytes" else ""
+            hit_rates(rows, lru, f"{trace.name}: {len(requests):,} requests{of}").savefig(
+                plot, dpi=150
+            )
 
 
 def _with_progress(outcomes: Iterator[Outcome], n: int, quiet: bool) -> Iterator[Outcome]:
@@ -200,43 +218,62 @@ def _rows(
     return [nothing | same | base.row(), *rows]
 
 
-def _print(trace: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _unit(unit: Unit | None, capacity: str | None, metric: str) -> Unit:
+    """What capacities are counted in. Raises ValueError where they, or the metric, say another."""
+    parts = (part.strip() for part in re.split(r"[,+]", capacity or ""))
+    sizes = [part for part in parts if part and part not in ("inf", "all")]
+    bytes_too = [part for part in sizes if in_bytes(part)]
+    if unit is None:
+        unit = "bytes" if bytes_too or metric == "store" else "blocks"
+        if counts := [part for part in sizes if bytes_too and part not in bytes_too]:
+            raise ValueError(f"capacity: got {bytes_too[0]} and {counts[0]}, want all of one unit")
+    if unit != "bytes" and bytes_too:
+        raise ValueError(f"unit {unit}: got capacity {bytes_too[0]}, which is of bytes")
+    if unit != "bytes" and metric == "store":
+        raise ValueError(f"metric store counts bytes: got unit {unit}, want --unit bytes")
+    return unit
+
+
+def _print(
+    trace: Path, rows: Sequence[dict[str, Any]], asked: Mapping[tuple[float, ...], str]
+) -> None:
     from rich.console import Console
+
+    from lmc.cli.output import show, table
 
     first = rows[-1]
     what = {"object": "accesses", "prefix": "input tokens", "store": "prompt tokens"}
     extra = [k for k in ("exact", "moved", "recomputed", "computed", "error") if k in first]
     tiers = max(len(row.get("tiers", ())) for row in rows)
-    rates = _table(
+    rates = table(
         f"{trace.name}: {first['accesses']:,} {what[first['metric']]} (metric {first['metric']})",
         ["policy", first["unit"], "hit rate", *extra, *(f"tier {i + 1}" for i in range(tiers))],
     )
-    times = _table(
+    times = table(
         "Time to first token, waiting included",
         ["policy", first["unit"], "p50 s", "p90 s", "p99 s", "load", "req/s", "tok/s", "slower"],
     )
     for row in rows:
-        capacity = row["capacity"] if isinstance(row["capacity"], list) else [row["capacity"]]
-        name = (row["policy"], " + ".join(map(_round, capacity)))
+        name = (row["policy"], _capacity(row, asked))
         if row["policy"] != "none":
-            cells = [f"{row[k]:.4f}" for k in ("hit_rate", *extra)]
-            served = [f"{t['hits'] / row['accesses']:.4f}" for t in row.get("tiers", ())]
+            cells = [f"{row[k]:.2%}" for k in ("hit_rate", *extra)]
+            served = [f"{t['hits'] / row['accesses']:.2%}" for t in row.get("tiers", ())]
             rates.add_row(*name, *cells, *served, *[""] * (tiers - len(served)))
         if "ttft_s" in row:
             spread = [f"{row['ttft_s'][p]:.2f}" for p in ("p50", "p90", "p99")]
-            load, rate = f"{row['offered_load']:.2f}", f"{row['requests_per_s']:.3g}"
+            load, rate = f"{row['offered_load']:.0%}", f"{row['requests_per_s']:.3g}"
             tokens = f"{row['input_tokens_per_s']:,.0f}"
             times.add_row(*name, *spread, load, rate, tokens, f"{row['reuse_slower']:.1%}")
-    console = Console()
-    console.print(rates)
-    if (causes := _causes(rows, what[first["metric"]])) is not None:
-        console.print(causes)
+    show(rates)
+    if (causes := _causes(rows, what[first["metric"]], asked)) is not None:
+        show(causes)
     if not times.row_count:
         return
-    console.print(times)
+    show(times)
+    console = Console()
     if any(row["offered_load"] >= 1 for row in rows):
         console.print(
-            "load 1 and more: requests come faster than they are served, so that times describe "
+            "load 100% and more: requests come faster than they are served, so that times describe "
             "the length of the trace, not a steady state (--servers, --rate-scale).",
             style="yellow",
         )
@@ -248,34 +285,30 @@ def _print(trace: Path, rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _causes(rows: Sequence[dict[str, Any]], what: str) -> Table | None:
+def _causes(
+    rows: Sequence[dict[str, Any]], what: str, asked: Mapping[tuple[float, ...], str]
+) -> Table | None:
     """Why what was not found was not, or was computed again; None where it is not told apart."""
+    from lmc.cli.output import table
+
     names = list(dict.fromkeys(cause for row in rows for cause in row.get("causes", ())))
     if not names:
         return None
     columns = ["policy", rows[-1]["unit"], *names]
-    table = _table(f"Why not found, or computed again: shares of all {what}", columns)
+    shown = table(f"Why not found, or computed again: shares of all {what}", columns)
     for row in rows:
         if "causes" in row:
-            capacity = row["capacity"] if isinstance(row["capacity"], list) else [row["capacity"]]
-            shares = (f"{row['causes'].get(name, 0) / row['accesses']:.4f}" for name in names)
-            table.add_row(row["policy"], " + ".join(map(_round, capacity)), *shares)
-    return table
+            shares = (f"{row['causes'].get(name, 0) / row['accesses']:.2%}" for name in names)
+            shown.add_row(row["policy"], _capacity(row, asked), *shares)
+    return shown
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    from rich import box
-    from rich.table import Table
+def _capacity(row: Mapping[str, Any], asked: Mapping[tuple[float, ...], str]) -> str:
+    """As it was asked for; where it was not, 1000 -> 1,000, and of bytes 1024 -> 1.0 KiB."""
+    from lmc.cli.output import size
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column(columns[0])
-    for name in columns[1:]:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _round(capacity: float | str) -> str:
-    """1000 -> 1,000; 1099511627776 -> 1,024.0 Gi; inf as it is."""
-    if isinstance(capacity, str) or capacity < 1 << 30:
-        return str(capacity) if isinstance(capacity, str) else f"{capacity:,.0f}"
-    return f"{capacity / (1 << 30):,.1f} Gi"
+    values = row["capacity"] if isinstance(row["capacity"], list) else [row["capacity"]]
+    if given := asked.get(tuple(float(value) for value in values)):
+        return given
+    shown = size if row["unit"] == "bytes" else "{:,.0f}".format
+    return " + ".join(v if isinstance(v, str) else shown(v) for v in values)

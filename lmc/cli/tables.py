@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
+from lmc.cli.output import table
 from lmc.results.rows import Row
 from lmc.results.statistics import Estimate, paired_difference, recovery_estimate
 from lmc.results.summary import FULL_REUSE, ArmSummary, by_arm
@@ -73,14 +73,14 @@ def _kl(rows: Sequence[Row]) -> dict[int, float]:
 
 
 def _speed(summaries: Sequence[ArmSummary]) -> Table:
-    table = _table(
+    shown = _table(
         "Time to first token",
         ["TTFT s", "speed-up [95%]", "by CPU", "÷ equal", "rows", "found"],
         "Speed-up over full_prefill, and ÷ equal, the ratio to prefix_equal_rows: medians of "
         "paired ratios. rows: computed, of all. found: tokens in any cache.",
     )
     for s in summaries:
-        table.add_row(
+        shown.add_row(
             s.arm,
             f"{s.ttft_s:.2f}",
             _interval(s.speedup),
@@ -89,18 +89,18 @@ def _speed(summaries: Sequence[ArmSummary]) -> Table:
             f"{s.compute_fraction:.1%}",
             f"{s.found:.1%}",
         )
-    return table
+    return shown
 
 
 def _quality(summaries: Sequence[ArmSummary]) -> Table:
-    table = _table(
+    shown = _table(
         "Quality against full_prefill",
         ["max Δlogp", "KL first", "KL answer", "greedy", "recovery [95%]"],
         "Over the whole vocabulary, in nats. max Δlogp: the greatest difference of a first "
         "token's log-probability. Recovery: 1 - KL answer / that of full_reuse.",
     )
     for s in summaries:
-        table.add_row(
+        shown.add_row(
             s.arm,
             _small(s.logprob_error),
             _small(s.kl_last),
@@ -108,16 +108,13 @@ def _quality(summaries: Sequence[ArmSummary]) -> Table:
             _share(s.greedy_agreement),
             _interval(s.recovery),
         )
-    return table
+    return shown
 
 
 def _table(title: str, columns: list[str], caption: str) -> Table:
-    table = Table(title=title, caption=caption, caption_justify="left", title_justify="left")
-    table.box, table.show_edge, table.pad_edge, table.padding = box.SIMPLE_HEAD, False, False, 0
-    table.add_column("arm", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+    made = table(title, ["arm", *columns], caption=caption)
+    made.padding = 0  # or it would be wider than a terminal of 80 columns
+    return made
 
 
 def _interval(e: Estimate | None, form: str | None = None) -> str:

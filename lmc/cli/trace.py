@@ -9,49 +9,57 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmc.cli.errors import errors_in_one_line
+from lmc.cli.options import AsJson, Format, Strict, Tokenizer, Trace
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lmc.sim.readers import BadLine, Reading
+    from lmc.sim.readers import Reading
 
 trace_app = typer.Typer(help="Traces: make one, look at one.", no_args_is_help=True)
 PERCENTILES = (10, 50, 90, 99)
-BAD_LINES_SHOWN = 10
 
 
 @trace_app.command()
 def make(
     generator: Annotated[
-        str, typer.Argument(help="agents, chat or rag, with fields: rag:documents=500,seed=1.")
+        str,
+        typer.Argument(
+            help="agents, chat, clock, rag, relay, skills or tools, with fields: "
+            "rag:documents=500,seed=1."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The file; one named .gz, .xz or .zst is compressed.")],
 ) -> None:
-    """Write a synthetic trace with token ids, the same for the same fields and seed."""
-    with errors_in_one_line("sim"):
-        from lmc.sim.generate import GENERATORS, save
+    """Write a synthetic trace with token ids, the same for the same fields and seed.
 
-        n = save(GENERATORS.build(generator).requests(), out)
+    For example: lmc trace make rag:count=300,seed=1 --out rag.jsonl.gz
+    """
+    with errors_in_one_line("sim"):
+        from lmc.sim.synthetic import GENERATORS, Truth
+        from lmc.sim.writing import save
+
+        truth = Truth()
+        n = save(truth.watch(GENERATORS.build(generator).requests()), out)
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in truth.shares.items())
         typer.echo(f"{out}: {n:,} requests of {generator}")
+        typer.echo(f"of {truth.tokens.total():,} prompt tokens, as it was made: {shares}")
 
 
 @trace_app.command()
 def info(
-    trace: Annotated[Path, typer.Argument(help="A trace: a file, or a folder of them.")],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer.json or its folder, for traces of text.")
-    ] = None,
-    format: Annotated[str, typer.Option(help="The format, if it is not recognised.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
-    strict: Annotated[bool, typer.Option(help="Stop at the first bad line.")] = False,
+    trace: Trace,
+    tokenizer: Tokenizer = None,
+    format: Format = "auto",
+    as_json: AsJson = False,
+    strict: Strict = False,
 ) -> None:
-    """Say what a trace holds, what can be asked of it, and which lines cannot be read."""
+    """Say what a trace holds, what can be asked of it, and which lines cannot be read.
+
+    For example: lmc trace info rag.jsonl.gz
+    """
     with errors_in_one_line("sim"):
-        import json
-
-        from rich.console import Console
-
-        from lmc.cli.output import bar_of_bytes
+        from lmc.cli.output import bar_of_bytes, print_bad_lines, print_json, show
         from lmc.sim.readers import read
 
         with bar_of_bytes(trace, as_json) as tell:
@@ -59,13 +67,51 @@ def info(
             facts = _facts(reading)
         if as_json:
             bad = [{"file": b.file, "line": b.line, "reason": b.reason} for b in reading.bad]
-            typer.echo(json.dumps({**facts, "bad": bad}))
-            return
-        console = Console()
-        console.print(_summary(trace.name, facts))
-        console.print(_lengths(facts))
-        if reading.bad:
-            console.print(_bad_lines(reading.bad, reading.bad_count))
+            print_json({**facts, "bad": bad})
+        else:
+            show(_summary(trace.name, facts), _lengths(facts))
+        print_bad_lines(reading)
+
+
+@trace_app.command()
+def export(
+    trace: Trace,
+    out: Annotated[Path, typer.Option(help="The file; one named .gz, .xz or .zst is compressed.")],
+    chunker: Annotated[str, typer.Option(help="Cuts prompts, as in lmc reuse.")] = "cdc:64",
+    tokenizer: Tokenizer = None,
+    format: Format = "auto",
+    strict: Strict = False,
+) -> None:
+    """Write a trace for others: hashes of chunks, lengths and times; no text and no token ids.
+
+    The hashes are salted, and the salt is kept nowhere.
+
+    For example: lmc trace export chats.jsonl --tokenizer smollm2 --out chats-hashed.jsonl.zst
+    """
+    with errors_in_one_line("sim"):
+        from lmc.chunking import CHUNKERS
+        from lmc.cli.output import bar_of_bytes, print_bad_lines
+        from lmc.sim.readers import read
+        from lmc.sim.writing import save_hashed
+
+        cut, spans = CHUNKERS.build(chunker), CHUNKERS.parse(chunker)["name"] == "explicit"
+        with bar_of_bytes(trace, False) as tell:
+            reading = read(trace, format, tokenizer=tokenizer, strict=strict, tell=tell)
+            n = save_hashed(reading, out, cut, spans=spans)
+        typer.echo(f"{out}: {n:,} requests, hashed; lmc reads it as format lmc")
+        print_bad_lines(reading)
+
+
+@trace_app.command()
+def formats() -> None:
+    """Print a page with a line of each format that is read.
+
+    For example: lmc trace formats
+    """
+    with errors_in_one_line("sim"):
+        from lmc.sim.readers.page import page
+
+        typer.echo(page(), nl=False)
 
 
 def _facts(reading: Reading) -> dict[str, Any]:
@@ -90,6 +136,7 @@ def _facts(reading: Reading) -> dict[str, Any]:
         asks = "prefix hit rates" if has_blocks else "timing only"
     return {
         "format": reading.format,
+        "assumed": reading.assumed,
         "requests": reading.count,
         "sessions": len(sessions - {""}) or None,
         "duration_s": max(times) - min(times),
@@ -114,45 +161,34 @@ def _spread(lengths: Any) -> dict[str, float]:
 
 
 def _summary(name: str, facts: dict[str, Any]) -> Table:
-    from rich import box
-    from rich.table import Table
+    from lmc.cli.output import table
 
-    table = Table(title=name, box=box.SIMPLE_HEAD, show_header=False)
-    table.add_row("format", facts["format"])
-    table.add_row("requests", f"{facts['requests']:,}")
     sessions = facts["sessions"]
-    table.add_row("sessions", "not told" if sessions is None else f"{sessions:,}")
-    table.add_row("duration", f"{facts['duration_s']:,.1f} s")
+    rows = {
+        "format": facts["format"],
+        "requests": f"{facts['requests']:,}",
+        "sessions": "not told" if sessions is None else f"{sessions:,}",
+        "duration": f"{facts['duration_s']:,.1f} s",
+    }
+    if facts["assumed"]:
+        rows["taken for"] = facts["assumed"]
     if facts["unique_blocks"] is not None:
-        table.add_row("unique blocks", f"{facts['unique_blocks']:,}")
-    table.add_row("can be asked for", facts["asks"])
-    table.add_row("bad lines", f"{facts['bad_count']:,}")
-    return table
+        rows["unique blocks"] = f"{facts['unique_blocks']:,}"
+    rows["can be asked for"] = facts["asks"]
+    rows["bad lines"] = f"{facts['bad_count']:,}"
+    shown = table(name, ["", ""], left=2)
+    shown.show_header = False
+    for row in rows.items():
+        shown.add_row(*row)
+    return shown
 
 
 def _lengths(facts: dict[str, Any]) -> Table:
-    from rich import box
-    from rich.table import Table
+    from lmc.cli.output import table
 
     columns = list(facts["input_tokens"])
-    table = Table("tokens", box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="right")
+    shown = table("", ["tokens", *columns])
     for what in ("input", "output"):
         spread = facts[f"{what}_tokens"]
-        table.add_row(what, *(f"{spread[column]:,.0f}" for column in columns))
-    return table
-
-
-def _bad_lines(bad: list[BadLine], count: int) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = bad[:BAD_LINES_SHOWN]
-    title = f"Bad lines, left out ({len(shown)} of {count:,})"
-    table = Table("line", "reason", title=title, box=box.SIMPLE_HEAD)
-    for b in shown:
-        # Text: what a file holds is no markup.
-        table.add_row(Text(f"{Path(b.file).name}:{b.line}"), Text(b.reason))
-    return table
+        shown.add_row(what, *(f"{spread[column]:,.0f}" for column in columns))
+    return shown

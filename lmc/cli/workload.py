@@ -29,7 +29,10 @@ def show(
     model: Model = "smollm2",
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts to print.")] = 1,
 ) -> None:
-    """Print prompts as the model reads them, each part on its own."""
+    """Print prompts as the model reads them, each part on its own.
+
+    For example: lmc workload show two_hop:chunks=2 --model smollm2
+    """
     with errors_in_one_line("hf"):
         from rich.console import Console
 
@@ -50,7 +53,10 @@ def solvable(
     model: Model = "smollm2",
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts to answer.")] = 24,
 ) -> None:
-    """Say whether a model can do a task at all: full prefill must answer 80% of the prompts."""
+    """Say whether a model can do a task at all: full prefill must answer 80% of the prompts.
+
+    For example: lmc workload solvable recall --model smollm2
+    """
     with errors_in_one_line("hf"):
         from transformers import AutoModelForCausalLM
 
@@ -80,7 +86,10 @@ def export(
         int | None, typer.Option(min=1, help="Asked for; by default as many as the answer has.")
     ] = None,
 ) -> None:
-    """Write a workload for another program to send: the same prompts, in the same order."""
+    """Write a workload for another program to send: the same prompts, in the same order.
+
+    For example: lmc workload export rag_reorder --out rag.jsonl
+    """
     with errors_in_one_line("hf"):
         from lmc.workloads.export import vllm_bench
 
@@ -101,7 +110,10 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A list of {ctxs, question, answers} in JSON.")],
     target: Annotated[Path, typer.Argument(help="The JSONL that workload `passages` reads.")],
 ) -> None:
-    """Turn a multi-hop data set, as CacheBlend's examples carry it, into passages."""
+    """Turn a multi-hop data set, as CacheBlend's examples carry it, into passages.
+
+    For example: lmc workload convert musique_s.json musique.jsonl
+    """
     with errors_in_one_line("hf"):
         from lmc.workloads.passages import convert_musique
 

@@ -10,6 +10,7 @@ from lmc.plots.traces import (
     reuse_over_time,
     token_map,
     ttft_cdf,
+    where_it_pays,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "ttft",
     "ttft_cdf",
     "ttft_quality",
+    "where_it_pays",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, PercentFormatter
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 REUSE_COLOURS = {"prefix": BLUE, "moved": SKY, "repeated_within": PURPLE, "new": ORANGE}
 BOUND = "belady"
+MOST_LINES, MOST_TICKS = 8, 8
 LINES = [
     (colour, marker)
     for marker in ("o", "s", "^")
@@ -27,42 +29,78 @@ LINES = [
 ]
 
 
-def hit_rates(rows: Sequence[Mapping[str, Any]], lru: Curve | None = None) -> Figure:
-    """Hit rate against capacity, a line a policy; Belady is the bound, dots what no store loses.
+def hit_rates(
+    rows: Sequence[Mapping[str, Any]], lru: Curve | None = None, title: str = ""
+) -> Figure:
+    """Hit rate against capacity, by policy; Belady is the bound, dots what no store loses.
+
+    What was replayed is points, an exact curve a staircase. More than `MOST_LINES` policies are
+    drawn beside each other.
 
     rows: as `Outcome.row()` and `lmc sim --json` give them; layouts of tiers count as their sum.
     lru: its curve at all capacities, in the unit of the rows, drawn as a thin line.
+    title: the trace, and the model where capacities are bytes.
     """
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.subplots()
     rows = [r for r in rows if r["policy"] != "none"]
     finite = [r for r in rows if math.isfinite(_capacity(r))]
-    for place, policy in enumerate(dict.fromkeys(r["policy"] for r in finite)):
-        points = sorted((_capacity(r), r["hit_rate"]) for r in finite if r["policy"] == policy)
-        x, y = zip(*points, strict=True)
-        if policy == BOUND:
-            axes.plot(x, y, "k--", marker="_", linewidth=1.2, label="belady (bound)", zorder=4)
-        else:
-            colour, marker = LINES[place % len(LINES)]
-            axes.plot(x, y, marker=marker, color=colour, markersize=5, label=policy, zorder=3)
+    policies = [p for p in dict.fromkeys(r["policy"] for r in finite) if p != BOUND]
+    groups = [policies[i : i + MOST_LINES] for i in range(0, len(policies), MOST_LINES)] or [[]]
+    figure = Figure(figsize=(8 * len(groups), 4.8), layout="constrained")
+    drawn = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for axes, group in zip(drawn, groups, strict=True):
+        _hit_rates(axes, finite, group, lru)
+        most = [r["hit_rate"] for r in rows if math.isinf(_capacity(r))]
+        most += [lru.infinite] if lru is not None else []
+        if most:
+            axes.axhline(max(most), color="0.4", linestyle=":", linewidth=1.2)
+            axes.annotate(
+                f"nothing evicted: {max(most):.1%}", (0.01, max(most)), (0, 3),
+                xycoords=("axes fraction", "data"), textcoords="offset points", fontsize="small",
+            )  # fmt: skip
+        axes.set_xlabel(f"capacity, {rows[0]['unit']}" if rows else "capacity")
+        axes.legend(frameon=False, ncols=2, fontsize="small")
+        tidy(axes)
+    metric = rows[0].get("metric", "object") if rows else "object"
+    drawn[0].set_ylabel(f"hit rate ({metric})")
+    drawn[0].set_title(title, loc="left", fontsize="medium")
+    return figure
+
+
+def _hit_rates(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], policies: Sequence[str], lru: Curve | None
+) -> None:
+    """Points of each policy and of the bound, joined by faint lines, and the curve of LRU."""
     if lru is not None and len(lru.capacity):
-        axes.step(
-            lru.capacity, lru.hit_rate, where="post", color="0.6", linewidth=1, label="lru, all"
-        )
-    most = [r["hit_rate"] for r in rows if math.isinf(_capacity(r))]
-    most += [lru.infinite] if lru is not None else []
-    if most:
-        axes.axhline(max(most), color="0.4", linestyle=":", linewidth=1.2, label="nothing evicted")
+        x = np.append(lru.capacity, 2 * lru.capacity[-1])  # what no more room adds to
+        y = np.append(lru.hit_rate, lru.infinite)
+        axes.step(x, y, where="post", color="0.6", linewidth=1, label="lru, exact")
+    if lru is None or {r["policy"] for r in rows} != {"lru"}:
+        for place, policy in enumerate([*policies, BOUND]):
+            points = sorted((_capacity(r), r["hit_rate"]) for r in rows if r["policy"] == policy)
+            if points:
+                colour, marker = ("black", "_") if policy == BOUND else LINES[place]
+                name = "belady (bound)" if policy == BOUND else policy
+                axes.plot(
+                    *zip(*points, strict=True), marker=marker, color=colour, markersize=6,
+                    linestyle=":", linewidth=0.8, label=name, zorder=3,
+                )  # fmt: skip
     axes.set_xscale("log")
     axes.set_ylim(0, None)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    asked = sorted({_capacity(r) for r in rows})
+    if lru is None and len(asked) <= MOST_TICKS:
+        axes.set_xticks(asked)
+        axes.minorticks_off()
+    in_bytes = bool(rows) and rows[0]["unit"] == "bytes"
+    axes.xaxis.set_major_formatter(_sized if in_bytes else EngFormatter(sep=""))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel(f"capacity, {rows[0]['unit']}" if rows else "capacity")
-    metric = rows[0].get("metric", "object") if rows else "object"
-    axes.set_ylabel(f"hit rate ({metric})")
-    axes.legend(frameon=False, ncols=2, fontsize="small")
-    tidy(axes)
-    return figure
+
+
+def _sized(n: float, _: float) -> str:
+    """1073741824 -> 1 GiB."""
+    for unit, scale in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if n >= 1 << scale:
+            return f"{n / (1 << scale):.3g} {unit}"
+    return f"{n:.3g} B"
 
 
 def memory_curves(plan: Plan, title: str = "") -> Figure:
@@ -86,9 +124,8 @@ def memory_curves(plan: Plan, title: str = "") -> Figure:
         axes.step(x, y, where="post", color=colour, linewidth=1.5, label=label)
         size, rate = at[f"{name}_bytes"] / 2**30, at[f"{name}_rate"]
         axes.plot(size, rate, marker=marker, color=colour, markersize=7, zorder=4)
-        amount = f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
         axes.annotate(
-            f"{amount} GiB: {rate:.1%}", (size, rate), (7, -12),
+            f"{_gib(at[f'{name}_bytes'])}: {rate:.1%}", (size, rate), (7, -12),
             textcoords="offset points", color=colour, fontsize="small",
         )  # fmt: skip
     axes.set_xscale("log")
@@ -105,6 +142,47 @@ def memory_curves(plan: Plan, title: str = "") -> Figure:
     axes.legend(frameon=False, loc="upper left")
     tidy(axes)
     return figure
+
+
+def where_it_pays(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """What a prefix cache finds of each workload, and what reuse at any position adds to it.
+
+    Beside each bar: points that it adds, and the memory of both for the share of what they can find
+    that the rows are of. Rows are those of `benchmarks/where_it_pays.py`.
+    """
+    figure = Figure(figsize=(9, 1.4 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    place = np.arange(len(rows))
+    prefix = np.array([row["prefix"] for row in rows])
+    both = np.array([row["prefix"] if row["anywhere"] is None else row["anywhere"] for row in rows])
+    axes.barh(place, prefix, 0.6, color=BLUE, label="prefix cache")
+    axes.barh(place, both - prefix, 0.6, prefix, color=SKY, label="only where it is moved")
+    for i, row in enumerate(rows):
+        sizes = [f"prefix {_gib(row['prefix_bytes'])}"] if row["prefix"] else []
+        if row["anywhere"] is not None:
+            sizes = [f"+{100 * (both[i] - prefix[i]):.1f} points", *sizes]
+            sizes.append(f"anywhere {_gib(row['anywhere_bytes'])}")
+        axes.annotate(
+            "; ".join(sizes), (max(both[i], prefix[i]), i), (5, 0), va="center",
+            textcoords="offset points", fontsize="small",
+        )  # fmt: skip
+    axes.set_yticks(place, [row["workload"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.75)
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    target, model = rows[0]["target"], rows[0]["model"]
+    axes.set_xlabel(
+        f"prompt tokens found, of any size; GiB: LRU, for {target:.0%} of that, KV of {model}"
+    )
+    axes.legend(frameon=False, loc="upper right")
+    tidy(axes)
+    return figure
+
+
+def _gib(n: int) -> str:
+    size = n / 2**30
+    return f"{size:,.0f} GiB" if size >= 100 else f"{size:.3g} GiB"
 
 
 def reuse_over_time(done: Sequence[RequestReuse], width: int = 200) -> Figure:

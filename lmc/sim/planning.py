@@ -58,18 +58,28 @@ class Plan:
         """What it comes to."""
         row = next(r for r in self.targets if r["share"] == self.target)
         prefix = self.reach.prefix.infinite
-        text = (
-            f"A prefix cache can find {prefix:.1%} of the prompt tokens; for {self.target:.0%} of "
-            f"that it needs {_gib(row['prefix_bytes'])}."
-        )
+        text = f"A prefix cache can find {prefix:.1%} of the prompt tokens"
+        if self.reach.engine:
+            text = (
+                f"The engine's own cache finds {self.reach.engine:.1%} of the prompt tokens. "
+                f"Beyond it a prefix cache can find {prefix:.1%}"
+            )
+        if prefix:
+            text += f"; for {self.target:.0%} of that it needs {_gib(row['prefix_bytes'])}"
+        text += "."
         if self.reach.anywhere is None:
             return f"{text} The trace has block ids alone, in which moved reuse does not show."
-        return (
-            f"{text} A store that finds chunks anywhere can find "
-            f"{self.reach.anywhere.infinite:.1%}, {100 * self.reach.moved:+.1f} points; for "
-            f"{self.target:.0%} of that it needs {_gib(row['anywhere_bytes'])}, and what the "
-            f"prefix cache has at {self.target:.0%} it has from {_gib(row['same_bytes'])} on."
+        text += (
+            f" A store that finds chunks anywhere can find {self.reach.anywhere.infinite:.1%}, "
+            f"{100 * self.reach.moved:+.1f} points; for {self.target:.0%} of that it needs "
+            f"{_gib(row['anywhere_bytes'])}"
         )
+        if row["prefix_rate"]:
+            text += (
+                f", and what the prefix cache has at {self.target:.0%} it has from "
+                f"{_gib(row['same_bytes'])} on"
+            )
+        return f"{text}."
 
 
 def plan(
@@ -85,6 +95,7 @@ def plan(
     times: TTFTModel | None = None,
     servers: int = 1,
     rate_scale: float = 1.0,
+    engine_bytes: int = 0,
     blend: Strategy | Mapping[str, Any] | str = "epic",
 ) -> Plan:
     """Plan for a trace.
@@ -98,22 +109,29 @@ def plan(
         policies: beside LRU; `BOUND` for the prefix cache alone.
         tiers: bytes of each, the first asked first, where what one evicts goes to the next.
         times: of one request, for the times to first token at the target and with nothing kept.
+        engine_bytes: of vLLM's own cache, in front of what is planned for; the rates are then what
+            is found beyond it. Policies and times do not know of it.
         servers, rate_scale, blend: as in `lmc.sim.timing.serve` and `lmc.sim.store.replay_store`.
 
     Raises:
-        ValueError: a target outside (0, 1], a trace in which nothing can be found again, or as the
+        ValueError: a target outside (0, 1], an engine's cache together with policies or times, a
+            trace in which nothing can be found again, or as the
             parts that it calls.
     """
     if not 0 < target <= 1:
         raise ValueError(f"target: got {target}, want above 0% and at most 100%")
+    if engine_bytes and (policies or times is not None):
+        raise ValueError("engine: policies and times know of no engine's own cache")
     sizes = shape(model) if isinstance(model, str) else model
     cut = CHUNKERS.build(chunker)
     ordered = sorted(requests, key=lambda r: r.timestamp)
     texts = bool(ordered) and all(r.tokens is not None for r in ordered)
     blocks = accesses(ordered, Fixed(BLOCK))
     per_token = sizes.bytes_per_token(dtype)
-    found = reach(ordered, blocks, per_token, cut if texts else None, spans=spans)
-    if not max(found.prefix.infinite, found.anywhere.infinite if found.anywhere else 0):
+    how_cut: dict[str, Any] = {"spans": spans, "engine_bytes": engine_bytes}
+    found = reach(ordered, blocks, per_token, cut if texts else None, **how_cut)
+    anywhere = found.anywhere.infinite if found.anywhere else 0
+    if not max(found.prefix.infinite, anywhere, found.engine):
         raise ValueError("the trace repeats nothing: no memory would find anything")
     shares = sorted({*TARGETS, target})
     rows = [_needed(found, share) for share in shares]

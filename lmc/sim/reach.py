@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lmc.chunking import Chunker
 from lmc.chunking.pieces import chunk_key, context_digests, split
 from lmc.sim.stack import NEVER, Curve, hit_curve, prefix_distances, stack_distances
-from lmc.sim.sweep import prefix_curve
+from lmc.sim.sweep import curve_rows
 from lmc.sim.trace import Accesses, Request
 
 
@@ -71,6 +73,9 @@ def pieces_of(requests: Iterable[Request], chunker: Chunker, *, spans: bool = Fa
 class Reach:
     """Tokens that are found, as shares of all prompt tokens, at every capacity in bytes.
 
+    Where there is a cache of the engine's own in front, these are what is found beyond it.
+
+    engine: found in the engine's own cache; 0 where none is in front.
     prefix: of a cache that finds blocks behind the very same tokens alone, as vLLM's.
     anywhere: of a store that finds chunks at any position, each content kept once; exact: the part
         of it that is found behind the same tokens. None where the trace has no token ids.
@@ -80,6 +85,7 @@ class Reach:
     anywhere: Curve | None
     exact: Curve | None
     tokens: int
+    engine: float = 0.0
 
     @property
     def moved(self) -> float:
@@ -112,7 +118,7 @@ def moved_distances(pieces: Pieces, bytes_per_token: int) -> tuple[np.ndarray, n
 
 def reach(
     requests: Sequence[Request], accesses: Accesses, bytes_per_token: int,
-    chunker: Chunker | None = None, *, spans: bool = False,
+    chunker: Chunker | None = None, *, spans: bool = False, engine_bytes: int = 0,
 ) -> Reach:  # fmt: skip
     """The curves of a trace.
 
@@ -121,16 +127,58 @@ def reach(
         accesses: to the blocks of a prefix cache.
         bytes_per_token: of KV.
         chunker: cuts token ids for the store; None where there are none.
+        engine_bytes: of the engine's own cache, which finds prefixes and is asked first. What is
+            computed or found goes into both.
 
     Raises ValueError for a chunker and requests without token ids.
     """
     full = accesses.full_blocks() if accesses.block_tokens else accesses
-    prefix = prefix_curve(full, full.tokens * bytes_per_token)
+    sizes = full.tokens * bytes_per_token
+    behind = prefix_distances(stack_distances(full.keys, sizes), full.offsets)
     total = int(accesses.input_tokens.sum())
+    held = behind <= engine_bytes
+    owner = np.repeat(np.arange(len(full.offsets) - 1), np.diff(full.offsets))
+    # Tokens from each prompt's start that the engine has itself.
+    front = np.bincount(owner[held], full.tokens[held], len(full.offsets) - 1).astype(np.int64)
+    engine = float(front.sum()) / max(total, 1)
+    beyond = np.where(held, 0, full.tokens).astype(float)
+    prefix = hit_curve(behind, beyond, float(total))
     if chunker is None:
-        return Reach(prefix, None, None, total)
+        return Reach(prefix, None, None, total, engine)
     pieces = pieces_of(requests, chunker, spans=spans)
-    weights = pieces.tokens.astype(float)
+    ends = np.cumsum(pieces.tokens)
+    of = np.repeat(np.arange(len(pieces.offsets) - 1), np.diff(pieces.offsets))
+    first = np.concatenate(([0], ends))[pieces.offsets[:-1]][of]  # of the request, in all tokens
+    weights = np.minimum(pieces.tokens, np.maximum(0, ends - first - front[of])).astype(float)
     found, exact = moved_distances(pieces, bytes_per_token)
     anywhere = hit_curve(found, weights, float(total))
-    return Reach(prefix, anywhere, hit_curve(exact, weights, float(total)), total)
+    return Reach(prefix, anywhere, hit_curve(exact, weights, float(total)), total, engine)
+
+
+def store_rows(
+    requests: Sequence[Request], chunker: Chunker, bytes_per_token: int, *, spans: bool = False
+) -> tuple[Curve, list[dict[str, Any]]]:
+    """A store of contents under LRU at all capacities, in one pass: its curve, and rows.
+
+    As `lmc.sim.sweep.lru_rows`, in bytes; a row has the shares `exact` and `moved`, too. It counts
+    what is held, while the metric store of `store_sweep` has the planner decide whether it pays to
+    use it, and keeps a content in several contexts.
+
+    Raises ValueError for a request without token ids.
+    """
+    pieces = pieces_of(requests, chunker, spans=spans)
+    total = int(pieces.tokens.sum())
+    if not total:
+        raise ValueError("the trace has no tokens")
+    weights = pieces.tokens.astype(float)
+    found, exact = (
+        hit_curve(distances, weights, float(total))
+        for distances in moved_distances(pieces, bytes_per_token)
+    )
+    smallest = int(pieces.tokens.min()) * bytes_per_token
+    rows = curve_rows(found, total, smallest, unit="bytes", metric="store")
+    for row in rows:
+        at = math.inf if row["capacity"] == "inf" else row["capacity"]
+        row["exact"] = exact.infinite if math.isinf(at) else float(exact.at([int(at)])[0])
+        row["moved"] = row["hit_rate"] - row["exact"]
+    return found, rows

@@ -11,11 +11,10 @@ import numpy as np
 from lmc.chunking import CHUNKERS, Chunker
 from lmc.chunking.pieces import chunk_key, split
 from lmc.registry import Registry
+from lmc.sim.kinds import KINDS, MOVED, NEW, PREFIX, REPEATED_WITHIN
 from lmc.sim.trace import Request
 from lmc.sim.windows import WindowSet, covered, greedy, window_hashes
 
-KINDS = ("prefix", "moved", "repeated_within", "new")
-PREFIX, MOVED, REPEATED_WITHIN, NEW = range(4)
 Scope = Literal["session", "trace"]
 
 

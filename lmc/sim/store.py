@@ -21,6 +21,7 @@ from lmc.store import Index
 from lmc.store.history import History
 from lmc.store.keep import keep
 from lmc.store.lookup import Known
+from lmc.store.record import variants_kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ def replay_store(
     dtype: str | None = None,
     policy: Mapping[str, Any] | str = "lru",
     blend: Strategy | Mapping[str, Any] | str = "epic",
-    exact_variants: int = 2,
+    exact_variants: int | None = None,
     spans: bool = False,
 ) -> StoreReplay:
     """Plan every request, in order of arrival, as the connector would, and store its chunks.
@@ -77,7 +78,8 @@ def replay_store(
         capacity: bytes.
         model: says the bytes of a token's KV, and what computing it again costs.
         dtype: of the KV, default the model's own.
-        exact_variants: exact contexts kept of one content.
+        exact_variants: exact contexts kept of one content; by default as
+            `lmc.store.record.variants_kept` has it.
         spans: the segments of a request are chunks.
 
     Raises:
@@ -96,7 +98,7 @@ def replay_store(
         policy=policy,
         cost=model.cost,
         clock=lambda: now,
-        exact_variants=exact_variants,
+        exact_variants=variants_kept(exact_variants, strategy.moves),
         history=(history := History()),
     )
     about = Circumstances(unmoved=None if strategy.moves else "strategy")

@@ -125,7 +125,9 @@ def lru_rows(
     dtype: str | None = None,
     sample: float | None = None,
 ) -> tuple[Curve, list[dict[str, Any]]]:
-    """LRU at all capacities from one pass: its curve, and rows at 1, 2, 5, 10, ... and `inf`.
+    """LRU at all capacities from one pass: its curve, and rows at some of them and at `inf`.
+
+    Shown are 1, 2, 5, 10, ..., of bytes the powers of 2.
 
     Args:
         sample: share of the keys that SHARDS looks at; the rows then state the standard error of
@@ -143,26 +145,44 @@ def lru_rows(
         curve = prefix_curve(accesses, sizes)
     else:
         curve = hit_curve(stack_distances(accesses.keys, sizes))
+    rows = curve_rows(curve, total, int(sizes.min()), unit=unit, metric=metric)
+    if isinstance(curve, ShardsCurve):
+        for row in rows:
+            row["error"] = float(curve.error_at([_within(curve, row["capacity"])])[0])
+    return curve, rows
+
+
+def curve_rows(
+    curve: Curve, total: int, smallest: int, *, unit: Unit, metric: str
+) -> list[dict[str, Any]]:
+    """A curve at some capacities from `smallest` on, and at `inf`: rows as of an `Outcome`.
+
+    total: what the hit rate is a share of.
+    """
     top = int(curve.capacity[-1]) if len(curve.capacity) else 1
     steps = [m * 10**e for e in range(len(str(top))) for m in (1, 2, 5)]
-    shown = [c for c in steps if c >= sizes.min() and c < 5 * top]
-    rows = []
-    for capacity in [*shown, math.inf]:
-        at = min(capacity, top)
-        rate = float(curve.at([int(at)])[0])
-        row = {
+    if unit == "bytes":
+        steps = [1 << e for e in range(top.bit_length() + 2)]
+    shown = [c for c in steps if c >= smallest and c < 5 * top]
+    rates = [float(curve.at([_within(curve, c)])[0]) for c in [*shown, "inf"]]
+    return [
+        {
             "policy": "lru",
-            "capacity": "inf" if math.isinf(capacity) else capacity,
+            "capacity": capacity,
             "unit": unit,
             "metric": metric,
             "accesses": total,
             "hits": round(rate * total),
             "hit_rate": rate,
         }
-        if isinstance(curve, ShardsCurve):
-            row["error"] = float(curve.error_at([int(at)])[0])
-        rows.append(row)
-    return curve, rows
+        for capacity, rate in zip([*shown, "inf"], rates, strict=True)
+    ]
+
+
+def _within(curve: Curve, capacity: int | str) -> int:
+    """A capacity at which the curve is as it is at this one, and which is finite."""
+    top = int(curve.capacity[-1]) if len(curve.capacity) else 1
+    return top if isinstance(capacity, str) else min(capacity, top)
 
 
 def prefix_curve(accesses: Accesses, sizes: np.ndarray) -> Curve:
@@ -184,7 +204,7 @@ def store_sweep(
     model: ModelShape,
     dtype: str | None = None,
     blend: Strategy | Mapping[str, Any] | str = "epic",
-    exact_variants: int = 2,
+    exact_variants: int | None = None,
     spans: bool = False,
 ) -> Iterator[Outcome]:
     """Replay a trace of text or token ids through lmc's own store, for the metric store.

@@ -17,6 +17,8 @@ CAUSES = {
     "repeated_within": "this very prompt has it further in front, and nothing before it had",
     "open_end": "it is known as the open end of a prompt, which serves behind the same text only",
     "cut_elsewhere": "its text was stored in chunks with other borders",
+    "other_order": "a prefix cache has it behind other text: known parts came in another order",
+    "changed_prefix": "a prefix cache has it behind other text: something in front of it is new",
     "tier_silent": "a tier that might have it did not answer, or is left alone for a while",
     # Something has it.
     "being_stored": "it is being stored just now, or came when the request was planned already",

@@ -108,6 +108,15 @@ def exact_at(record: Record, start: int, contexts: Contexts) -> bool:
     )
 
 
+def variants_kept(said: int | None, moves: bool) -> int:
+    """How many exact contexts of one content are kept where nobody says it.
+
+    What is moved serves behind any text, and of what stands in the way of others two are enough.
+    Where nothing is moved each of them is a prefix of its own: as many as a put can look through.
+    """
+    return said if said is not None else 2 if moves else 64
+
+
 def superseded(
     known: Iterable[Record],
     new: Record,

@@ -84,8 +84,8 @@ def test_text_shows_kinds_tiers_causes_and_seconds(tmp_path: Path) -> None:
     assert "100 tokens, 14.0% of rows computed, strategy epic" in out
     bar = out.splitlines()[1]
     assert len(bar) == 80 and set(bar) == set("LERMN") and bar.startswith("L" * 32 + "E" * 16)
-    assert any("evicted" in line and "10.0%" in line and "gave way" in line
-               for line in out.splitlines())  # fmt: skip
+    assert any("evicted" in line and "10.0%" in line for line in out.splitlines())
+    assert "evicted: it was stored, and gave way to others\n" in out
     assert "0.0200  claim" in out and "Estimated" not in out
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmc.sim.reuse import KINDS
+from lmc.sim.kinds import KINDS
 from tests.cli.shell import answer, invoke
 
 PROFILE = """
 fixed_s: 0.5
 per_row_s: 0.01
 per_pair_s: 0.0
-bytes_per_token: 1000
+bytes_per_token: 131072
 tiers:
-  - {name: host, latency_s: 0.0, bytes_per_s: 1.0e+6}
-  - {name: tape, latency_s: 90.0, bytes_per_s: 1.0e+6}
+  - {name: host, latency_s: 0.0, bytes_per_s: 131.072e+6}
+  - {name: tape, latency_s: 90.0, bytes_per_s: 131.072e+6}
 """
 
 
@@ -164,7 +164,7 @@ def test_bad_lines_are_told_and_left_out(blocks: Path) -> None:
     blocks.write_text(blocks.read_text() + "{\n")
     code, out, err = invoke("sim", blocks, "--capacity", "inf")
     assert code == 0
-    assert "0.5000" in out
+    assert "50.00%" in out
     assert "1 lines were left out" in err
     assert "blocks.jsonl:5: not JSON" in err
     code, _, err = invoke("sim", blocks, "--strict")
@@ -179,8 +179,12 @@ def test_bad_lines_are_told_and_left_out(blocks: Path) -> None:
         (["--capacity", "0"], "capacity: got '0'"),
         (["--unit", "pages"], "'pages'"),
         (["--model", "gpt-9"], "llama-3.1-8b"),
-        (["--metric", "store"], "--unit bytes"),
-        (["--metric", "store", "--unit", "bytes"], "no token ids"),
+        (["--metric", "store", "--unit", "blocks"], "--unit bytes"),
+        (["--metric", "store"], "no token ids"),
+        (["--capacity", "1k,64GiB"], "got 64GiB and 1k, want all of one unit"),
+        (["--capacity", "64GiB", "--unit", "tokens"], "unit tokens: got capacity 64GiB"),
+        (["--plot", "x.doc"], "want a file that ends in"),
+        (["--plot", "nowhere/x.png"], "there is no folder nowhere"),
         (["--capacity", "all", "--policy", "fifo"], "capacity all"),
         (["--sample", "0.1"], "--capacity all"),
         (["--times", "nowhere.yaml"], "nowhere.yaml"),

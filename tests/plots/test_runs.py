@@ -11,7 +11,8 @@ import pytest
 
 from lmc import plots
 from lmc.chunking import CHUNKERS
-from lmc.sim.reuse import KINDS, NEW, analyse
+from lmc.sim.kinds import KINDS, NEW
+from lmc.sim.reuse import analyse
 from lmc.sim.stack import NEVER, hit_curve
 from lmc.sim.trace import Request
 
@@ -77,15 +78,34 @@ HIT_ROWS = [
 ]
 
 
-def test_hit_rates_have_a_line_a_policy_the_bound_and_what_nothing_evicted_gives() -> None:
+def test_hit_rates_are_points_and_curves_the_bound_and_what_nothing_evicted_gives() -> None:
     figure = plots.hit_rates(HIT_ROWS, hit_curve(np.array([5, 50, 500, NEVER])))
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    assert list(lines) == ["lru", "belady (bound)", "fifo", "lru, all", "nothing evicted"]
+    named = [name for name in lines if not str(name).startswith("_")]
+    assert named == ["lru, exact", "lru", "fifo", "belady (bound)"]
     assert lines["fifo"].get_xdata().tolist() == [100.0]
-    assert lines["belady (bound)"].get_linestyle() == "--"
-    assert set(lines["nothing evicted"].get_ydata()) == {0.75}
-    assert lines["lru, all"].get_ydata().tolist() == [0.25, 0.5, 0.75]
+    assert {lines[name].get_marker() for name in ("lru", "fifo")} == {"o"}
+    assert lines["lru, exact"].get_ydata().tolist() == [0.25, 0.5, 0.75, 0.75]
+    assert [text.get_text() for text in axes.texts] == ["nothing evicted: 75.0%"]
+
+
+def test_many_policies_are_drawn_beside_each_other() -> None:
+    rows = [HIT_ROWS[0] | {"policy": f"p{i}"} for i in range(20)]
+    figure = plots.hit_rates([*rows, HIT_ROWS[2]], title="a trace")
+    drawn = [[str(line.get_label()) for line in axes.get_lines()] for axes in figure.axes]
+    assert [len(labels) for labels in drawn] == [9, 9, 5]
+    assert all("belady (bound)" in labels for labels in drawn)
+    assert figure.axes[0].get_title(loc="left") == "a trace"
+
+
+def test_ticks_are_the_capacities_that_were_asked_for() -> None:
+    one = HIT_ROWS[0] | {"unit": "bytes"}
+    rows = [one | {"capacity": c << 30, "hit_rate": c / 100} for c in (1, 3, 64)]
+    (axes,) = plots.hit_rates(rows).axes
+    axes.figure.draw_without_rendering()
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["1 GiB", "3 GiB", "64 GiB"]
 
 
 def test_the_figures_of_a_trace_draw(tmp_path: Path) -> None:
@@ -121,3 +141,17 @@ def test_the_map_has_a_cell_a_token() -> None:
     assert cells.shape == (5, 64)
     assert (np.asarray(cells).ravel()[:300] == NEW).all()
     assert (np.asarray(cells).ravel()[300:] == len(KINDS)).all()
+
+
+def test_where_it_pays_has_a_bar_a_workload_and_its_memory() -> None:
+    rows = [
+        {"workload": "skills", "prefix": 0.0, "anywhere": 0.85, "prefix_bytes": 0,
+         "anywhere_bytes": 3 << 30, "target": 0.8, "model": "m"},
+        {"workload": "blocks", "prefix": 0.4, "anywhere": None, "prefix_bytes": 9 << 30,
+         "target": 0.8, "model": "m"},
+    ]  # fmt: skip
+    (axes,) = plots.where_it_pays(rows).axes
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == pytest.approx([0.0, 0.4, 0.85, 0.0])
+    labels = " ".join(text.get_text() for text in axes.texts)
+    assert "+85.0 points" in labels and "3 GiB" in labels and "9 GiB" in labels

@@ -14,17 +14,8 @@ from lmc.chunking import CHUNKERS, Chunker
 from lmc.chunking.cdc import Cdc
 from lmc.chunking.fixed import Fixed
 from lmc.chunking.pieces import split
-from lmc.sim.reuse import (
-    KINDS,
-    MOVED,
-    NEW,
-    PREFIX,
-    REPEATED_WITHIN,
-    PrefixTree,
-    RequestReuse,
-    Sliding,
-    analyse,
-)
+from lmc.sim.kinds import KINDS, MOVED, NEW, PREFIX, REPEATED_WITHIN
+from lmc.sim.reuse import PrefixTree, RequestReuse, Sliding, analyse
 from lmc.sim.trace import Request
 from lmc.sim.windows import WindowSet, covered, greedy, window_hashes
 

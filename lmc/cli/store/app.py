@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lmc.cli.errors import errors_in_one_line
-from lmc.cli.output import print_json
+from lmc.cli.output import print_json, show, size
 from lmc.cli.store import tables
-from lmc.cli.store.tables import AGES, count, size
+from lmc.cli.store.tables import AGES, count
 from lmc.sizes import parse_bytes
 
 if TYPE_CHECKING:
@@ -48,7 +48,10 @@ def ls(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what a store holds: by namespace (model and tenant), or record by record."""
+    """List what a store holds: by namespace (model and tenant), or record by record.
+
+    For example: lmc store ls kv --by none --limit 20
+    """
     with _opened(path) as folder:
         from lmc.cli.store.inspect import entries, grouped
 
@@ -63,7 +66,7 @@ def ls(
         elif not rows:
             typer.echo("no records" if namespace is None and origin is None else "no such records")
         else:
-            tables.show(tables.records(shown) if by == "none" else tables.groups(shown))
+            show(tables.records(shown) if by == "none" else tables.groups(shown))
             if len(shown) < len(rows):
                 typer.echo(f"{len(shown):,} of {len(rows):,} rows")
         _warn(path, folder)
@@ -71,7 +74,10 @@ def ls(
 
 @store_app.command()
 def stat(path: Store, as_json: AsJson = False) -> None:
-    """Say how large a store is, how much of it is dead, how well it compresses, at what error."""
+    """Say how large a store is, how much of it is dead, how well it compresses, at what error.
+
+    For example: lmc store stat kv
+    """
     with _opened(path) as folder:
         from lmc.cli.store.inspect import totals
 
@@ -79,16 +85,19 @@ def stat(path: Store, as_json: AsJson = False) -> None:
         if as_json:
             print_json(facts)
             return
-        tables.show(tables.summary(path, facts))
+        show(tables.summary(path, facts))
         if facts["records"]:
-            tables.show(tables.codecs(facts["codecs"]))
-            tables.show(tables.layouts(facts["layouts"]))
+            show(tables.codecs(facts["codecs"]))
+            show(tables.layouts(facts["layouts"]))
         _warn(path, folder)
 
 
 @store_app.command()
 def verify(path: Store, as_json: AsJson = False) -> None:
-    """Read every record past the page cache. Exit code 1: some are damaged, and quarantined."""
+    """Read every record past the page cache. Exit code 1: some are damaged, and quarantined.
+
+    For example: lmc store verify kv
+    """
     with _opened(path) as folder:
         from dataclasses import asdict
 
@@ -141,7 +150,10 @@ def gc(
         bool, typer.Option("--quarantined", help="Forget what was quarantined, and why.")
     ] = False,
 ) -> None:
-    """Give back the space of what is dead; before that, forget what all options together name."""
+    """Give back the space of what is dead; before that, forget what all options together name.
+
+    For example: lmc store gc kv --older-than 7d
+    """
     with _opened(path, to_write=True) as folder:
         from lmc.cli.store.inspect import entries
         from lmc.cli.store.upkeep import compact, forget, forget_quarantined, to_forget
@@ -176,7 +188,10 @@ def export_(
         str | None, typer.Option(metavar="BYTES", help="The latest chunks, up to 2GiB of KV, ...")
     ] = None,
 ) -> None:
-    """Write chunks, decoded, to a safetensors file. Exit code 1: damaged ones were left out."""
+    """Write chunks, decoded, to a safetensors file. Exit code 1: damaged ones were left out.
+
+    For example: lmc store export kv chunks.safetensors
+    """
     with _opened(path) as folder:
         from lmc.cli.store.transfer import export_chunks
 
@@ -205,7 +220,10 @@ def import_(
         str, typer.Option(metavar="BYTES", help="What the folder may take; nothing is evicted.")
     ] = "10GiB",
 ) -> None:
-    """Put the chunks of a file into a store, once all of it is checked."""
+    """Put the chunks of a file into a store, once all of it is checked.
+
+    For example: lmc store import kv chunks.safetensors
+    """
     with errors_in_one_line("store"):
         from lmc.cli.store.transfer import import_chunks
 

@@ -16,7 +16,7 @@ from lmc.quality import BLENDS
 from lmc.registry import one_line
 from lmc.sizes import parse_bytes
 from lmc.store import Index
-from lmc.store.record import ContextPolicy
+from lmc.store.record import ContextPolicy, variants_kept
 from lmc.store.tier import TIERS, TierConfig
 
 TESTED_VLLM = ("0.32.0",)
@@ -80,8 +80,9 @@ class LMCConfig(BaseModel):
             left alone for a while.
         single_flight_s: so long a request waits at most for text that another one, here or in an
             engine that shares a tier, is computing already; 0: it computes it as well.
-        exact_variants: exact contexts kept of one content. Text that prompts repeat inside
-            themselves wants more, or its prefixes are lost (`lmc sim --exact-variants`).
+        exact_variants: exact contexts kept of one content; by default 2, and 64 where `blend`
+            moves nothing. Text that prompts repeat inside themselves, and a quality gate that
+            refuses to move chunks, want more, or prefixes are lost (`lmc sim --exact-variants`).
         chunker: cuts prompts whose request gives no spans, and what lies between spans.
         context: what a chunk that is moved may have been computed behind: `any` text at all,
             `shared_prefix`: text that the request begins with too, or `isolated`: nothing (but
@@ -127,7 +128,7 @@ class LMCConfig(BaseModel):
     write_queue_bytes: int = Field(default=256 << 20, gt=0)
     fetch_patience_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     single_flight_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
-    exact_variants: int = Field(default=2, ge=1)
+    exact_variants: int | None = Field(default=None, ge=1)
     chunker: dict[str, Any] | str = "cdc"
     context: ContextPolicy = "isolated"
     isolated_tokens: int = Field(default=128, ge=0)
@@ -148,6 +149,11 @@ class LMCConfig(BaseModel):
         """A fresh chunker; ValueError for a wrong one."""
         chunker: Chunker = CHUNKERS.build(self.chunker)
         return chunker
+
+    @property
+    def variants(self) -> int:
+        """Exact contexts kept of one content."""
+        return variants_kept(self.exact_variants, build_strategy(self.blend).moves)
 
     @property
     def what_context_costs(self) -> str:

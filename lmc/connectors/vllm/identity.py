@@ -147,7 +147,7 @@ def open_tiers(
     """
     label = f"{Path(vllm_config.model_config.model).name} {layout.dtype}"
     said = config.build_tiers()
-    variants, heads = config.exact_variants, heads_of(layout, rank, vllm_config)
+    variants, heads = config.variants, heads_of(layout, rank, vllm_config)
     tiers = opened(said, layout, heads=heads, exact_variants=variants, label=label)
     return list(zip(said, tiers, strict=True))
 

@@ -56,7 +56,7 @@ class Planner:
     ) -> None:
         self.index = Index(
             config.memory_bytes, ranks, config.policy, cost,
-            exact_variants=config.exact_variants, history=History(),
+            exact_variants=config.variants, history=History(),
         )  # fmt: skip
         self._kept = 0  # bytes of what is held for requests
         self._config = config

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
 from lmc.registry import Registry
-from lmc.sim.readers.files import DAMAGED, files_of, opened
+from lmc.sim.readers.files import DAMAGED, files_of, opened, readable_again
 from lmc.sim.readers.records import Broken, RecordError
 from lmc.sim.readers.text import TextFormat
 from lmc.sim.trace import Request
@@ -20,15 +20,19 @@ FORMATS = Registry(
         "bailian": "lmc.sim.readers.bailian:Bailian",
         "burstgpt": "lmc.sim.readers.burstgpt:BurstGpt",
         "chat": "lmc.sim.readers.chat:Chat",
+        "claude_code": "lmc.sim.readers.claude_code:ClaudeCode",
+        "codex": "lmc.sim.readers.codex:Codex",
         "lmc": "lmc.sim.readers.recorded:Recorded",
         "mooncake": "lmc.sim.readers.mooncake:Mooncake",
+        "openhands": "lmc.sim.readers.trajectories:OpenHands",
         "sharegpt": "lmc.sim.readers.sharegpt:ShareGpt",
         "timed_trace": "lmc.sim.readers.mooncake:Mooncake",
         "tokens": "lmc.sim.readers.tokens:Tokens",
+        "trajectories": "lmc.sim.readers.trajectories:Trajectories",
         "weka": "lmc.sim.readers.weka:Weka",
     },
     given=["tokenizer"],
-    has=["has_text", "recognises", "records", "requests"],
+    has=["example", "has_text", "recognises", "records", "requests"],
 )
 MOST_SHOWN = 100
 
@@ -37,9 +41,11 @@ class Format(Protocol):
     """A dataclass that knows one format.
 
     has_text: its prompts are text, so that it has a field `tokenizer`.
+    example: a short file.
     """
 
     has_text: ClassVar[bool]
+    example: ClassVar[str]
 
     @staticmethod
     def recognises(head: bytes, keys: set[str]) -> bool:
@@ -86,10 +92,19 @@ class Reading:
         *,
         strict: bool,
         tell: Callable[[int], None] | None,
+        copy: Any = None,
+        kept: Path | None = None,
     ) -> None:
         self.path, self.format = path, format
+        self._copy = copy  # of a pipe; goes when this does
+        self._kept = kept  # the file of what was tokenised
         self._reader, self._strict, self._tell = reader, strict, tell
         self._reset()
+
+    @property
+    def assumed(self) -> str:
+        """What was told of its units from the lines that were read, in words; "" for nothing."""
+        return str(getattr(self._reader, "assumed", ""))
 
     @property
     def decode(self) -> Callable[[Sequence[int]], str] | None:
@@ -102,8 +117,10 @@ class Reading:
 
     def __iter__(self) -> Iterator[Request]:
         self._reset()
-        for file in files_of(self.path):
-            yield from self._requests_of(file)
+        if self._kept is None:
+            yield from self._read()
+        else:
+            yield from self._read_once(self._kept)
         if not self.count and not self.bad_count:
             raise ValueError(f"{self.path}: the trace is empty")
         if not self.count:
@@ -111,6 +128,32 @@ class Reading:
                 f"{self.path}: none of its {self.bad_count} lines is a request of format "
                 f"{self.format}; the first: {self.bad[0]}"
             )
+
+    def _read(self) -> Iterator[Request]:
+        for file in files_of(self.path):
+            yield from self._requests_of(file)
+
+    def _read_once(self, file: Path) -> Iterator[Request]:
+        """Requests as `file` has them; if it has none, it has them then."""
+        from lmc.sim.readers import kept
+
+        if (found := kept.load(file)) is not None:
+            requests, bad, self.bad_count = found
+            self.count, self.bad = len(requests), [BadLine(*line) for line in bad]
+            if self._strict and self.bad:
+                first = self.bad[0]
+                raise ValueError(f"{first.file}:{first.line}: {first.reason}")
+            yield from requests
+            return
+        requests, tokens = [], 0
+        for r in self._read():
+            tokens += r.input_tokens
+            if tokens <= kept.MOST_TOKENS:
+                requests.append(r)
+            yield r
+        if tokens <= kept.MOST_TOKENS:
+            lines = [(bad.file, bad.line, bad.reason) for bad in self.bad]
+            kept.keep(file, requests, lines, self.bad_count)
 
     def _requests_of(self, file: Path) -> Iterator[Request]:
         line = 0
@@ -140,18 +183,20 @@ class Reading:
 
 
 def read(
-    path: str | Path,
+    trace: str | Path | Iterable[Mapping[str, Any]],
     format: Mapping[str, Any] | str = "auto",
     *,
     tokenizer: str | Path | None = None,
     strict: bool = False,
     tell: Callable[[int], None] | None = None,
 ) -> Reading:
-    """Open a trace: plain, .gz, .xz or .zst, or a folder of files of one format.
+    """Open a trace: plain, .gz, .xz or .zst, a pipe, or a folder of files of one format.
 
     Lines that cannot be read are counted in `Reading.bad` and left out.
 
     Args:
+        trace: a path, `-` for standard input, or records, such as the rows of a data set that the
+            library `datasets` has loaded.
         format: one of `FORMATS`, with fields such as `chat:framing=plain`, or `auto`, which looks
             at the first line.
         tokenizer: a tokenizer.json, or a folder that holds one, for formats with text.
@@ -162,7 +207,7 @@ def read(
         ValueError: an unknown format or field; a missing or empty file; text without a
             tokenizer; while iterating, a trace none of whose lines can be read.
     """
-    path = Path(path)
+    path, copy = readable_again(Path(trace) if isinstance(trace, str) else trace)
     if not path.exists():
         raise ValueError(f"{path}: no such trace")
     if format == "auto":
@@ -177,4 +222,9 @@ def read(
         )
     given = {} if tokenizer is None else {"tokenizer": str(tokenizer)}
     reader = FORMATS.build(spec, **given)
-    return Reading(path, str(name), reader, strict=strict, tell=tell)
+    place = None
+    if reader.has_text and copy is None:
+        from lmc.sim.readers.kept import place as place_of
+
+        place = place_of(path, spec | given)
+    return Reading(path, str(name), reader, strict=strict, tell=tell, copy=copy, kept=place)

@@ -19,6 +19,10 @@ class Bailian:
     """
 
     has_text: ClassVar[bool] = False
+    example: ClassVar[str] = (
+        '{"chat_id": 159, "parent_chat_id": 55, "timestamp": 61.1, "input_length": 30, '
+        '"output_length": 132, "type": "text", "turn": 2, "hash_ids": [1089, 1090]}'
+    )
     block_tokens: int = 16
 
     def __post_init__(self) -> None:

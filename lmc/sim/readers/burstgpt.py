@@ -19,6 +19,10 @@ class BurstGpt:
     """
 
     has_text: ClassVar[bool] = False
+    example: ClassVar[str] = (
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,ChatGPT,472,18,490,Conversation log"
+    )
 
     @staticmethod
     def recognises(head: bytes, keys: set[str]) -> bool:

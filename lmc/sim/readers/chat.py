@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from lmc.sim.readers.records import (
     RecordError,
@@ -27,9 +27,15 @@ class Chat(TextFormat):
     text count. output_length is 0 where the line does not say.
     """
 
+    example: ClassVar[str] = (
+        '{"session": "a", "timestamp": 1.5, "messages": [{"role": "user", "content": "Hi"}]}'
+    )
+
     @staticmethod
     def recognises(head: bytes, keys: set[str]) -> bool:
-        return "messages" in keys and not keys & {"hash_ids", "requests"}
+        # Without times a line is a whole conversation, of the format `trajectories`.
+        timed = "timestamp" in keys or b'"timestamp"' in head[:2000]
+        return timed and "messages" in keys and not keys & {"hash_ids", "requests"}
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         return json_lines(stream)

@@ -24,8 +24,21 @@ def detect(path: Path) -> str:
         if FORMATS.load(name).recognises(head, keys):
             return name
     raise ValueError(
-        f"{path}: cannot tell the format of this trace; name one of {', '.join(FORMATS.names())}"
+        f"{path}: cannot tell the format of this trace, which begins with {_begin(head)}; name one "
+        f"of {', '.join(FORMATS.names())} (`lmc trace formats` shows a line of each)"
     )
+
+
+def _begin(head: bytes) -> str:
+    """What a file begins with, for people: its first line, or the keys of its first object."""
+    line = head.split(b"\n")[0][:200].decode(errors="replace")
+    try:
+        record = json.loads(head.split(b"\n")[0])
+    except (ValueError, RecursionError):
+        record = None
+    if isinstance(record, dict):
+        return f"an object of {', '.join(map(repr, list(record)[:12])) or 'no keys'}"
+    return repr(line[:60])
 
 
 def _head(file: Path) -> bytes:
@@ -51,5 +64,6 @@ def _keys(head: bytes) -> set[str]:
         if isinstance(record, dict):
             return set(record)
     # One object over many lines, or one line longer than what was looked at.
-    known = ("requests", "hash_ids", "chat_id", "messages", "tokens", "lmc_trace")
+    known = [*["requests", "hash_ids", "chat_id", "messages", "tokens", "lmc_trace"]]
+    known += ["conversations", "history", "trajectory", "type", "payload"]
     return {k for k in known if re.search(rf'"{k}"\s*:'.encode(), head)}

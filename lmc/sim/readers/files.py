@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import lzma
+import re
+import shutil
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +18,7 @@ from typing import Any, cast
 import ijson
 import zstandard
 
+SUFFIX = re.compile(r"\.(jsonl?|traj)(\.(gz|xz|zst))?$")
 # What a damaged file raises, by the library that unpacks or parses it.
 DAMAGED = (
     EOFError,
@@ -29,25 +34,44 @@ DAMAGED = (
 def unpacked(raw: io.BufferedReader[Any]) -> io.BufferedReader:
     """The bytes of a file, unpacked if its first ones say gzip, xz or zstd, whatever its name."""
     start = raw.peek(6)
-    if start.startswith(b"\x1f\x8b"):
-        return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)))
     if start.startswith(b"\xfd7zXZ\0"):
         return io.BufferedReader(cast(io.RawIOBase, lzma.LZMAFile(raw)))
-    if start.startswith(b"\x28\xb5\x2f\xfd"):
-        return io.BufferedReader(_Zstd(raw), 1 << 16)
-    return raw
+    kind = next((kind for kind in (_Gzip, _Zstd) if kind.begins(start)), None)
+    return io.BufferedReader(kind(raw), 1 << 16) if kind else raw
+
+
+def readable_again(trace: Path | Iterable[Mapping[str, Any]]) -> tuple[Path, Any]:
+    """A path that can be read as often as one likes, and what it lasts as long as.
+
+    A pipe (`-`, /dev/stdin, a FIFO, a shell's `<(...)`) is copied into a file of its own first, and
+    so are records, such as the rows of a data set, one a line.
+    """
+    if isinstance(trace, Path):
+        path = Path("/dev/stdin") if str(trace) == "-" else trace
+        if not path.exists() or path.is_dir() or path.is_file():
+            return path, None
+    folder = tempfile.TemporaryDirectory(prefix="lmc-")
+    copy = Path(folder.name) / ("pipe" if isinstance(trace, Path) else "records")
+    with copy.open("wb") as target:
+        if isinstance(trace, Path):
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, target)
+        else:
+            for record in trace:
+                target.write(json.dumps(record, default=str).encode() + b"\n")
+    return copy, folder
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file, or the JSON files of a folder in the order of their names.
+    """The file, or the JSON files of a folder and those below it, in the order of their names.
 
     Raises ValueError for a folder without any.
     """
     if not path.is_dir():
         return [path]
-    found = [f for f in sorted(path.iterdir()) if f.is_file() and ".json" in f.name]
+    found = [f for f in sorted(path.rglob("*")) if f.is_file() and SUFFIX.search(f.name)]
     if not found:
-        raise ValueError(f"{path}: the folder holds no .json or .jsonl files")
+        raise ValueError(f"{path}: the folder holds no .json, .jsonl or .traj files")
     return found
 
 
@@ -64,6 +88,9 @@ def opened(file: Path, tell: Callable[[int], None] | None = None) -> Iterator[io
             if stream.peek(3).startswith(b"\xef\xbb\xbf"):
                 stream.read(3)
         yield stream
+        frames = stream.raw
+        if isinstance(frames, _Frames) and not stream.read(1):
+            frames.check()
 
 
 class _Counted(io.FileIO):
@@ -80,13 +107,31 @@ class _Counted(io.FileIO):
         return n
 
 
-class _Zstd(io.RawIOBase):
-    """A zstd stream whose early end is an error, as it is with gzip and xz."""
+class _Frames(io.RawIOBase):
+    """Compressed frames, one behind the other, whose early end is an error.
 
-    def __init__(self, raw: io.BufferedReader) -> None:
+    What stands behind the last of them and begins none is left out, and told by `check`.
+    """
+
+    def __init__(self, raw: io.BufferedReader[Any]) -> None:
         self._raw, self._ready = raw, b""
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._inside = False  # of a frame
+        self._frame: Any = None  # that is being unpacked
+        self._behind = 0  # bytes that are none
+
+    @staticmethod
+    def begins(head: bytes) -> bool:
+        """Whether a frame begins so."""
+        raise NotImplementedError
+
+    @staticmethod
+    def frame() -> Any:
+        """What unpacks the next one, with `decompress`, `eof` and `unused_data`."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise EOFError where bytes behind the last frame were left out."""
+        if self._behind:
+            raise EOFError(f"{self._behind} bytes behind the end of what is compressed")
 
     def readable(self) -> bool:
         return True
@@ -95,7 +140,7 @@ class _Zstd(io.RawIOBase):
         while not self._ready:
             packed = self._raw.read(1 << 16)
             if not packed:
-                if self._inside:
+                if self._frame is not None:
                     raise EOFError("the compressed file ends before its last frame does")
                 return 0
             self._ready = self._unpack(packed)
@@ -107,9 +152,38 @@ class _Zstd(io.RawIOBase):
     def _unpack(self, packed: bytes) -> bytes:
         parts = []
         while packed:
+            if self._frame is None:
+                head = packed if len(packed) >= 4 else packed + self._raw.peek(4)[:4]
+                if self._behind or not self.begins(head):
+                    # As gzip has it, zeros are padding.
+                    self._behind += len(packed) if packed.strip(b"\0") else 0
+                    break
+                self._frame = self.frame()
             parts.append(self._frame.decompress(packed))
-            self._inside = not self._frame.eof
-            packed = self._frame.unused_data if self._frame.eof else b""
+            packed = b""
             if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                packed, self._frame = self._frame.unused_data, None
         return b"".join(parts)
+
+
+class _Gzip(_Frames):
+    @staticmethod
+    def begins(head: bytes) -> bool:
+        return head.startswith(b"\x1f\x8b")
+
+    @staticmethod
+    def frame() -> Any:
+        return zlib.decompressobj(31)
+
+
+class _Zstd(_Frames):
+    @staticmethod
+    def begins(head: bytes) -> bool:
+        """A frame of data, or one to skip, with which files of `pzstd` begin."""
+        skipped = 0x50 <= head[0] <= 0x5F if head else False
+        return head[:4] == b"\x28\xb5\x2f\xfd" or (skipped and head[1:4] == b"\x2a\x4d\x18")
+
+    @staticmethod
+    def frame() -> Any:
+        # Any window that the format knows, as of `zstd --long=31`.
+        return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()

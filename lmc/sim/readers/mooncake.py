@@ -2,43 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, ClassVar
+from itertools import chain, islice
+from typing import IO, Any, ClassVar, Literal
 
-from lmc.sim.readers.records import fields_of, hash_ids, json_lines, length, name_of, number
+from lmc.sim.readers.records import (
+    MOST_TOKENS,
+    RecordError,
+    fields_of,
+    hash_ids,
+    json_lines,
+    length,
+    name_of,
+    number,
+)
 from lmc.sim.trace import Request
 
+LOOKED_AT = 1000  # records, from which a file's units are told
+USUAL = (512, 16, 32, 64, 128, 256, 1024, 2048, 4096)  # tokens of a block, the likeliest first
+ROUND = (1000, 512, 500, 256, 100, 64, 50, 16, 10, 8, 2, 1)
+CROWDED = 1000  # requests a second: more is no millisecond
 
-@dataclass(frozen=True)
+
+@dataclass
 class Mooncake:
     """JSONL of {timestamp (ms), input_length, output_length, hash_ids, perhaps session_id}.
 
-    block_tokens: tokens that one of the prefix-chained hash_ids stands for.
+    block_tokens: tokens that one of the prefix-chained hash_ids stands for; by default 512, or
+        what most of the first 1,000 lines agree with where 512 is not half of theirs.
+    time: what timestamps count. By default seconds where some have fractions, or where whole
+        milliseconds would mean over 1,000 requests a second, and else milliseconds.
     """
 
     has_text: ClassVar[bool] = False
-    block_tokens: int = 512
+    example: ClassVar[str] = (
+        '{"timestamp": 27482, "input_length": 600, "output_length": 52, "hash_ids": [46, 47]}'
+    )
+    block_tokens: int | None = None
+    time: Literal["ms", "s"] | None = None
 
     def __post_init__(self) -> None:
-        if self.block_tokens < 1:
+        if self.block_tokens is not None and self.block_tokens < 1:
             raise ValueError(f"got block_tokens {self.block_tokens}, want at least 1")
+        self._block, self._per_second = self.block_tokens or USUAL[0], 1000.0
 
     @staticmethod
     def recognises(head: bytes, keys: set[str]) -> bool:
         return "hash_ids" in keys and not keys & {"chat_id", "requests"}
 
+    @property
+    def assumed(self) -> str:
+        """What was told from the lines of the last file, in words."""
+        unit = "s" if self._per_second == 1 else "ms"
+        return f"blocks of {self._block} tokens, timestamps in {unit}"
+
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-        return json_lines(stream)
+        records = json_lines(stream)
+        first = list(islice(records, LOOKED_AT))
+        seen = [record for _, record in first if isinstance(record, dict)]
+        self._block = self.block_tokens or _block_tokens(seen)
+        self._per_second = {"ms": 1000.0, "s": 1.0}[self.time or _unit(seen)]
+        return chain(first, records)
 
     def requests(self, record: Any) -> Iterable[Request]:
         r = fields_of(record)
         tokens = length(r, "input_length")
         yield Request(
-            timestamp=number(r, "timestamp") / 1000,
+            timestamp=number(r, "timestamp") / self._per_second,
             session=name_of(r, "session_id"),
             input_tokens=tokens,
             output_tokens=length(r, "output_length"),
-            blocks=hash_ids(r, tokens, self.block_tokens),
-            block_tokens=self.block_tokens,
+            blocks=hash_ids(r, tokens, self._block),
+            block_tokens=self._block,
         )
+
+
+def _block_tokens(records: Sequence[dict[str, Any]]) -> int:
+    """Mooncake's own size of blocks, if half of the records agree with it; else the one that most
+    do, a usual one where several are alike."""
+    ranges: list[tuple[int, int]] = []  # from, to: the sizes of which a record's ids are as many
+    for r in records:
+        ids = r.get("hash_ids")
+        try:
+            tokens = length(r, "input_length")
+        except RecordError:
+            continue
+        if isinstance(ids, list) and ids and tokens:
+            # ceil(tokens / size) or floor(tokens / size) is the number of ids.
+            n = len(ids)
+            most = MOST_TOKENS if n == 1 else (tokens - 1) // (n - 1)
+            ranges.append((tokens // (n + 1) + 1, most))
+    if not ranges:
+        return USUAL[0]
+
+    def agree(size: int) -> int:
+        return sum(low <= size <= high for low, high in ranges)
+
+    if 2 * agree(USUAL[0]) >= len(ranges):
+        return USUAL[0]
+    low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
+    # Of unusual sizes the roundest.
+    rounds = (-(-low // step) * step for step in ROUND)
+    other = [size for size in rounds if size <= high < MOST_TOKENS][:1]
+    return max([*USUAL, *other], key=agree)  # the first of those that are alike
+
+
+def _unit(records: Sequence[dict[str, Any]]) -> Literal["ms", "s"]:
+    times = []
+    for r in records:
+        try:
+            times.append(number(r, "timestamp"))
+        except RecordError:
+            continue
+    if any(t != int(t) for t in times):
+        return "s"
+    span = max(times, default=0.0) - min(times, default=0.0)
+    crowded = len(times) >= 100 and len(times) - 1 > CROWDED * span / 1000
+    return "s" if crowded and span else "ms"

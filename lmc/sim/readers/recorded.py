@@ -35,11 +35,16 @@ class Recorded:
     A hash stands for a text: tokens are made of it, the same for the same hash, so that all that
     can be asked of token ids can be asked here, as exactly as chunks go: what two prompts share
     inside a chunk does not show. Chunks are segments (`--chunker explicit` cuts where the engine
-    did). Tenants are sessions and share nothing. Requests that lmc left alone have neither, and are
+    did). Tenants are sessions and share nothing; what `lmc trace export` wrote has sessions of its
+    own. Requests that lmc left alone have neither, and are
     left out.
     """
 
     has_text: ClassVar[bool] = False
+    example: ClassVar[str] = (
+        '{"lmc_trace": 1, "time": 1.5, "request": "r1", "prompt_tokens": 8, "output_tokens": 2, '
+        '"chunks": [["abababababababababababab", 5], ["cdcdcdcdcdcdcdcdcdcdcdcd", 3]]}'
+    )
 
     @staticmethod
     def recognises(head: bytes, keys: set[str]) -> bool:
@@ -62,7 +67,7 @@ class Recorded:
             return
         yield Request(
             timestamp=number(r, "time"),
-            session=tenant,
+            session=name_of(r, "session") or tenant,
             input_tokens=T,
             output_tokens=length(r, "output_tokens", 0),
             tokens=ids,

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import IO, Any
 
 MOST_TOKENS = 1 << 31  # of one prompt; more is a broken number, not a trace
@@ -91,6 +92,19 @@ def number(record: Mapping[str, Any], name: str, default: float | None = None) -
     if not math.isfinite(value):
         raise RecordError(f"{name}: got {value}, want a finite number")
     return value
+
+
+def moment(record: Mapping[str, Any], name: str) -> float:
+    """Seconds since 1970, of an ISO date and time, in UTC where it names no zone. Raises
+    RecordError."""
+    text = str(record.get(name) or "").strip()
+    try:
+        # Any number of digits of a second, and a Z; Python 3.10 reads six, and none.
+        six = re.sub(r"\.(\d+)", lambda digits: f".{digits[1][:6]:0<6}", text)
+        at = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", six))
+    except ValueError:
+        raise RecordError(f"{name}: got {text[:40]!r}, want an ISO date and time") from None
+    return at.replace(tzinfo=at.tzinfo or timezone.utc).timestamp()
 
 
 def whole(record: Mapping[str, Any], name: str, default: int | None = None) -> int:

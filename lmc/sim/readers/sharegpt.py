@@ -1,68 +1,64 @@
-"""Conversations of ShareGPT: one array of all of them."""
+"""Conversations of ShareGPT: one array of all of them, or one a line."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
-from typing import IO, Any
+from typing import IO, Any, ClassVar, cast
 
 import ijson
 
 from lmc.sim.readers.chat import message_of
-from lmc.sim.readers.records import RecordError, fields_of, name_of
-from lmc.sim.readers.text import TextFormat
+from lmc.sim.readers.records import RecordError, fields_of, json_lines, name_of
+from lmc.sim.readers.text import Sessions
 from lmc.sim.trace import Request
 
 DEEPEST = 100
-ROLES = {"human": "user", "gpt": "assistant"}
-ANSWERS = ("gpt", "assistant", "chatgpt", "bing", "bard")
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+ROLES |= {"bard": "assistant", "ai": "assistant"}
 
 
 @dataclass
-class ShareGpt(TextFormat):
-    """A JSON array of {id, conversations: [{from, value}]}.
+class ShareGpt(Sessions):
+    """Conversations {id, conversations: [{from, value}]}, also with {role, content}.
 
     Every answer is a request whose prompt is all that was said before it. There are no times, so
     requests arrive a second apart in the order of the file.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._arrivals = count()
+    example: ClassVar[str] = (
+        '{"id": "a1", "conversations": [{"from": "human", "value": "Hi"}, '
+        '{"from": "gpt", "value": "Hello"}]}'
+    )
 
     @staticmethod
     def recognises(head: bytes, keys: set[str]) -> bool:
-        return head.startswith(b"[") and b'"conversations"' in head
+        if head.startswith(b"["):
+            return b'"conversations"' in head
+        return bool(keys & {"conversations", "conversation"})
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-        self._arrivals = count()
-        return enumerate(_items(stream), 1)
+        self.restart()
+        start = cast(io.BufferedReader, stream).peek(64).lstrip()
+        return enumerate(items(stream), 1) if start.startswith(b"[") else json_lines(stream)
 
     def requests(self, record: Any) -> Iterable[Request]:
         r = fields_of(record)
-        turns = r.get("conversations")
+        turns = r.get("conversations", r.get("conversation"))
         if not isinstance(turns, list):
             raise RecordError("conversations: want a list of turns")
-        session = name_of(r, "id")
-        said: list[tuple[str, str]] = []
-        for turn in turns:
-            role, text = message_of(turn, "from", "value")
-            if role in ANSWERS and said:
-                tokens, segments = self._tokenizer.prompt(said)
-                answer, _ = self._tokenizer.prompt([("assistant", text)])
-                yield Request(
-                    timestamp=float(next(self._arrivals)),
-                    session=session,
-                    input_tokens=len(tokens),
-                    output_tokens=len(answer),
-                    tokens=tokens,
-                    segments=segments,
-                )
-            said.append((ROLES.get(role, role), text))
+        return self.of_conversation(name_of(r, "id"), map(turn_of, turns))
 
 
-def _items(stream: IO[bytes]) -> Iterator[Any]:
+def turn_of(turn: Any) -> tuple[str, str]:
+    """(role, text) of a turn, however its fields are called."""
+    t = fields_of(turn)
+    role, text = message_of(t, *(("from", "value") if "from" in t else ("role", "content")))
+    return ROLES.get(role, role), text
+
+
+def items(stream: IO[bytes]) -> Iterator[Any]:
     """The items of a JSON array, one at a time.
 
     Not `ijson.items`, which names every level by all levels above it: text nested 100,000 deep
@@ -72,7 +68,7 @@ def _items(stream: IO[bytes]) -> Iterator[Any]:
     # Floats as floats: ijson's C backend dies of integers of thousands of digits otherwise.
     events = ijson.basic_parse(stream, use_float=True)
     if next(events, ("", None))[0] != "start_array":
-        raise ijson.JSONError("want an array of conversations")
+        raise ijson.JSONError("want an array")
     for event, value in events:
         if depth == 0:
             if event == "end_array":

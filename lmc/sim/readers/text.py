@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+
+from lmc.sim.trace import Request
 
 Framing = Literal["chatml", "plain"]
 CACHED_TOKENS = 1 << 24
 
 
 class Tokenizer:
-    """Any tokenizer.json, with the ids of messages that come again kept.
+    """Any tokenizer, with the ids of messages that come again kept.
 
     Each message is tokenised alone, so that the same message has the same ids wherever it stands.
 
-    Raises ValueError for what is no tokenizer file.
+    Raises ValueError for what is no tokenizer.
     """
 
     def __init__(self, path: str, framing: Framing) -> None:
-        import tokenizers
-
-        file = Path(path)
-        file = file / "tokenizer.json" if file.is_dir() else file
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as e:  # the library raises no narrower class
-            raise ValueError(f"tokenizer {path}: {e}") from e
+        self._tokenizer = _loaded(path)
         self._tokenizer.no_truncation()  # as its file may have it
         self._tokenizer.no_padding()
         self._framing = framing
@@ -73,11 +69,32 @@ class Tokenizer:
         return ids
 
 
+def _loaded(name: str) -> Any:
+    """A tokenizer of a file, a folder, a model of `lmc model export`, or the hub, in this order.
+
+    Raises ValueError where it is none of them.
+    """
+    import tokenizers
+
+    from lmc.model.exports import EXPORTS, export
+
+    path = export(name) if name in EXPORTS and not Path(name).exists() else Path(name)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        if file.exists() or file.suffix == ".json":
+            return tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_pretrained(name)
+    except Exception as e:  # the library raises no narrower class
+        where = "" if file.exists() else "no such file or folder here, and of the hub: "
+        raise ValueError(f"tokenizer {name}: {where}{e}") from e
+
+
 @dataclass
 class TextFormat:
     """What formats share whose prompts are text.
 
-    tokenizer: a tokenizer.json, or a folder that holds one.
+    tokenizer: a tokenizer.json, a folder that holds one, a model of `lmc model export`, or a name
+        of the hub.
     framing: `chatml` puts <|im_start|>role, newline, content, <|im_end|>, newline; `plain` puts
         the content and a newline.
 
@@ -94,3 +111,45 @@ class TextFormat:
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids -> text."""
         return self._tokenizer.decode(ids)
+
+
+@dataclass
+class Sessions(TextFormat):
+    """What formats share that hold what was said, in order: every answer is a request.
+
+    Its prompt is all that was said before it. Where a file has no times, requests arrive a second
+    apart in the order of the file.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.restart()
+
+    def restart(self) -> None:
+        """Count arrivals anew, at the start of a file."""
+        self._arrivals = count()
+
+    def request(
+        self, session: str, said: Iterable[tuple[str, str]], answer: str, at: float | None = None,
+        output_tokens: int | None = None,
+    ) -> Request:  # fmt: skip
+        """One whose prompt is what was `said`, (role, text) each."""
+        tokens, segments = self._tokenizer.prompt(said)
+        if output_tokens is None:
+            output_tokens = len(self._tokenizer.prompt([("assistant", answer)])[0])
+        return Request(
+            timestamp=float(next(self._arrivals)) if at is None else at,
+            session=session,
+            input_tokens=len(tokens),
+            output_tokens=output_tokens,
+            tokens=tokens,
+            segments=segments,
+        )
+
+    def of_conversation(self, session: str, turns: Iterable[tuple[str, str]]) -> Iterator[Request]:
+        """A request for each turn of the assistant that is not the first turn."""
+        said: list[tuple[str, str]] = []
+        for role, text in turns:
+            if role == "assistant" and said:
+                yield self.request(session, said, text)
+            said.append((role, text))

@@ -28,6 +28,10 @@ class Tokens:
     """
 
     has_text: ClassVar[bool] = False
+    example: ClassVar[str] = (
+        '{"session": "a", "timestamp": 1.5, "output_length": 4, "tokens": [7, 8, 9], '
+        '"segments": [["question", 1, 3]]}'
+    )
 
     @staticmethod
     def recognises(head: bytes, keys: set[str]) -> bool:

@@ -42,6 +42,10 @@ class Weka:
     """
 
     has_text: ClassVar[bool] = False
+    example: ClassVar[str] = (
+        '{"id": "s1", "block_size": 64, "requests": [{"t": 1.0, "type": "s", "in": 130, "out": 3, '
+        '"hash_ids": [1, 2, 3]}]}'
+    )
 
     def __post_init__(self) -> None:
         self._sessions = 0

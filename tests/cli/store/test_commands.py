@@ -13,9 +13,9 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+from lmc.cli.output import size
 from lmc.cli.store.app import Kind
 from lmc.cli.store.inspect import existing
-from lmc.cli.store.tables import size
 from lmc.cli.store.upkeep import verify_all
 from lmc.store.disk.folder import Folder
 from lmc.store.disk.place import FORMAT_FILE, format_digest

@@ -171,7 +171,7 @@ def test_no_bar_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 def test_imports_neither_torch_nor_vllm() -> None:
     code = (
-        "import sys, lmc.sim.readers as r, lmc.sim.generate, lmc.cli.trace\n"
+        "import sys, lmc.sim.readers as r, lmc.sim.synthetic, lmc.cli.trace\n"
         "[r.FORMATS.load(name) for name in r.FORMATS.names()]\n"
         "print([m for m in ('torch', 'vllm', 'transformers', 'numba') if m in sys.modules])"
     )

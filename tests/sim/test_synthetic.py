@@ -14,16 +14,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from lmc.chunking import CHUNKERS
 from lmc.chunking.fixed import Fixed
 from lmc.cli.trace import trace_app
-from lmc.sim.generate import GENERATORS, Chat, Rag, save
+from lmc.sim.kinds import KINDS
 from lmc.sim.readers import read
+from lmc.sim.reuse import analyse
+from lmc.sim.synthetic import GENERATORS, Truth
+from lmc.sim.synthetic.questions import Rag
+from lmc.sim.synthetic.sessions import Chat
 from lmc.sim.trace import Request, accesses
+from lmc.sim.writing import save
 
 SMALL: dict[str, dict[str, Any]] = {
     "agents": {"sessions": 6, "system_tokens": 50, "file_tokens": 40, "files": 5},
     "chat": {"sessions": 8, "system_tokens": 50, "user_tokens": 20, "output_tokens": 20},
+    "clock": {"count": 20, "template_tokens": 60, "period": 15.0, "question_tokens": 20},
     "rag": {"count": 20, "documents": 12, "document_tokens": 30, "documents_per_prompt": 3},
+    "relay": {"tasks": 5, "role_tokens": 40, "brief_tokens": 40, "report_tokens": 30},
+    "skills": {"count": 20, "skills": 9, "skill_tokens": 40, "system_tokens": 50},
+    "tools": {"sessions": 6, "tool_tokens": 30, "tools": 9, "tools_per_session": 4},
 }
 NAMES = st.sampled_from(sorted(SMALL))
 
@@ -235,6 +245,83 @@ def test_agents_edit_a_run_of_a_file() -> None:
     assert changed / (changed + same) == pytest.approx(0.5, abs=0.1)
 
 
+def test_skills_share_nothing_in_front() -> None:
+    seen: dict[str, tuple[int, ...]] = {}
+    for r in small("skills"):
+        (header, first), (system, second), *skills, (task, _) = parts(r)
+        assert (header, system, task) == ("header", "system", "task")
+        assert len(skills) == 3 and all(seen.setdefault(n, text) == text for n, text in skills)
+        assert seen.setdefault("system", second) == second
+        assert first not in seen.values()
+        seen[r.session] = first
+
+
+def test_a_clock_tells_another_time_every_period() -> None:
+    told: dict[int, set[tuple[int, ...]]] = {}
+    for r in small("clock"):
+        clock = dict(parts(r))["clock"]
+        told.setdefault(int(r.timestamp // 15), set()).add(clock)
+    assert all(len(clocks) == 1 for clocks in told.values())
+    assert len(set.union(*told.values())) == len(told) > 2
+
+
+def test_tools_change_as_often_as_told() -> None:
+    changed = kept = 0
+    for requests in of_sessions(small("tools", sessions=60, turns=10, change=0.3)).values():
+        tools = [[p for p in parts(r) if p[0].startswith("tool")] for r in requests]
+        assert all(len(set(each)) == 4 for each in tools)
+        for before, after in pairwise(tools):
+            differ = sum(a != b for a, b in zip(before, after, strict=True))
+            assert differ <= 1
+            changed, kept = changed + differ, kept + (not differ)
+    assert changed / (changed + kept) == pytest.approx(0.3, abs=0.08)
+
+
+def test_a_relay_hands_on_all_that_was_said() -> None:
+    roles: dict[str, tuple[int, ...]] = {}
+    for requests in of_sessions(small("relay")).values():
+        handed: list[tuple[str, tuple[int, ...]]] = []
+        for r in requests:
+            (role, text), *rest = parts(r)
+            assert roles.setdefault(role, text) == text
+            assert rest[: len(handed)] == handed and len(rest) == len(handed) + 1
+            handed = rest
+    assert len(roles) == 4 and len(set(roles.values())) == 4
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_truth_is_what_an_analysis_of_segments_finds(name: str) -> None:
+    fields = {"edit": 0} if name == "agents" else {}
+    truth = Truth()
+    requests = list(truth.watch(small(name, seed=3, **fields)))
+    found: Counter[str] = Counter()
+    for done in analyse(requests, CHUNKERS.build("explicit"), scope="trace", spans=True):
+        found.update(done.tokens())
+    total = truth.tokens.total()
+    assert total == found.total() == sum(r.input_tokens for r in requests)
+    # A token in 32,000 agrees by chance.
+    for kind in KINDS:
+        assert abs(found[kind] - truth.tokens[kind]) <= total / 1000, kind
+
+
+def test_the_truth_of_what_is_known_by_hand() -> None:
+    def request(*texts: str) -> Request:
+        ids = np.array([ord(c) for text in texts for c in text], np.int32)
+        ends = np.cumsum([0, *map(len, texts)]).tolist()
+        return Request(
+            0.0, "", len(ids), 1, tokens=ids, segments=[("", *p) for p in pairwise(ends)]
+        )
+
+    truth = Truth()
+    trace = [request("ab", "c", "ab"), request("ab", "d", "c", "dd"), request("d", "ab", "d")]
+    assert list(truth.watch(trace)) == trace
+    # ab c new, ab again within; ab prefix, d new, c moved, dd new; d moved, ab moved, d moved.
+    assert truth.tokens == {"prefix": 2, "moved": 1 + 4, "repeated_within": 2, "new": 3 + 1 + 2}
+    assert sum(truth.shares.values()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="truth: got a request whose segments"):
+        list(truth.watch([Request(0.0, "", 3, 1)]))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -249,7 +336,11 @@ def test_agents_edit_a_run_of_a_file() -> None:
         ({"name": "chat", "turn": 5}, "unknown field turn; valid: seed, .*turns"),
         ({"name": "agents", "reread": 1.5}, r"reread 1\.5, want a share from 0 to 1"),
         ({"name": "agents", "files": "many"}, "files: .*integer"),
-        ({"name": "dag"}, "unknown generator: got 'dag'; valid: agents, chat, rag"),
+        ({"name": "skills", "skills": 2}, "skills_per_prompt 3, want at most skills 2"),
+        ({"name": "tools", "tools": 2}, "tools_per_session 8, want at most tools 2"),
+        ({"name": "clock", "period": 0}, r"period 0\.0, want a number above 0"),
+        ({"name": "relay", "agents": 0}, "agents 0, want a number of at least 1"),
+        ({"name": "dag"}, "unknown generator: got 'dag'; valid: agents, chat, clock, rag"),
     ],
 )
 def test_bad_configs(config: dict[str, Any], message: str) -> None:
@@ -287,10 +378,11 @@ def test_trace_make_and_info(tmp_path: Path) -> None:
     made = run(trace_app, ["make", "rag:count=30,documents=9,reorder=false", "--out", str(path)])
     assert made.exit_code == 0, made.output
     assert "30 requests of rag" in made.output
+    assert "as it was made: prefix " in made.output
     rag = list(Rag(count=30, documents=9, reorder=False).requests())
     assert facts(list(read(path))) == facts(rag)
 
-    answer = json.loads(run(trace_app, ["info", str(path), "--json"]).output)
+    answer = json.loads(run(trace_app, ["info", str(path), "--json"]).stdout)
     lengths = [r.input_tokens for r in rag]
     assert answer["format"] == "tokens"
     assert (answer["requests"], answer["sessions"], answer["bad_count"]) == (30, 30, 0)
@@ -308,13 +400,13 @@ def test_trace_info_of_blocks_and_lengths(tmp_path: Path) -> None:
     blocks, lengths = tmp_path / "b.jsonl", tmp_path / "l.csv"
     row = {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}
     blocks.write_text(f"{json.dumps(row)}\n[red]\n{json.dumps(row)}\n")
-    answer = json.loads(run(trace_app, ["info", str(blocks), "--json"]).output)
+    answer = json.loads(run(trace_app, ["info", str(blocks), "--json"]).stdout)
     assert (answer["asks"], answer["unique_blocks"]) == ("prefix hit rates", 2)
     assert (answer["sessions"], answer["bad_count"], answer["bad"][0]["line"]) == (None, 1, 2)
     assert "b.jsonl:2" in run(trace_app, ["info", str(blocks)]).output
 
     lengths.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00,7,1\n")
-    answer = json.loads(run(trace_app, ["info", str(lengths), "--json"]).output)
+    answer = json.loads(run(trace_app, ["info", str(lengths), "--json"]).stdout)
     assert (answer["asks"], answer["unique_blocks"]) == ("timing only", None)
 
 
