@@ -40,6 +40,7 @@ def row_of(name: str, requests: list[Request], model: str, truth: Truth | None) 
         "model": model,
         "target": TARGET,
         "prefix": reach.prefix.infinite,
+        "exact": reach.exact.infinite if reach.exact else None,
         "anywhere": reach.anywhere.infinite if reach.anywhere else None,
         "truth": truth.shares if truth else None,
         **{k: v for k, v in at.items() if k != "share"},

@@ -17,6 +17,12 @@ def scaled(text: str) -> float:
     return float(match[1]) * SCALE[match[2]]
 
 
+def gib(n: int) -> str:
+    """1610612736 -> 1.5 GiB."""
+    size = n / 2**30
+    return f"{size:,.0f} GiB" if size >= 100 else f"{size:.3g} GiB"
+
+
 def in_bytes(text: str) -> bool:
     """Whether a size says that it is one of bytes, as `64GiB` and `1TB` do, and `50k` does not."""
     return text.strip().lower().endswith("b")

@@ -32,7 +32,7 @@ FLOORS = (
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # The simulator stands on these alone: it needs neither torch nor an engine.
 SIM_STANDS_ON = {"registry", "sizes", "model", "chunking", "policies", "store", "blend", "sim"}
-PLOTS_STAND_ON = {"quality", "results", "sim", "plots"}
+PLOTS_STAND_ON = {"sizes", "quality", "results", "sim", "plots"}
 LONGEST = 400
 # A module that a text names: for a registry, for import_module, for `python -m`.
 NAMED = re.compile(r"(lmc(?:\.\w+)+)(?:[:.,].*)?")

@@ -32,7 +32,10 @@ def errors_in_one_line(extra: str = "hf") -> Iterator[None]:
         from lmc.registry import one_line
 
         text = one_line(e) if isinstance(e, ValidationError) else " ".join(str(e).split())
-        typer.secho(f"lmc: {_missing(e, extra) or text}", fg=typer.colors.RED, err=True)
+        from lmc.cli.output import visible
+
+        said = visible(_missing(e, extra) or text)
+        typer.secho(f"lmc: {said}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from e
 
 

@@ -47,7 +47,7 @@ def lint(
             reading = read(trace, format, tokenizer=tokenizer, strict=strict, tell=tell)
             requests = sorted(reading, key=lambda r: r.timestamp)
         found = breaks(requests, times=times, window=window)
-        total = sum(r.input_tokens for r in requests)
+        total = max(1, sum(r.input_tokens for r in requests))
         rows = rows_of(found[:top], total, reading.decode, times)
         if json:
             said = {"trace": trace.name, "requests": len(requests), "prompt_tokens": total}

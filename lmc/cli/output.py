@@ -54,21 +54,29 @@ def _finite(value: Any) -> Any:
 
 
 def print_bad_lines(reading: Reading) -> None:
-    """How many lines were left out, and why the first ones were; on standard error."""
+    """What was assumed of a trace, how many lines were left out, and why the first ones were; on
+    standard error."""
+    if reading.assumed:
+        typer.secho(f"taken for: {reading.assumed}", fg=typer.colors.YELLOW, err=True)
     if not reading.bad_count:
         return
     typer.secho(f"{reading.bad_count} lines were left out:", fg=typer.colors.YELLOW, err=True)
     for bad in reading.bad[:SHOWN]:
-        typer.secho(f"  {bad}", fg=typer.colors.YELLOW, err=True)
+        typer.secho(f"  {visible(str(bad))}", fg=typer.colors.YELLOW, err=True)
     if reading.bad_count > SHOWN:
         typer.secho(f"  and {reading.bad_count - SHOWN} more", fg=typer.colors.YELLOW, err=True)
 
 
+def visible(text: str, keep: str = "") -> str:
+    """Of text that a file holds, nothing that a terminal would obey; `keep` stays as it is."""
+    return "".join(c if c.isprintable() or c in keep else "?" for c in text)
+
+
 def plain(text: str) -> str:
-    """Of text that a file holds, nothing that a terminal or a table would obey."""
+    """The same, for a table, which obeys markup, too."""
     from rich.markup import escape
 
-    return escape("".join(c if c.isprintable() else "?" for c in text))
+    return escape(visible(text))
 
 
 def table(title: str, columns: Sequence[str], left: int = 1, caption: str = "") -> Table:

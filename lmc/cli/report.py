@@ -65,9 +65,7 @@ def report(
             f"{sys.version.split()[0]}.",
             "note",
         )
-        partial = out.with_name(f"{out.name}.partial")
-        partial.write_text(str(page), encoding="utf-8")
-        partial.replace(out)
+        out.write_text(str(page), encoding="utf-8")
         typer.echo(out)
         if reading is not None:
             from lmc.cli.output import print_bad_lines
@@ -138,7 +136,7 @@ def _advice(worst: dict[str, Any], moved: float) -> str:
         first = f"Keep the parts that follow {at} in one order where that is possible"
     return (
         f"{first}: prompts that part there compute {worst['share']:.1%} of all prompt tokens "
-        f"again. Where it cannot be changed, moved reuse finds {100 * moved:.1f} points more."
+        f"again. Where it cannot be changed, moved reuse finds {moved:.1%} of all prompt tokens."
     )
 
 

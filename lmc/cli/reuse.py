@@ -140,6 +140,7 @@ def _print_map(request: Request, done: RequestReuse, reading: Any) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from lmc.cli.output import visible
     from lmc.sim.kinds import KINDS
 
     colours = ("green", "cyan", "magenta", "default")
@@ -155,6 +156,8 @@ def _print_map(request: Request, done: RequestReuse, reading: Any) -> None:
     text = Text()
     for start, end in pairwise(borders):
         kind = int(done.kinds[start])
-        part = decode(request.tokens[start:end]) if decode else f"[{KINDS[kind]} {start}-{end}] "
+        part = f"[{KINDS[kind]} {start}-{end}] "
+        if decode is not None:
+            part = visible(decode(request.tokens[start:end]), keep="\n\t")
         text.append(part, colours[kind])
     console.print(text)

@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lmc.model.shape import BYTES, ModelShape
+from lmc.model.shape import BYTES, KNOWN, ModelShape
 from lmc.model.times import TierSpeed, TTFTModel, load
 
 
@@ -86,7 +86,8 @@ def times_for(said: str, shape: ModelShape, dtype: str | None, model: str) -> TT
     """The time model of a file, or of a GPU's name, for a model.
 
     Raises:
-        ValueError: neither, or a file of another model or another dtype of KV.
+        ValueError: neither, or a file of another known model, or of one whose KV has another size,
+            by its model or its dtype.
     """
     if not Path(said).exists() and "." not in Path(said).name:
         try:
@@ -94,6 +95,11 @@ def times_for(said: str, shape: ModelShape, dtype: str | None, model: str) -> TT
         except ValueError as error:
             raise ValueError(f"times: got {said!r}, which is no file; {error}") from None
     times, wanted = load(Path(said)), shape.bytes_per_token(dtype)
+    if {times.model, model} <= KNOWN.keys() and times.model != model:
+        raise ValueError(
+            f"times: {said} is of {times.model}, got the model {model}: want the model that was "
+            "timed, or a GPU's name"
+        )
     if times.bytes_per_token != wanted:
         raise ValueError(
             f"times: {said} is of {times.model or 'a model'} with {times.bytes_per_token:,.0f} "

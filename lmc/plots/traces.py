@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from lmc.plots.style import AMBER, BLUE, GREEN, ORANGE, PURPLE, SKY, tidy
+from lmc.sizes import gib
 
 if TYPE_CHECKING:
     from lmc.sim.planning import Plan
@@ -125,7 +126,7 @@ def memory_curves(plan: Plan, title: str = "") -> Figure:
         size, rate = at[f"{name}_bytes"] / 2**30, at[f"{name}_rate"]
         axes.plot(size, rate, marker=marker, color=colour, markersize=7, zorder=4)
         axes.annotate(
-            f"{_gib(at[f'{name}_bytes'])}: {rate:.1%}", (size, rate), (7, -12),
+            f"{gib(at[f'{name}_bytes'])}: {rate:.1%}", (size, rate), (7, -12),
             textcoords="offset points", color=colour, fontsize="small",
         )  # fmt: skip
     axes.set_xscale("log")
@@ -145,25 +146,28 @@ def memory_curves(plan: Plan, title: str = "") -> Figure:
 
 
 def where_it_pays(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """What a prefix cache finds of each workload, and what reuse at any position adds to it.
+    """What of each workload is found behind the same text, and what only where it is moved.
 
-    Beside each bar: points that it adds, and the memory of both for the share of what they can find
-    that the rows are of. Rows are those of `benchmarks/where_it_pays.py`.
+    A stroke is what vLLM's prefix cache finds. Beside each bar: points that moving adds, and the
+    memory of the prefix cache and of a store for the share of what they can find that the rows are
+    of. Rows are those of `benchmarks/where_it_pays.py`.
     """
     figure = Figure(figsize=(9, 1.4 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     place = np.arange(len(rows))
     prefix = np.array([row["prefix"] for row in rows])
-    both = np.array([row["prefix"] if row["anywhere"] is None else row["anywhere"] for row in rows])
-    axes.barh(place, prefix, 0.6, color=BLUE, label="prefix cache")
-    axes.barh(place, both - prefix, 0.6, prefix, color=SKY, label="only where it is moved")
+    exact = np.array([row["prefix"] if row["exact"] is None else row["exact"] for row in rows])
+    found = np.array([row["prefix"] if row["exact"] is None else row["anywhere"] for row in rows])
+    axes.barh(place, exact, 0.6, color=BLUE, label="behind the same text")
+    axes.barh(place, found - exact, 0.6, exact, color=SKY, label="moved")
+    axes.plot(prefix, place, "k|", markersize=18, label="vLLM's prefix cache")
     for i, row in enumerate(rows):
-        sizes = [f"prefix {_gib(row['prefix_bytes'])}"] if row["prefix"] else []
-        if row["anywhere"] is not None:
-            sizes = [f"+{100 * (both[i] - prefix[i]):.1f} points", *sizes]
-            sizes.append(f"anywhere {_gib(row['anywhere_bytes'])}")
+        sizes = [f"prefix {gib(row['prefix_bytes'])}"] if row["prefix"] else []
+        if row["exact"] is not None:
+            sizes = [f"+{100 * (found[i] - exact[i]):.1f} points", *sizes]
+            sizes.append(f"anywhere {gib(row['anywhere_bytes'])}")
         axes.annotate(
-            "; ".join(sizes), (max(both[i], prefix[i]), i), (5, 0), va="center",
+            "; ".join(sizes), (max(found[i], prefix[i]), i), (6, 0), va="center",
             textcoords="offset points", fontsize="small",
         )  # fmt: skip
     axes.set_yticks(place, [row["workload"] for row in rows])
@@ -178,11 +182,6 @@ def where_it_pays(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.legend(frameon=False, loc="upper right")
     tidy(axes)
     return figure
-
-
-def _gib(n: int) -> str:
-    size = n / 2**30
-    return f"{size:,.0f} GiB" if size >= 100 else f"{size:.3g} GiB"
 
 
 def reuse_over_time(done: Sequence[RequestReuse], width: int = 200) -> Figure:

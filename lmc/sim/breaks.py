@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lmc.model.times import TTFTModel, prefill_work
+from lmc.model.times import TTFTModel
 from lmc.sim.reuse import PrefixTree
 from lmc.sim.trace import Request
 from lmc.sim.windows import WindowSet, covered, window_hashes
 
-GRAIN = 32  # tokens; what parts so close together, as the digits of a clock, is one place
+GRAIN = 32  # tokens; what parts so close behind, as the digits of a clock, is the same place
 EXAMPLES = 3
 SHOWN = 12  # tokens of an example
 
@@ -31,6 +31,7 @@ class Break:
             too, elsewhere; `changed_prefix`, something new comes next, and then what had.
         seconds: that computing them took, by a time model; 0 without one.
         before: ids right in front, at most `SHOWN`. examples: ids of different ways on.
+        texts: digests of all that stands in front of each of the tokens before it.
     """
 
     at: int
@@ -40,6 +41,7 @@ class Break:
     seconds: float = 0.0
     before: Sequence[int] = ()
     examples: list[list[int]] = field(default_factory=list)
+    texts: Sequence[bytes] = field(default=(), repr=False)
 
 
 def breaks(
@@ -66,25 +68,44 @@ def breaks(
         at = tree.add(r.tokens)
         hashes = window_hashes(r.tokens, window)
         known = seen.known(hashes)
-        lost = int(covered(known, window, len(r.tokens))[at:].sum())
+        lost = at + np.flatnonzero(covered(known, window, len(r.tokens))[at:])
         seen.add(hashes)
-        if not lost:
+        if not len(lost):
             continue
-        place = hashlib.blake2b(r.tokens[: at // GRAIN * GRAIN].tobytes()).digest()
-        if place not in places:
-            part = next((name for name, start, end in r.segments if start <= at < end), "")
-            places[place] = Break(at, part, before=r.tokens[max(0, at - SHOWN) : at].tolist())
-        found = places[place]
+        found = _place(places, r, at)
         found.at = min(found.at, at)
         found.requests += 1
-        found.tokens["other_order" if known[at : at + 1].any() else "changed_prefix"] += lost
+        cause = "other_order" if known[at : at + 1].any() else "changed_prefix"
+        found.tokens[cause] += len(lost)
         if times is not None:
-            with_it, without = (
-                times.seconds(*prefill_work(len(r.tokens), held), np.zeros(len(times.tiers)))
-                for held in (at, at + lost)
-            )
-            found.seconds += float(with_it - without)
+            # A row attends to all keys in front of it, and to itself.
+            pairs = int((lost + 1).sum())
+            found.seconds += times.per_row_s * len(lost) + times.per_pair_s * pairs
         on = r.tokens[at : at + SHOWN].tolist()
         if len(found.examples) < EXAMPLES and on not in found.examples:
             found.examples.append(on)
+    for place, found in list(places.items()):
+        # One that was found first, and goes on where a shorter one ends: minutes behind an hour.
+        shorter = next((places[d] for d in found.texts if d in places), None)
+        if shorter is not None:
+            shorter.requests += found.requests
+            shorter.tokens.update(found.tokens)
+            shorter.seconds += found.seconds
+            del places[place]
     return sorted(places.values(), key=lambda b: (-b.seconds, -b.tokens.total(), b.at))
+
+
+def _place(places: dict[bytes, Break], r: Request, at: int) -> Break:
+    """The place at which a prompt parts: one that is there within `GRAIN` tokens, or a new one."""
+    assert r.tokens is not None
+    first = max(0, at - GRAIN + 1)
+    text = hashlib.blake2b(r.tokens[:first].tobytes())
+    texts = [text.digest()]  # in front of each token from there on
+    for end in range(first + 1, at + 1):
+        text.update(r.tokens[end - 1 : end].tobytes())
+        texts.append(text.digest())
+    if known := [places[here] for here in texts if here in places]:
+        return known[0]
+    part = next((name for name, start, end in r.segments if start <= at < end), "")
+    before = r.tokens[max(0, at - SHOWN) : at].tolist()
+    return places.setdefault(texts[-1], Break(at, part, before=before, texts=texts[:-1]))

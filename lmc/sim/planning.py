@@ -18,6 +18,7 @@ from lmc.sim.stack import Curve
 from lmc.sim.sweep import store_sweep, sweep
 from lmc.sim.timing import serve
 from lmc.sim.trace import Request, accesses
+from lmc.sizes import gib
 
 if TYPE_CHECKING:
     import pandas
@@ -65,19 +66,20 @@ class Plan:
                 f"Beyond it a prefix cache can find {prefix:.1%}"
             )
         if prefix:
-            text += f"; for {self.target:.0%} of that it needs {_gib(row['prefix_bytes'])}"
+            text += f"; for {self.target:.0%} of that it needs {gib(row['prefix_bytes'])}"
         text += "."
         if self.reach.anywhere is None:
             return f"{text} The trace has block ids alone, in which moved reuse does not show."
         text += (
             f" A store that finds chunks anywhere can find {self.reach.anywhere.infinite:.1%}, "
-            f"{100 * self.reach.moved:+.1f} points; for {self.target:.0%} of that it needs "
-            f"{_gib(row['anywhere_bytes'])}"
+            f"{100 * self.reach.more:+.1f} points, {self.reach.moved:.1%} of it moved; for "
+            f"{self.target:.0%} of that it needs "
+            f"{gib(row['anywhere_bytes'])}"
         )
         if row["prefix_rate"]:
             text += (
                 f", and what the prefix cache has at {self.target:.0%} it has from "
-                f"{_gib(row['same_bytes'])} on"
+                f"{gib(row['same_bytes'])} on"
             )
         return f"{text}."
 
@@ -210,8 +212,3 @@ def _by_tier(found: Reach, tiers: Sequence[int]) -> list[dict[str, Any]]:
                 row[f"{name}_rate"] = float(high - low)
         rows.append(row)
     return rows
-
-
-def _gib(n: int) -> str:
-    size = n / 2**30
-    return f"{size:,.0f} GiB" if size >= 100 else f"{size:.3g} GiB"

@@ -89,7 +89,14 @@ class Reach:
 
     @property
     def moved(self) -> float:
-        """What such a store of any size finds beyond the prefix cache of any size."""
+        """What such a store of any size finds behind other text alone."""
+        if self.anywhere is None or self.exact is None:
+            return 0.0
+        return self.anywhere.infinite - self.exact.infinite
+
+    @property
+    def more(self) -> float:
+        """What it finds beyond the prefix cache of any size: moved text, and ends of blocks."""
         return 0.0 if self.anywhere is None else self.anywhere.infinite - self.prefix.infinite
 
 

@@ -230,7 +230,7 @@ def store_sweep(
                 exact_variants=exact_variants,
                 spans=spans,
             )
-            total = done.prompt_tokens
+            total = max(1, done.prompt_tokens)
             shares = {
                 k: int(done.tokens[k].sum()) / total for k in ("exact", "moved", "recomputed")
             }

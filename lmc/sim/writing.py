@@ -11,7 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from lmc.chunking import Chunker
+from lmc.chunking.cdc import Cdc, splitmix64
 from lmc.chunking.pieces import split
 from lmc.sim.readers.recorded import VERSION
 from lmc.sim.trace import Request
@@ -46,9 +49,12 @@ def save_hashed(
     """Write a trace that others may have: hashes of chunks and lengths, no text, no token ids.
 
     It is what lmc's recorder writes (format `lmc`), under a salt that is drawn here and kept
-    nowhere: who has the file can tell that two texts are the same, and can try no text against it.
-    What two prompts share inside a chunk does not show any more; where they share it, in which
-    order and when, does.
+    nowhere: who has the file can tell that two texts are the same, and can try no text against its
+    hashes. Where content decides on cuts, it is content under the salt, or the lengths of chunks
+    would tell of it. Times count from the first request, in tenths of a second. What stays are
+    lengths of prompts and answers, and with the chunker `explicit` of messages: who has the texts
+    may know them again by these. What two prompts share inside a chunk does not show any more;
+    where they share it, in which order and when, does.
 
     Args:
         requests: with token ids.
@@ -59,20 +65,27 @@ def save_hashed(
     Raises ValueError for a request without token ids, and writes nothing then.
     """
     salt = secrets.token_bytes(32)
+    turn = np.uint64(secrets.randbits(64))
+    begun: float | None = None
 
     def hashed(data: bytes) -> str:
         return hashlib.blake2b(data, key=salt, digest_size=12).hexdigest()
 
     def records() -> Iterator[dict[str, Any]]:
+        nonlocal begun
         for n, r in enumerate(requests, 1):
             if r.tokens is None:
                 raise ValueError(f"request {n} has no token ids, and so no chunks")
+            begun = r.timestamp if begun is None else begun
+            ids = r.tokens
+            if isinstance(chunker, Cdc):
+                ids = (splitmix64(ids.astype(np.uint64) ^ turn) >> np.uint64(33)).astype(np.int32)
             marked = [(start, end) for _, start, end in r.segments] if spans else None
-            pieces = split(r.tokens, chunker, marked)
+            pieces = split(ids, chunker, marked)
             texts = [(r.tokens[p.start : p.end].tobytes(), p.end - p.start) for p in pieces]
             yield {
                 "lmc_trace": VERSION,
-                "time": r.timestamp,
+                "time": round(r.timestamp - begun, 1),
                 "request": str(n),
                 "prompt_tokens": r.input_tokens,
                 "output_tokens": r.output_tokens,
@@ -86,16 +99,20 @@ def save_hashed(
 def write_lines(records: Iterable[Mapping[str, Any]], path: str | Path) -> int:
     """Write JSON lines, compressed as the name says, and return how many; all or nothing."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    # A pipe or a device is written to as it is, and not replaced.
+    in_place = path.exists() and not path.is_file()
+    partial = path if in_place else path.with_name(path.name + ".partial")
     n = 0
     try:
         with _compressed(partial, path.suffix) as file:
             for record in records:
                 n += 1
                 file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-        partial.replace(path)
+        if not in_place:
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        if not in_place:
+            partial.unlink(missing_ok=True)
     return n
 
 

@@ -34,7 +34,7 @@ def test_one_command_says_memory_hits_and_what_moving_adds(trace, tmp_path):
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert lines[0].startswith("A prefix cache can find ")
-    assert "points; for 80% of that it needs" in lines[0]
+    assert " points, " in lines[0] and " of it moved; for 80% of that it needs" in lines[0]
     assert "rag.jsonl: 40 requests" in done.stdout
     assert figure.stat().st_size > 10_000
 

@@ -48,15 +48,24 @@ def test_times_of_another_model_are_refused(tmp_path: Path) -> None:
     assert times_for(str(file), LLAMA, None, "llama-3.1-8b").model == "llama-3.1-8b"
     with pytest.raises(
         ValueError,
-        match=r"is of llama-3.1-8b with 131,072 bytes.*llama-3.1-70b in bfloat16 has 327,680",
+        match=r"is of llama-3.1-8b with 131,072 bytes.*a-70b in bfloat16 has 327,680",
     ):
-        times_for(str(file), shape("llama-3.1-70b"), None, "llama-3.1-70b")
+        times_for(str(file), shape("llama-3.1-70b"), None, "a-70b")
     with pytest.raises(ValueError, match="in fp8 has 65,536"):
         times_for(str(file), LLAMA, "fp8", "llama-3.1-8b")
     with pytest.raises(ValueError, match="'h101', which is no file; GPU: got"):
         times_for("h101", LLAMA, None, "llama-3.1-8b")
     with pytest.raises(ValueError, match=r"nowhere.yaml: cannot be read"):
         times_for("nowhere.yaml", LLAMA, None, "llama-3.1-8b")
+
+
+def test_times_of_a_model_of_the_same_size_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "times.yaml"
+    gpu_times("h100", LLAMA, model="llama-3.1-8b").save(file)
+    mistral = shape("mistral-7b-v0.3")
+    assert mistral.bytes_per_token() == LLAMA.bytes_per_token()
+    with pytest.raises(ValueError, match=r"is of llama-3.1-8b, got the model mistral-7b-v0\.3"):
+        times_for(str(file), mistral, None, "mistral-7b-v0.3")
 
 
 def test_saved_times_say_what_they_are(tmp_path: Path) -> None:

@@ -145,13 +145,13 @@ def test_the_map_has_a_cell_a_token() -> None:
 
 def test_where_it_pays_has_a_bar_a_workload_and_its_memory() -> None:
     rows = [
-        {"workload": "skills", "prefix": 0.0, "anywhere": 0.85, "prefix_bytes": 0,
+        {"workload": "skills", "prefix": 0.0, "exact": 0.05, "anywhere": 0.85, "prefix_bytes": 0,
          "anywhere_bytes": 3 << 30, "target": 0.8, "model": "m"},
-        {"workload": "blocks", "prefix": 0.4, "anywhere": None, "prefix_bytes": 9 << 30,
-         "target": 0.8, "model": "m"},
+        {"workload": "blocks", "prefix": 0.4, "exact": None, "anywhere": None,
+         "prefix_bytes": 9 << 30, "target": 0.8, "model": "m"},
     ]  # fmt: skip
     (axes,) = plots.where_it_pays(rows).axes
     widths = [bar.get_width() for bar in axes.patches]
-    assert widths == pytest.approx([0.0, 0.4, 0.85, 0.0])
+    assert widths == pytest.approx([0.05, 0.4, 0.8, 0.0])
     labels = " ".join(text.get_text() for text in axes.texts)
-    assert "+85.0 points" in labels and "3 GiB" in labels and "9 GiB" in labels
+    assert "+80.0 points" in labels and "3 GiB" in labels and "9 GiB" in labels

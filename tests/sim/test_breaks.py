@@ -62,7 +62,7 @@ def test_close_digits_are_one_place() -> None:
     (place,) = breaks(trace)
     assert GRAIN * 2 <= place.at == 65
     assert (place.requests, place.tokens) == (19, {"changed_prefix": 19 * 500})
-    assert list(place.before[:11]) == head[-11:].tolist()
+    assert place.before == head[-12:].tolist()
 
 
 def test_seconds_are_those_of_the_tokens_behind() -> None:
@@ -76,6 +76,39 @@ def test_seconds_are_those_of_the_tokens_behind() -> None:
     (place,) = breaks(trace, times=times)
     full = times.per_row_s * 4000 + times.per_pair_s * 4000 * 4001 / 2
     assert place.seconds == pytest.approx(full, rel=1e-3)
+
+
+def test_seconds_of_text_far_behind_are_those_of_its_rows() -> None:
+    rng = np.random.default_rng(0)
+    known = rng.integers(0, 999, 500)
+    new = rng.integers(2000, 3000, (2, 9500))
+    trace = [
+        Request(float(i), "", 10_000, 1, tokens=np.concatenate([n, known]).astype(np.int32))
+        for i, n in enumerate(new)
+    ]
+    times = gpu_times("h100", shape("llama-3.1-8b"))
+    (place,) = breaks(trace, times=times)
+    pairs = sum(range(9501, 10_001))
+    assert place.seconds == pytest.approx(times.per_row_s * 500 + times.per_pair_s * pairs)
+
+
+@pytest.mark.parametrize("head", range(24, 40))
+def test_a_clock_of_several_tokens_is_one_place_wherever_it_stands(head: int) -> None:
+    rng = np.random.default_rng(0)
+    front, body = rng.integers(1000, 2000, head), rng.integers(1000, 2000, 500)
+    trace = []
+    for i in range(60):  # hours, a colon, minutes, a colon, seconds
+        clock = [1, 10 + i // 20, 2, 30 + i % 20, 2, 60 + i]
+        tokens = np.concatenate([front, clock, body]).astype(np.int32)
+        trace.append(Request(float(i), "", len(tokens), 1, tokens=tokens))
+    first, *others = breaks(trace)
+    assert first.tokens.total() > 20 * sum(b.tokens.total() for b in others)
+
+
+def test_a_trace_of_empty_prompts(tmp_path: Path) -> None:
+    trace = tmp_path / "t.jsonl"
+    trace.write_text('{"timestamp": 0, "tokens": []}\n')
+    assert invoke("lint", trace)[0] == 0
 
 
 def test_what_is_refused() -> None:

@@ -10,7 +10,7 @@ from typing import IO, Any, ClassVar, Protocol
 from lmc.registry import Registry
 from lmc.sim.readers.files import DAMAGED, files_of, opened, readable_again
 from lmc.sim.readers.records import Broken, RecordError
-from lmc.sim.readers.text import TextFormat
+from lmc.sim.readers.text import Sessions, TextFormat
 from lmc.sim.trace import Request
 
 FORMATS = Registry(
@@ -93,11 +93,11 @@ class Reading:
         strict: bool,
         tell: Callable[[int], None] | None,
         copy: Any = None,
-        kept: Path | None = None,
+        once: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.format = path, format
         self._copy = copy  # of a pipe; goes when this does
-        self._kept = kept  # the file of what was tokenised
+        self._once = once  # how it is read, where what was tokenised is kept
         self._reader, self._strict, self._tell = reader, strict, tell
         self._reset()
 
@@ -117,10 +117,12 @@ class Reading:
 
     def __iter__(self) -> Iterator[Request]:
         self._reset()
-        if self._kept is None:
-            yield from self._read()
-        else:
-            yield from self._read_once(self._kept)
+        file = None
+        if self._once is not None:
+            from lmc.sim.readers.kept import place
+
+            file = place(self.path, self._once)
+        yield from self._read() if file is None else self._read_once(file)
         if not self.count and not self.bad_count:
             raise ValueError(f"{self.path}: the trace is empty")
         if not self.count:
@@ -130,7 +132,11 @@ class Reading:
             )
 
     def _read(self) -> Iterator[Request]:
+        if isinstance(self._reader, Sessions):
+            self._reader.restart()
         for file in files_of(self.path):
+            if isinstance(self._reader, Sessions):
+                self._reader.file = file.name.split(".")[0] if self.path.is_dir() else ""
             yield from self._requests_of(file)
 
     def _read_once(self, file: Path) -> Iterator[Request]:
@@ -166,6 +172,9 @@ class Reading:
                         found = list(self._reader.requests(record))
                     except RecordError as e:
                         self._leave_out(file, line, str(e))
+                        continue
+                    except RecursionError:
+                        self._leave_out(file, line, "nested too deep")
                         continue
                     self.count += len(found)
                     yield from found
@@ -222,9 +231,6 @@ def read(
         )
     given = {} if tokenizer is None else {"tokenizer": str(tokenizer)}
     reader = FORMATS.build(spec, **given)
-    place = None
-    if reader.has_text and copy is None:
-        from lmc.sim.readers.kept import place as place_of
-
-        place = place_of(path, spec | given)
-    return Reading(path, str(name), reader, strict=strict, tell=tell, copy=copy, kept=place)
+    # A format of a user's own may have what is not kept, or change.
+    once = spec | given if reader.has_text and copy is None and name in FORMATS.entries else None
+    return Reading(path, str(name), reader, strict=strict, tell=tell, copy=copy, once=once)

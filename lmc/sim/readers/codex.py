@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any, ClassVar
 
 from lmc.sim.readers.claude_code import content_of
-from lmc.sim.readers.records import RecordError, fields_of, json_lines, moment, name_of, text_of
-from lmc.sim.readers.text import Sessions
+from lmc.sim.readers.records import (
+    RecordError,
+    fields_of,
+    json_lines,
+    length,
+    moment,
+    name_of,
+    text_of,
+)
+from lmc.sim.readers.text import END, Sessions, with_end
 from lmc.sim.trace import Request
 
 # Items that the model wrote, by their type; messages are its own where their role says so.
@@ -23,8 +31,9 @@ class Codex(Sessions):
 
     What the model wrote between what it was sent, messages, calls and reasoning, is one request,
     whose prompt are all items before it. Where the history was compacted, prompts begin with what
-    took its place. Reasoning is encrypted and in no prompt; instructions are, as far as the log
-    has them; tools are not.
+    took its place, or with what users had said and the summary where the log does not have that.
+    Reasoning is encrypted and in no prompt; instructions are, as far as the log has them; tools
+    are not.
     """
 
     example: ClassVar[str] = (
@@ -39,40 +48,74 @@ class Codex(Sessions):
         return {"type", "payload"} <= keys
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-        self.restart()
-        self._session, self._writes = "", False
+        self._session = ""
         self._said: list[tuple[str, str]] = []
         self._asked: float | None = None
-        return json_lines(stream)
+        self._pending: Request | None = None  # until the answer is whole
+        return with_end(json_lines(stream))
 
     def requests(self, record: Any) -> Iterable[Request]:
+        if record is END:
+            yield from self._flushed()
+            return
         r = fields_of(record)
         kind, payload = r.get("type"), r.get("payload")
-        if kind == "session_meta":
-            about = fields_of(payload)
-            self._session = name_of(about, "id")
-            for name in ("instructions", "base_instructions"):
-                text = about.get(name)
-                text = text.get("text") if isinstance(text, Mapping) else text
-                if text:
-                    self._said.append(("system", text_of(text, name)))
+        if kind == "session_meta" and not self._session:  # a fork has that of its parent, too
+            self._begin(fields_of(payload))
         elif kind == "compacted":
-            summary = fields_of(payload).get("message") or ""
-            kept = [said for said in self._said if said[0] in ("system", "developer")]
-            self._said, self._writes = [*kept, ("user", text_of(summary, "message"))], False
+            yield from self._flushed()
+            self._compact(fields_of(payload))
+        elif kind == "event_msg":
+            self._count(fields_of(payload))
         if kind != "response_item":
             return
-        item = fields_of(payload)
         at = None if "timestamp" not in r else moment(r, "timestamp")
-        role, text = _said(item)
-        if role == "assistant":
-            if not self._writes and self._said:
-                yield self.request(self._session, self._said, text, self._asked or at)
-            self._writes = True
-        else:
-            self._writes, self._asked = False, at
+        role, text = _said(fields_of(payload))
+        if role != "assistant":
+            yield from self._flushed()
+            self._asked = at
+        elif self._pending is None and self._said:
+            asked = at if self._asked is None else self._asked
+            self._pending = self.request(self._session, self._said, text, asked)
+        elif self._pending is not None and text:
+            more = self.tokens_of(text)
+            whole = self._pending.output_tokens + more
+            self._pending = replace(self._pending, output_tokens=whole)
         if text:
             self._said.append((role, text))
+
+    def _flushed(self) -> Iterator[Request]:
+        if self._pending is not None:
+            yield self._pending
+            self._pending = None
+
+    def _begin(self, about: Mapping[str, Any]) -> None:
+        self._session = name_of(about, "id")
+        for name in ("instructions", "base_instructions"):
+            text = about.get(name)
+            text = text.get("text") if isinstance(text, Mapping) else text
+            if text:
+                self._said.append(("system", text_of(text, name)))
+
+    def _compact(self, payload: Mapping[str, Any]) -> None:
+        """What is said before the log's own replacement, or the user's messages and the summary."""
+        history = payload.get("replacement_history")
+        if isinstance(history, list):
+            said = [_said(fields_of(item)) for item in history]
+            system = [each for each in self._said if each[0] == "system"]
+            self._said = [*system, *(each for each in said if each[1])]
+            return
+        summary = text_of(payload.get("message") or "", "message")
+        kept = [said for said in self._said if said[0] in ("system", "developer", "user")]
+        self._said = [*kept, ("user", summary)] if summary else kept
+
+    def _count(self, event: Mapping[str, Any]) -> None:
+        """Tokens of the last answer, as the log counts them: reasoning, which is hidden, too."""
+        info = event.get("info")
+        last = info.get("last_token_usage") if isinstance(info, Mapping) else None
+        if self._pending is not None and isinstance(last, Mapping) and "output_tokens" in last:
+            output = length(last, "output_tokens")
+            self._pending = replace(self._pending, output_tokens=output)
 
 
 def _said(item: Mapping[str, Any]) -> tuple[str, str]:

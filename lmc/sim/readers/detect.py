@@ -8,24 +8,29 @@ from pathlib import Path
 
 from lmc.sim.readers.files import DAMAGED, files_of, unpacked
 
-LOOKED_AT, LINES = 1 << 22, 50
+LOOKED_AT, LINES, FILES = 1 << 22, 50, 16
 
 
 def detect(path: Path) -> str:
-    """The name of the format. Raises ValueError for a file that is empty, or of none."""
+    """The name of the format. Raises ValueError for a file that is empty, or of none.
+
+    Of a folder the first files are looked at, since one alone may hold no request.
+    """
     from lmc.sim.readers import FORMATS
 
-    file = files_of(path)[0]
-    head = _head(file).lstrip(b"\xef\xbb\xbf \r\n\t")
-    if not head:
+    first = b""
+    for file in files_of(path)[:FILES]:
+        head = _head(file).lstrip(b"\xef\xbb\xbf \r\n\t")
+        keys = set() if head.startswith(b"[") else _keys(head)
+        for name in FORMATS.entries:
+            if head and FORMATS.load(name).recognises(head, keys):
+                return name
+        first = first or head
+    if not first:
         raise ValueError(f"{path}: the trace is empty")
-    keys = set() if head.startswith(b"[") else _keys(head)
-    for name in FORMATS.entries:
-        if FORMATS.load(name).recognises(head, keys):
-            return name
     raise ValueError(
-        f"{path}: cannot tell the format of this trace, which begins with {_begin(head)}; name one "
-        f"of {', '.join(FORMATS.names())} (`lmc trace formats` shows a line of each)"
+        f"{path}: cannot tell the format of this trace, which begins with {_begin(first)}; name "
+        f"one of {', '.join(FORMATS.names())} (`lmc trace formats` shows a line of each)"
     )
 
 

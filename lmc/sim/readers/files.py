@@ -18,6 +18,7 @@ from typing import Any, cast
 import ijson
 import zstandard
 
+PACKED = 1 << 14  # bytes unpacked at once, which may become a thousand times as many
 SUFFIX = re.compile(r"\.(jsonl?|traj)(\.(gz|xz|zst))?$")
 # What a damaged file raises, by the library that unpacks or parses it.
 DAMAGED = (
@@ -114,7 +115,7 @@ class _Frames(io.RawIOBase):
     """
 
     def __init__(self, raw: io.BufferedReader[Any]) -> None:
-        self._raw, self._ready = raw, b""
+        self._raw, self._ready = raw, memoryview(b"")
         self._frame: Any = None  # that is being unpacked
         self._behind = 0  # bytes that are none
 
@@ -138,12 +139,12 @@ class _Frames(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            packed = self._raw.read(1 << 16)
+            packed = self._raw.read(PACKED)
             if not packed:
                 if self._frame is not None:
                     raise EOFError("the compressed file ends before its last frame does")
                 return 0
-            self._ready = self._unpack(packed)
+            self._ready = memoryview(self._unpack(packed))
         into = memoryview(buffer).cast("B")
         n = min(len(into), len(self._ready))
         into[:n], self._ready = self._ready[:n], self._ready[n:]

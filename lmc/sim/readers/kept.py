@@ -7,7 +7,7 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import pairwise
@@ -24,20 +24,21 @@ MOST_TOKENS = 1 << 27  # of a trace; a longer one is tokenised every time
 MOST_BYTES = 4 << 30  # of all that is kept; the longest unused go first
 
 
-def place(path: Path, spec: Any) -> Path | None:
+def place(path: Path, spec: Mapping[str, Any]) -> Path | None:
     """Where the requests of a trace are kept, by its files' sizes and times, and how it is read.
 
-    None where nothing is: a file was written a moment ago, so that it may change unseen, or the
-    user has no folder for caches.
+    None where nothing is: a file was written a moment ago, so that it may change unseen; what
+    tokenises is no file, and may become another under its name; or the user has no folder for
+    caches.
     """
-    stats = [(str(file.resolve()), file.stat()) for file in files_of(path)]
-    if any(stat.st_mtime > time.time() - 2 for _, stat in stats):
-        return None
     tokenizer = Path(str(spec.get("tokenizer", "")))
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-    said: list[Any] = [_readers(), spec, [(name, s.st_size, s.st_mtime_ns) for name, s in stats]]
-    if tokenizer.is_file():
-        said.append(hashlib.sha256(tokenizer.read_bytes()).hexdigest())
+    stats = [(str(file.resolve()), file.stat()) for file in files_of(path)]
+    if any(s.st_mtime > time.time() - 2 for _, s in stats) or not tokenizer.is_file():
+        return None
+    # Who copies a file over another may keep its size and time; not its inode and ctime.
+    of_files = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in stats]
+    said = [_readers(), spec, of_files, hashlib.sha256(tokenizer.read_bytes()).hexdigest()]
     name = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:32]
     try:
         return cache_dir() / "traces" / f"{name}.npz"
@@ -117,7 +118,10 @@ def keep(
 
 
 def _make_room(folder: Path) -> None:
-    kept = sorted(_stats(folder), key=lambda item: item[1].st_mtime)
+    for file, stat in _stats(folder, "*.partial"):  # of who was stopped
+        if stat.st_mtime < time.time() - 86400:
+            file.unlink(missing_ok=True)
+    kept = sorted(_stats(folder, "*.npz"), key=lambda item: item[1].st_mtime)
     total = sum(stat.st_size for _, stat in kept)
     for file, stat in kept[:-1]:
         if total <= MOST_BYTES:
@@ -126,8 +130,8 @@ def _make_room(folder: Path) -> None:
         total -= stat.st_size
 
 
-def _stats(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for file in folder.glob("*.npz"):
+def _stats(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+    for file in folder.glob(pattern):
         try:
             yield file, file.stat()
         except OSError:

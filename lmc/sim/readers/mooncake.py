@@ -22,7 +22,7 @@ from lmc.sim.trace import Request
 LOOKED_AT = 1000  # records, from which a file's units are told
 USUAL = (512, 16, 32, 64, 128, 256, 1024, 2048, 4096)  # tokens of a block, the likeliest first
 ROUND = (1000, 512, 500, 256, 100, 64, 50, 16, 10, 8, 2, 1)
-CROWDED = 1000  # requests a second: more is no millisecond
+CROWDED, SPARSE = 1000, 100  # requests a second, and seconds a request, of no trace
 
 
 @dataclass
@@ -31,8 +31,9 @@ class Mooncake:
 
     block_tokens: tokens that one of the prefix-chained hash_ids stands for; by default 512, or
         what most of the first 1,000 lines agree with where 512 is not half of theirs.
-    time: what timestamps count. By default seconds where some have fractions, or where whole
-        milliseconds would mean over 1,000 requests a second, and else milliseconds.
+    time: what timestamps count. By default seconds where some have fractions (and there is a
+        request in 100 of them), or where whole milliseconds would mean over 1,000 requests a
+        second, and else milliseconds.
     """
 
     has_text: ClassVar[bool] = False
@@ -53,9 +54,10 @@ class Mooncake:
 
     @property
     def assumed(self) -> str:
-        """What was told from the lines of the last file, in words."""
-        unit = "s" if self._per_second == 1 else "ms"
-        return f"blocks of {self._block} tokens, timestamps in {unit}"
+        """What was told from the lines of the last file, in words, where it is not as usual."""
+        parts = [f"blocks of {self._block} tokens"] if self._block != USUAL[0] else []
+        parts += ["timestamps in seconds"] if self._per_second == 1 else []
+        return ", ".join(parts)
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         records = json_lines(stream)
@@ -80,8 +82,10 @@ class Mooncake:
 
 def _block_tokens(records: Sequence[dict[str, Any]]) -> int:
     """Mooncake's own size of blocks, if half of the records agree with it; else the one that most
-    do, a usual one where several are alike."""
+    do, a usual one where several are alike. One id says little, and does not vote where others do.
+    """
     ranges: list[tuple[int, int]] = []  # from, to: the sizes of which a record's ids are as many
+    few: list[tuple[int, int]] = []
     for r in records:
         ids = r.get("hash_ids")
         try:
@@ -92,16 +96,16 @@ def _block_tokens(records: Sequence[dict[str, Any]]) -> int:
             # ceil(tokens / size) or floor(tokens / size) is the number of ids.
             n = len(ids)
             most = MOST_TOKENS if n == 1 else (tokens - 1) // (n - 1)
-            ranges.append((tokens // (n + 1) + 1, most))
-    if not ranges:
-        return USUAL[0]
+            (ranges if n > 1 else few).append((tokens // (n + 1) + 1, most))
+    voters = ranges or few
 
-    def agree(size: int) -> int:
-        return sum(low <= size <= high for low, high in ranges)
+    def agree(size: int) -> tuple[int, int]:
+        votes, rest = (sum(low <= size <= high for low, high in of) for of in (voters, few))
+        return votes, rest
 
-    if 2 * agree(USUAL[0]) >= len(ranges):
+    if not voters or 2 * agree(USUAL[0])[0] >= len(voters):
         return USUAL[0]
-    low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
+    low, high = max(r[0] for r in voters), min(r[1] for r in voters)
     # Of unusual sizes the roundest.
     rounds = (-(-low // step) * step for step in ROUND)
     other = [size for size in rounds if size <= high < MOST_TOKENS][:1]
@@ -115,8 +119,9 @@ def _unit(records: Sequence[dict[str, Any]]) -> Literal["ms", "s"]:
             times.append(number(r, "timestamp"))
         except RecordError:
             continue
-    if any(t != int(t) for t in times):
-        return "s"
     span = max(times, default=0.0) - min(times, default=0.0)
+    if any(t != int(t) for t in times):
+        # Milliseconds may have fractions, too: a request in 100 seconds is none of a trace.
+        return "ms" if span > SPARSE * len(times) else "s"
     crowded = len(times) >= 100 and len(times) - 1 > CROWDED * span / 1000
     return "s" if crowded and span else "ms"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import IO, Any
+from typing import IO, Any, cast
 
 MOST_TOKENS = 1 << 31  # of one prompt; more is a broken number, not a trace
 
@@ -37,6 +38,19 @@ def json_lines(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as e:
             record = Broken(f"not JSON: {e}")
         yield number, record
+
+
+def json_lines_or_one(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    """The same, or one value over many lines, where the first of them is a lone {."""
+    if cast(io.BufferedReader, stream).peek(64).split(b"\n")[0].strip() != b"{":
+        yield from json_lines(stream)
+        return
+    try:
+        yield 1, json.load(stream)
+    except UnicodeDecodeError as e:
+        yield 1, Broken(f"not UTF-8 at byte {e.start}")
+    except (ValueError, RecursionError) as e:
+        yield 1, Broken(f"not JSON: {e}")
 
 
 def csv_rows(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:

@@ -39,7 +39,6 @@ class ShareGpt(Sessions):
         return bool(keys & {"conversations", "conversation"})
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-        self.restart()
         start = cast(io.BufferedReader, stream).peek(64).lstrip()
         return enumerate(items(stream), 1) if start.startswith(b"[") else json_lines(stream)
 

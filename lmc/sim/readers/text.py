@@ -13,6 +13,7 @@ import numpy as np
 
 from lmc.sim.trace import Request
 
+END = object()  # a record behind the last one of a file
 Framing = Literal["chatml", "plain"]
 CACHED_TOKENS = 1 << 24
 
@@ -113,6 +114,14 @@ class TextFormat:
         return self._tokenizer.decode(ids)
 
 
+def with_end(records: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """The same records, and `END` behind them, for what is known only then."""
+    number = 0
+    for number, record in records:
+        yield number, record
+    yield number, END
+
+
 @dataclass
 class Sessions(TextFormat):
     """What formats share that hold what was said, in order: every answer is a request.
@@ -126,8 +135,15 @@ class Sessions(TextFormat):
         self.restart()
 
     def restart(self) -> None:
-        """Count arrivals anew, at the start of a file."""
+        """Forget all that was read, before the first file."""
+        self.file = ""  # the name of the one that is read
         self._arrivals = count()
+        self._made = False  # times, since there were none
+
+    @property
+    def assumed(self) -> str:
+        """What requests have that the file does not say, in words."""
+        return "no times: requests one second apart, in the order of the file" if self._made else ""
 
     def request(
         self, session: str, said: Iterable[tuple[str, str]], answer: str, at: float | None = None,
@@ -136,15 +152,20 @@ class Sessions(TextFormat):
         """One whose prompt is what was `said`, (role, text) each."""
         tokens, segments = self._tokenizer.prompt(said)
         if output_tokens is None:
-            output_tokens = len(self._tokenizer.prompt([("assistant", answer)])[0])
+            output_tokens = self.tokens_of(answer)
+        self._made |= at is None
         return Request(
             timestamp=float(next(self._arrivals)) if at is None else at,
-            session=session,
+            session=session or self.file,
             input_tokens=len(tokens),
             output_tokens=output_tokens,
             tokens=tokens,
             segments=segments,
         )
+
+    def tokens_of(self, answer: str) -> int:
+        """Of a message of the model."""
+        return len(self._tokenizer.prompt([("assistant", answer)])[0])
 
     def of_conversation(self, session: str, turns: Iterable[tuple[str, str]]) -> Iterator[Request]:
         """A request for each turn of the assistant that is not the first turn."""

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from typing import IO, Any, ClassVar, cast
 
 from lmc.sim.readers.claude_code import content_of
-from lmc.sim.readers.records import Broken, RecordError, fields_of, json_lines, name_of, text_of
+from lmc.sim.readers.records import (
+    RecordError,
+    fields_of,
+    json_lines_or_one,
+    length,
+    moment,
+    name_of,
+    text_of,
+)
 from lmc.sim.readers.sharegpt import ROLES, items
 from lmc.sim.readers.text import Sessions
 from lmc.sim.trace import Request
@@ -37,11 +45,9 @@ class Trajectories(Sessions):
         return bool(keys & set(LISTS)) and not keys & {"timestamp", "hash_ids", "requests"}
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-        self.restart()
-        start = cast(io.BufferedReader, stream).peek(64).split(b"\n")[0].strip()
-        if start.startswith(b"["):
+        if cast(io.BufferedReader, stream).peek(64).lstrip().startswith(b"["):
             return enumerate(items(stream), 1)
-        return _whole(stream) if start == b"{" else json_lines(stream)
+        return json_lines_or_one(stream)
 
     def requests(self, record: Any) -> Iterable[Request]:
         r = fields_of(record)
@@ -56,8 +62,9 @@ class Trajectories(Sessions):
 class OpenHands(Sessions):
     """A JSON array of events {source, action, args} and {observation, content}: one session.
 
-    What the agent did is a request; its prompt are all events before it. Actions of one answer of
-    the model (`tool_call_metadata.model_response.id`) are one.
+    What the agent did is a request; its prompt are all events before it, and its time that of the
+    last of them, where events have times (ISO). Actions of one answer of the model
+    (`tool_call_metadata.model_response.id`) are one.
     """
 
     example: ClassVar[str] = (
@@ -70,42 +77,50 @@ class OpenHands(Sessions):
         return head.startswith(b"[") and b'"source"' in head and b'"action"' in head
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-        self.restart()
         self._said: list[tuple[str, str]] = []
-        self._answer: Any = None
+        self._asked: float | None = None
+        self._answers: set[Any] = set()
         return enumerate(items(stream), 1)
 
     def requests(self, record: Any) -> Iterable[Request]:
         event = fields_of(record)
-        if "observation" in event:
-            if text := content_of(event.get("content")):
-                self._said.append(("tool", text))
-                self._answer = None
-            return
+        at = moment(event, "timestamp") if event.get("timestamp") else None
         args = fields_of(event.get("args") or {})
         action = text_of(event.get("action", ""), "action")
-        if action == "system":
-            self._said.append(("system", content_of(args.get("content"))))
+        if "observation" in event:
+            self._hear("tool", content_of(event.get("content")), at)
+        elif action == "system":
+            self._hear("system", content_of(args.get("content")), at)
         elif event.get("source") == "user":
-            if text := content_of(args.get("content")):
-                self._said.append(("user", text))
-                self._answer = None
+            self._hear("user", content_of(args.get("content")), at)
         elif event.get("source") == "agent":
             did = {k: v for k, v in args.items() if isinstance(v, str) and v}
             text = text_of(json.dumps({"action": action, **did}, ensure_ascii=False), "args")
-            answer = _answer_of(event)
-            if self._said and (self._answer is None or answer != self._answer):
-                yield self.request("", self._said, text)
-            self._answer = answer
+            # Actions of one answer are carried out one by one, with what came of them between.
+            answer, output = _answer_of(event)
+            if self._said and answer not in self._answers:
+                asked = at if self._asked is None else self._asked
+                yield self.request("", self._said, text, asked, output)
+            self._answers.add(answer)
             self._said.append(("assistant", text))
 
+    def _hear(self, role: str, text: str, at: float | None) -> None:
+        """What the next prompt has behind all before it."""
+        if text:
+            self._said.append((role, text))
+            self._asked = at
 
-def _answer_of(event: Mapping[str, Any]) -> Any:
-    """What names the answer of the model that an action is of; the event where nothing does."""
+
+def _answer_of(event: Mapping[str, Any]) -> tuple[str, int | None]:
+    """What names the answer of the model that an action is of, else the event; and its tokens."""
     found: Any = event
-    for name in ("tool_call_metadata", "model_response", "id"):
+    for name in ("tool_call_metadata", "model_response"):
         found = found.get(name) if isinstance(found, Mapping) else None
-    return found if found is not None else ("event", event.get("id"))
+    if not isinstance(found, Mapping) or not isinstance(found.get("id"), str):
+        return f"event {event.get('id')}", None
+    usage = found.get("usage")
+    known = isinstance(usage, Mapping) and "completion_tokens" in usage
+    return found["id"], length(usage, "completion_tokens") if known and usage else None
 
 
 def _has_roles(turns: Any) -> bool:
@@ -121,10 +136,3 @@ def _turn(turn: Any) -> tuple[str, str]:
     if t.get("tool_calls"):
         text += text_of(json.dumps(t["tool_calls"], ensure_ascii=False), "tool_calls")
     return ROLES.get(role, role), text
-
-
-def _whole(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    try:
-        yield 1, json.load(stream)
-    except (ValueError, RecursionError) as e:
-        yield 1, Broken(f"not JSON: {e}")

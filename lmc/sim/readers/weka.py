@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO, Any, ClassVar, cast
+from typing import IO, Any, ClassVar
 
 from lmc.sim.readers.records import (
     Broken,
     RecordError,
     fields_of,
-    json_lines,
+    json_lines_or_one,
     length,
     name_of,
     number,
@@ -55,7 +53,7 @@ class Weka:
         return "requests" in keys
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-        for line, session in _sessions(stream):
+        for line, session in json_lines_or_one(stream):
             self._sessions += 1
             try:
                 if isinstance(session, Broken):
@@ -85,17 +83,6 @@ class Weka:
             blocks=ids if session.shared else [(session.number, i) for i in ids],
             block_tokens=block_tokens,
         )
-
-
-def _sessions(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    """(line, session): one a line, or one over many lines, which then begins with a lone {."""
-    if cast(io.BufferedReader, stream).peek(64).split(b"\n")[0].strip() != b"{":
-        yield from json_lines(stream)
-        return
-    try:
-        yield 1, json.load(stream)
-    except (ValueError, RecursionError) as e:
-        yield 1, Broken(f"not JSON: {e}")
 
 
 def _about(session: Mapping[str, Any], number: int) -> _Session:

@@ -82,14 +82,21 @@ CODEX = jsonl(
 
 OPENHANDS = json.dumps([
     {"id": 0, "source": "agent", "action": "system", "args": {"content": "You are."}},
-    {"id": 1, "source": "user", "action": "message", "args": {"content": "Fix it."}},
+    {"id": 1, "source": "user", "action": "message", "args": {"content": "Fix it."},
+     "timestamp": "1970-01-01T00:00:01"},
     {"id": 2, "source": "agent", "action": "run", "args": {"command": "ls", "thought": "Look."},
-     "tool_call_metadata": {"model_response": {"id": "r1"}}},
-    {"id": 3, "source": "agent", "action": "read", "args": {"path": "a"},
-     "tool_call_metadata": {"model_response": {"id": "r1"}}},
-    {"id": 4, "source": "environment", "observation": "run", "content": "a.py", "extras": {}},
-    {"id": 5, "source": "environment", "observation": "agent_state_changed", "content": ""},
-    {"id": 6, "source": "agent", "action": "finish", "args": {"thought": "Done."}},
+     "tool_call_metadata": {"model_response": {"id": "r1", "usage": {"completion_tokens": 44}}},
+     "timestamp": "1970-01-01T00:00:02"},
+    {"id": 3, "source": "agent", "observation": "run", "content": "a.py", "extras": {},
+     "timestamp": "1970-01-01T00:00:03"},
+    {"id": 4, "source": "agent", "action": "read", "args": {"path": "a"},
+     "tool_call_metadata": {"model_response": {"id": "r1"}}, "timestamp": "1970-01-01T00:00:04"},
+    {"id": 5, "source": "agent", "observation": "read", "content": "x=1",
+     "timestamp": "1970-01-01T00:00:05"},
+    {"id": 6, "source": "environment", "observation": "agent_state_changed", "content": "",
+     "timestamp": "1970-01-01T00:00:06"},
+    {"id": 7, "source": "agent", "action": "finish", "args": {"thought": "Done."},
+     "timestamp": "1970-01-01T00:00:07"},
 ])  # fmt: skip
 
 TURNS = [
@@ -149,9 +156,65 @@ def test_claude_code_follows_the_branch(tmp_path: Path, tokenizer: Path) -> None
     assert third == [*second, framed("assistant", "Done."), framed("user", "And c?")]
     assert fourth == [framed("user", "Search.")]
     requests = list(reading)
-    assert [r.timestamp for r in requests] == [2, 5, 8, 10]  # when what is asked was complete
+    assert [r.timestamp for r in requests] == [1, 5, 8, 10]  # when what is asked was complete
     assert [r.session for r in requests] == ["s", "s", "s", "s/g"]
     assert requests[1].output_tokens == 77
+
+
+def test_calls_side_by_side_are_all_in_the_prompt(tmp_path: Path, tokenizer: Path) -> None:
+    """Each result stands behind the line of its own call, and only one of them leads on."""
+    other = CALL | {"id": "t2", "name": "Grep"}
+    lines = [
+        claude("u", None, "user", "Fix it.", 1),
+        claude("b", "u", "assistant", [CALL], 2,
+               message={"id": "m", "usage": {"output_tokens": 3}}),
+        claude("c", "b", "assistant", [other], 3,
+               message={"id": "m", "usage": {"output_tokens": 90}}),
+        claude("d", "b", "user", [RESULT], 4),
+        claude("e", "c", "user", [RESULT | {"content": "y=2"}], 5),
+        claude("f", "e", "assistant", "Done.", 6, message={"id": "n"}),
+        claude("g", "f", "assistant", "API Error", 7, message={"id": "x", "model": "<synthetic>"}),
+    ]  # fmt: skip
+    reading = opened(tmp_path, jsonl(*lines), tokenizer=tokenizer)
+    _, second = shown(reading)
+    assert [text for _, text in second][3:] == [framed("user", t)[1] for t in ("x=1", "y=2")]
+    assert [role for role, _ in second] == ["user", "assistant", "assistant", "user", "user"]
+    assert next(iter(reading)).output_tokens == 90  # of the last line
+
+
+def test_a_wrong_line_costs_itself_alone(tmp_path: Path, tokenizer: Path) -> None:
+    lines = CLAUDE.splitlines()
+    for i, wrong in ((1, "{"), (3, lines[3].replace("1970-01-01T00:00:03.000Z", "noon"))):
+        broken = "".join(f"{line}\n" for line in [*lines[:i], wrong, *lines[i + 1 :]])
+        reading = opened(tmp_path, broken, tokenizer=tokenizer)
+        prompts = shown(reading)
+        assert reading.bad_count == 1
+        assert any(framed("user", "x=1") in p and framed("user", "And c?") in p for p in prompts)
+
+
+def test_copied_sessions_count_once(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(CLAUDE)
+    (tmp_path / "b.jsonl").write_text(CLAUDE)  # as one that is resumed begins
+    assert len(list(read(tmp_path, tokenizer=tokenizer))) == 4
+
+
+def test_sessions_without_times_follow_each_other(tmp_path: Path, tokenizer: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.traj").write_text(json.dumps({"history": TURNS}))
+    reading = read(tmp_path, tokenizer=tokenizer)
+    assert [(r.session, r.timestamp) for r in reading] == [
+        ("a", 0), ("a", 1), ("b", 2), ("b", 3),
+    ]  # fmt: skip
+    assert reading.assumed.startswith("no times")
+
+
+def test_codex_counts_what_is_hidden(tmp_path: Path, tokenizer: Path) -> None:
+    count = codex("event_msg", 3, type="token_count",
+                  info={"last_token_usage": {"output_tokens": 500}})  # fmt: skip
+    lines = CODEX.splitlines()
+    lines.insert(7, json.dumps(count))
+    first, *_ = opened(tmp_path, "\n".join(lines), tokenizer=tokenizer)
+    assert first.output_tokens == 500
 
 
 def test_codex_items_become_requests(tmp_path: Path, tokenizer: Path) -> None:
@@ -161,17 +224,21 @@ def test_codex_items_become_requests(tmp_path: Path, tokenizer: Path) -> None:
     rules = [framed("system", "Be brief."), framed("developer", "Rules.")]
     assert first == [*rules, framed("user", "Fix it.")]
     assert second == [*first, framed("assistant", call), framed("tool", "a.py")]
-    assert third == [*rules, framed("user", "A file was fixed."), framed("user", "Go on.")]
+    said = [framed("user", t) for t in ("Fix it.", "Thanks.", "A file was fixed.", "Go on.")]
+    assert third == [*rules, *said]
     assert [r.timestamp for r in reading] == [2.5, 4.5, 8.5]
 
 
 def test_openhands_answers_of_several_actions_are_one(tmp_path: Path, tokenizer: Path) -> None:
-    first, second = shown(opened(tmp_path, OPENHANDS, tokenizer=tokenizer))
+    reading = opened(tmp_path, OPENHANDS, tokenizer=tokenizer)
+    first, second = shown(reading)
     assert first == [framed("system", "You are."), framed("user", "Fix it.")]
     ran = json.dumps({"action": "run", "command": "ls", "thought": "Look."})
-    read_ = json.dumps({"action": "read", "path": "a"})
-    did = [framed("assistant", ran), framed("assistant", read_)]
-    assert second == [*first, *did, framed("tool", "a.py")]
+    did = [framed("assistant", ran), framed("tool", "a.py")]
+    did += [framed("assistant", json.dumps({"action": "read", "path": "a"})), framed("tool", "x=1")]
+    assert second == [*first, *did]
+    assert [r.timestamp for r in reading] == [1, 5]
+    assert next(iter(reading)).output_tokens == 44
 
 
 @pytest.mark.parametrize("how", ["a line", "a file", "indented", "an array", "sharegpt"])
@@ -207,7 +274,6 @@ def test_a_folder_of_folders(tmp_path: Path, tokenizer: Path) -> None:
     [
         ("claude_code", claude("a", None, "user", 5, 1), "content: want text or a list"),
         ("claude_code", claude("a", None, "user", "x", 1, timestamp="noon"), "ISO date"),
-        ("claude_code", claude("a", None, "user", "x", 1, parentUuid=5), "parentUuid: want text"),
         ("codex", codex("response_item", 1, type="dance"), "item of type 'dance'"),
         ("codex", codex("response_item", 1, type="message", role=5), "role: got 5, want text"),
         ("trajectories", {"messages": [5]}, "want one that is a list of {role, content}"),
@@ -238,6 +304,36 @@ def test_mutated_files(
     except ValueError as e:
         if isinstance(e, OSError):
             raise
+
+
+def test_a_log_that_goes_in_circles_ends(tmp_path: Path, tokenizer: Path) -> None:
+    lines = [claude("a", "b", "user", "x", 1), claude("b", "a", "user", "y", 2),
+             claude("c", "b", "assistant", "z", 3)]  # fmt: skip
+    (said,) = shown(opened(tmp_path, jsonl(*lines), tokenizer=tokenizer))
+    assert said == [framed("user", "x"), framed("user", "y")]
+
+
+@pytest.mark.parametrize("name", ["claude_code", "codex", "trajectories"])
+def test_what_is_nested_too_deep_is_a_bad_line(name: str, tmp_path: Path, tokenizer: Path) -> None:
+    deep = 700 * '[{"type": "tool_result", "content": ' + '"x"' + 700 * "}]"
+    turns = [{"role": "user", "content": "DEEP"}, {"role": "assistant", "content": "x"}]
+    line = {
+        "claude_code": claude("a", None, "user", "DEEP", 1),
+        "codex": item(1, "message", role="user", content="DEEP"),
+        "trajectories": {"messages": turns},
+    }[name]
+    text = FILES[name] + jsonl(line).replace('"DEEP"', deep)
+    reading = opened(tmp_path, text, tokenizer=tokenizer, format=name)
+    before = len(list(opened(tmp_path, FILES[name], "u.jsonl", tokenizer=tokenizer, format=name)))
+    assert len(list(reading)) == before
+    assert reading.bad_count == 1
+
+
+def test_a_folder_whose_first_file_says_nothing(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(jsonl({"type": "summary", "leafUuid": "x"}))
+    (tmp_path / "b.jsonl").write_text(CLAUDE)
+    reading = read(tmp_path, tokenizer=tokenizer)
+    assert (reading.format, len(list(reading))) == ("claude_code", 4)
 
 
 def test_the_page_of_formats_is_up_to_date(tmp_path: Path, tokenizer: Path) -> None:
