@@ -179,7 +179,7 @@ def where_it_pays(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel(
         f"prompt tokens found, of any size; GiB: LRU, for {target:.0%} of that, KV of {model}"
     )
-    axes.legend(frameon=False, loc="upper right")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     tidy(axes)
     return figure
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lmc.model.exports import resolve
 from lmc.model.weights import cache_dir
 from lmc.sim.readers.files import files_of
 from lmc.sim.trace import Request
@@ -31,7 +32,7 @@ def place(path: Path, spec: Mapping[str, Any]) -> Path | None:
     tokenises is no file, and may become another under its name; or the user has no folder for
     caches.
     """
-    tokenizer = Path(str(spec.get("tokenizer", "")))
+    tokenizer = Path(resolve(str(spec.get("tokenizer", ""))))
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     stats = [(str(file.resolve()), file.stat()) for file in files_of(path)]
     if any(s.st_mtime > time.time() - 2 for _, s in stats) or not tokenizer.is_file():
