@@ -100,6 +100,11 @@ class Reach:
         return 0.0 if self.anywhere is None else self.anywhere.infinite - self.prefix.infinite
 
 
+def _owners(offsets: np.ndarray) -> np.ndarray:
+    """[A] of what `offsets` [R + 1] divide: the request of each."""
+    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+
+
 def moved_distances(pieces: Pieces, bytes_per_token: int) -> tuple[np.ndarray, np.ndarray]:
     """([A], [A]) int64: the smallest capacity in bytes at which each piece is found, and at which
     it is found behind the same tokens, with all before it; `NEVER` where it is at none.
@@ -108,7 +113,7 @@ def moved_distances(pieces: Pieces, bytes_per_token: int) -> tuple[np.ndarray, n
     before any of it is put in. So a piece that its own prompt repeats is found as the first one is.
     """
     first = ~pieces.repeats
-    owner = np.repeat(np.arange(len(pieces.offsets) - 1), np.diff(pieces.offsets))
+    owner = _owners(pieces.offsets)
     counts = np.bincount(owner[first], minlength=len(pieces.offsets) - 1)
     offsets = np.concatenate(([0], np.cumsum(counts)))
     sizes = pieces.tokens * bytes_per_token
@@ -144,7 +149,7 @@ def reach(
     behind = prefix_distances(stack_distances(full.keys, sizes), full.offsets)
     total = int(accesses.input_tokens.sum())
     held = behind <= engine_bytes
-    owner = np.repeat(np.arange(len(full.offsets) - 1), np.diff(full.offsets))
+    owner = _owners(full.offsets)
     # Tokens from each prompt's start that the engine has itself.
     front = np.bincount(owner[held], full.tokens[held], len(full.offsets) - 1).astype(np.int64)
     engine = float(front.sum()) / max(total, 1)
@@ -154,7 +159,7 @@ def reach(
         return Reach(prefix, None, None, total, engine)
     pieces = pieces_of(requests, chunker, spans=spans)
     ends = np.cumsum(pieces.tokens)
-    of = np.repeat(np.arange(len(pieces.offsets) - 1), np.diff(pieces.offsets))
+    of = _owners(pieces.offsets)
     first = np.concatenate(([0], ends))[pieces.offsets[:-1]][of]  # of the request, in all tokens
     weights = np.minimum(pieces.tokens, np.maximum(0, ends - first - front[of])).astype(float)
     found, exact = moved_distances(pieces, bytes_per_token)

@@ -2,64 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from lmc.chunking import CHUNKERS
 from lmc.chunking.fixed import Fixed
-from lmc.cli.trace import trace_app
 from lmc.sim.kinds import KINDS
-from lmc.sim.readers import read
 from lmc.sim.reuse import analyse
 from lmc.sim.synthetic import GENERATORS, Truth
 from lmc.sim.synthetic.questions import Rag
 from lmc.sim.synthetic.sessions import Chat
 from lmc.sim.trace import Request, accesses
-from lmc.sim.writing import save
+from tests.sim.made import SMALL, facts, of_sessions, parts, small
 
-SMALL: dict[str, dict[str, Any]] = {
-    "agents": {"sessions": 6, "system_tokens": 50, "file_tokens": 40, "files": 5},
-    "chat": {"sessions": 8, "system_tokens": 50, "user_tokens": 20, "output_tokens": 20},
-    "clock": {"count": 20, "template_tokens": 60, "period": 15.0, "question_tokens": 20},
-    "rag": {"count": 20, "documents": 12, "document_tokens": 30, "documents_per_prompt": 3},
-    "relay": {"tasks": 5, "role_tokens": 40, "brief_tokens": 40, "report_tokens": 30},
-    "skills": {"count": 20, "skills": 9, "skill_tokens": 40, "system_tokens": 50},
-    "tools": {"sessions": 6, "tool_tokens": 30, "tools": 9, "tools_per_session": 4},
-}
 NAMES = st.sampled_from(sorted(SMALL))
-
-
-def small(name: str, **fields: Any) -> list[Request]:
-    return list(GENERATORS.build({"name": name, **SMALL[name], **fields}).requests())
-
-
-def facts(requests: list[Request]) -> list[tuple[Any, ...]]:
-    return [
-        (r.timestamp, r.session, r.output_tokens, r.tokens.tolist(), list(r.segments))
-        for r in requests
-        if r.tokens is not None
-    ]
-
-
-def parts(r: Request) -> list[tuple[str, tuple[int, ...]]]:
-    assert r.tokens is not None
-    return [(name, tuple(r.tokens[a:b].tolist())) for name, a, b in r.segments]
-
-
-def of_sessions(requests: list[Request]) -> dict[str, list[Request]]:
-    found: dict[str, list[Request]] = {}
-    for r in requests:
-        found.setdefault(r.session, []).append(r)
-    return found
 
 
 def test_every_generator_is_tested() -> None:
@@ -346,87 +308,3 @@ def test_the_truth_of_what_is_known_by_hand() -> None:
 def test_bad_configs(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GENERATORS.build(config)
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
-@pytest.mark.parametrize("name", SMALL)
-def test_save_and_read(name: str, suffix: str, tmp_path: Path) -> None:
-    requests = small(name)
-    path = tmp_path / f"trace.jsonl{suffix}"
-    assert save(requests, path) == len(requests)
-    reading = read(path, strict=True)
-    assert facts(list(reading)) == facts(requests)
-    assert reading.format == "tokens"
-    packed = not path.read_bytes().startswith(b"{")
-    assert packed == bool(suffix)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_save_writes_all_or_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "t.jsonl"
-    path.write_text("old")
-    lengths_only = Request(0.0, "", 3, 1)
-    with pytest.raises(ValueError, match="request 21 has no token ids"):
-        save([*small("rag"), lengths_only], path)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_trace_make_and_info(tmp_path: Path) -> None:
-    run = CliRunner().invoke
-    path = tmp_path / "t.jsonl.zst"
-    made = run(trace_app, ["make", "rag:count=30,documents=9,reorder=false", "--out", str(path)])
-    assert made.exit_code == 0, made.output
-    assert "30 requests of rag" in made.output
-    assert "as it was made: prefix " in made.output
-    rag = list(Rag(count=30, documents=9, reorder=False).requests())
-    assert facts(list(read(path))) == facts(rag)
-
-    answer = json.loads(run(trace_app, ["info", str(path), "--json"]).stdout)
-    lengths = [r.input_tokens for r in rag]
-    assert answer["format"] == "tokens"
-    assert (answer["requests"], answer["sessions"], answer["bad_count"]) == (30, 30, 0)
-    assert answer["duration_s"] == rag[-1].timestamp - rag[0].timestamp
-    assert answer["input_tokens"]["total"] == sum(lengths)
-    assert answer["input_tokens"]["max"] == max(lengths)
-    assert answer["input_tokens"]["p50"] == np.percentile(lengths, 50)
-    assert "reuse of text" in answer["asks"]
-    table = run(trace_app, ["info", str(path)]).output
-    assert f"{sum(lengths):,}" in table and "reuse of text" in table
-
-
-def test_trace_info_of_blocks_and_lengths(tmp_path: Path) -> None:
-    run = CliRunner().invoke
-    blocks, lengths = tmp_path / "b.jsonl", tmp_path / "l.csv"
-    row = {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}
-    blocks.write_text(f"{json.dumps(row)}\n[red]\n{json.dumps(row)}\n")
-    answer = json.loads(run(trace_app, ["info", str(blocks), "--json"]).stdout)
-    assert (answer["asks"], answer["unique_blocks"]) == ("prefix hit rates", 2)
-    assert (answer["sessions"], answer["bad_count"], answer["bad"][0]["line"]) == (None, 1, 2)
-    assert "b.jsonl:2" in run(trace_app, ["info", str(blocks)]).output
-
-    lengths.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00,7,1\n")
-    answer = json.loads(run(trace_app, ["info", str(lengths), "--json"]).stdout)
-    assert (answer["asks"], answer["unique_blocks"]) == ("timing only", None)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["make", "rag:count=3,documents", "--out", "t"], "want field=value"),
-        (["make", "rag:sed=1", "--out", "t"], "unknown field sed"),
-        (["make", "nope", "--out", "t"], "unknown generator"),
-        (["info", "t"], "no such trace"),
-        (["info", "bad.jsonl", "--format", "mooncake", "--strict"], "bad.jsonl:1: "),
-    ],
-)
-def test_trace_says_what_is_wrong_in_one_line(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad.jsonl").write_text("{\n")
-    result = CliRunner().invoke(trace_app, arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "t").exists()

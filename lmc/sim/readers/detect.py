@@ -69,6 +69,6 @@ def _keys(head: bytes) -> set[str]:
         if isinstance(record, dict):
             return set(record)
     # One object over many lines, or one line longer than what was looked at.
-    known = [*["requests", "hash_ids", "chat_id", "messages", "tokens", "lmc_trace"]]
+    known = ["requests", "hash_ids", "chat_id", "messages", "tokens", "lmc_trace"]
     known += ["conversations", "history", "trajectory", "type", "payload"]
     return {k for k in known if re.search(rf'"{k}"\s*:'.encode(), head)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,12 +52,25 @@ class Synthetic:
             if not 0 <= value <= 1:
                 raise ValueError(f"got {name} {value}, want a share from 0 to 1")
 
+    def _at_most(self, name: str, most: str) -> None:
+        value, limit = getattr(self, name), getattr(self, most)
+        if value > limit:
+            raise ValueError(f"got {name} {value}, want at most {most} {limit}")
+
     def _random(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *stream])
 
     def _arrivals(self, n: int, per_second: float) -> list[float]:
         """n arrivals of a Poisson process, in seconds."""
         return np.cumsum(self._random(ARRIVALS).exponential(1 / per_second, n)).tolist()
+
+    def _interleaved(
+        self, n: int, per_second: float, session: Callable[[int, float], Iterator[Request]]
+    ) -> Iterator[Request]:
+        """The requests of n sessions, each made of its number and when it begins, by time."""
+        begins = self._arrivals(n, per_second)
+        sessions = (session(number, at) for number, at in enumerate(begins))
+        return heapq.merge(*sessions, key=lambda r: r.timestamp)
 
     def _length(self, random: np.random.Generator, mean: float) -> int:
         return max(1, round(random.lognormal(math.log(mean) - self.spread**2 / 2, self.spread)))
@@ -80,10 +93,6 @@ class Synthetic:
     def _document(self, number: int, mean: float) -> np.ndarray:
         """[T] int32, the same in every trace of one seed."""
         return self._text(self._random(DOCUMENTS, number), mean)
-
-
-def interleaved(sessions: Iterable[Iterator[Request]]) -> Iterator[Request]:
-    return heapq.merge(*sessions, key=lambda r: r.timestamp)
 
 
 def request_of(

@@ -40,11 +40,7 @@ class Rag(Synthetic):
         self._at_least(1, "count", "documents")
         self._at_least(1, "document_tokens", "question_tokens", "output_tokens")
         self._above_zero("rate")
-        if self.documents_per_prompt > self.documents:
-            raise ValueError(
-                f"got documents_per_prompt {self.documents_per_prompt}, "
-                f"want at most documents {self.documents}"
-            )
+        self._at_most("documents_per_prompt", "documents")
 
     def requests(self) -> Iterator[Request]:
         """`count` requests, ascending in time, each a session of its own."""
@@ -87,10 +83,7 @@ class Skills(Synthetic):
         self._at_least(1, "count", "skills", "header_tokens", "skill_tokens", "task_tokens")
         self._at_least(1, "output_tokens")
         self._above_zero("rate")
-        if self.skills_per_prompt > self.skills:
-            raise ValueError(
-                f"got skills_per_prompt {self.skills_per_prompt}, want at most skills {self.skills}"
-            )
+        self._at_most("skills_per_prompt", "skills")
 
     def requests(self) -> Iterator[Request]:
         """`count` requests, ascending in time, each a session of its own."""

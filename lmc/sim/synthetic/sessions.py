@@ -12,7 +12,6 @@ from lmc.sim.synthetic.base import (
     PROMPTS,
     SYSTEM,
     Synthetic,
-    interleaved,
     request_of,
 )
 from lmc.sim.trace import Request
@@ -46,8 +45,7 @@ class Chat(Synthetic):
 
     def requests(self) -> Iterator[Request]:
         """The requests of all sessions, ascending in time."""
-        begins = self._arrivals(self.sessions, self.rate)
-        return interleaved(self._session(number, at) for number, at in enumerate(begins))
+        return self._interleaved(self.sessions, self.rate, self._session)
 
     def _session(self, number: int, at: float) -> Iterator[Request]:
         random = self._random(PROMPTS, number)
@@ -100,8 +98,7 @@ class Agents(Synthetic):
 
     def requests(self) -> Iterator[Request]:
         """The requests of all sessions, ascending in time."""
-        begins = self._arrivals(self.sessions, self.rate)
-        return interleaved(self._session(number, at) for number, at in enumerate(begins))
+        return self._interleaved(self.sessions, self.rate, self._session)
 
     def _session(self, number: int, at: float) -> Iterator[Request]:
         random = self._random(PROMPTS, number)
@@ -166,15 +163,11 @@ class Tools(Synthetic):
         self._at_least(1, "output_tokens")
         self._above_zero("rate")
         self._shares("change")
-        if self.tools_per_session > self.tools:
-            raise ValueError(
-                f"got tools_per_session {self.tools_per_session}, want at most tools {self.tools}"
-            )
+        self._at_most("tools_per_session", "tools")
 
     def requests(self) -> Iterator[Request]:
         """The requests of all sessions, ascending in time."""
-        begins = self._arrivals(self.sessions, self.rate)
-        return interleaved(self._session(number, at) for number, at in enumerate(begins))
+        return self._interleaved(self.sessions, self.rate, self._session)
 
     def _session(self, number: int, at: float) -> Iterator[Request]:
         random = self._random(PROMPTS, number)
@@ -221,8 +214,7 @@ class Relay(Synthetic):
 
     def requests(self) -> Iterator[Request]:
         """The requests of all tasks, ascending in time."""
-        begins = self._arrivals(self.tasks, self.rate)
-        return interleaved(self._task(number, at) for number, at in enumerate(begins))
+        return self._interleaved(self.tasks, self.rate, self._task)
 
     def _task(self, number: int, at: float) -> Iterator[Request]:
         random = self._random(PROMPTS, number)
