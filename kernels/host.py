@@ -32,6 +32,7 @@ def _compiled(function: Callable[..., None]) -> Any:
 
 def _gather_layers(k, v, at, strides, new, slots, P):
     L, _, end, G, D = new.shape
+    flat = new.reshape(-1)
     start = 0
     while start < end:
         # A run of slots inside one page. K may lie transposed there: a row of it is D places apart,
@@ -47,13 +48,16 @@ def _gather_layers(k, v, at, strides, new, slots, P):
                 first = at[side, layer] + page * of_page + offset * of_token
                 for g in range(G):
                     for t in range(n):
-                        row = first + g * of_head + t * of_token
+                        # Unsigned: of an index that may be negative each access would be a branch.
+                        row = np.uint64(first + g * of_head + t * of_token)
+                        to = np.uint64((((2 * layer + side) * end + start + t) * G + g) * D)
                         if of_dim == 1:  # said, so that it is compiled to moves of many bytes
-                            for d in range(D):
-                                new[layer, side, start + t, g, d] = pages[row + d]
+                            for d in range(np.uint64(D)):
+                                flat[to + d] = pages[row + d]
                         else:
-                            for d in range(D):
-                                new[layer, side, start + t, g, d] = pages[row + d * of_dim]
+                            step = np.uint64(of_dim)
+                            for d in range(np.uint64(D)):
+                                flat[to + d] = pages[row + d * step]
         start += n
 
 
@@ -65,7 +69,10 @@ def gather_host(paged: PagedKV, slots: Tensor, out: Tensor) -> None:
     """
     integer = getattr(torch, f"int{8 * paged.dtype.itemsize}")
     gather_layers = _compiled(_gather_layers)
-    gather_layers(*paged.in_host_memory, out.view(integer).numpy(), slots.numpy(), paged.P)
+    new = out.contiguous()
+    gather_layers(*paged.in_host_memory, new.view(integer).numpy(), slots.numpy(), paged.P)
+    if new.data_ptr() != out.data_ptr():
+        out.copy_(new)
 
 
 def _scatter_layer(k, v, new_k, new_v, slots, runs, layer, cos, sin, interleaved):
