@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from lmc.sim.batching import Batch
 
 Trace = Annotated[
     Path,
@@ -42,3 +45,26 @@ Times = Annotated[
 ]
 Servers = Annotated[int, typer.Option(help="With times: engines behind one queue.")]
 RateScale = Annotated[float, typer.Option(help="With times: how many times faster requests come.")]
+MaxNumSeqs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With times: requests that an engine serves side by side, as vLLM's own option says; "
+        "by default one after the other.",
+    ),
+]
+MaxNumBatchedTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --max-num-seqs: tokens of a step, as vLLM's own; 2048 untold."),
+]
+
+
+def batch_of(max_num_seqs: int | None, max_num_batched_tokens: int | None) -> Batch | None:
+    """How engines batch, as the two options say; ValueError where only the second is given."""
+    from lmc.sim.batching import Batch
+
+    if max_num_seqs is None:
+        if max_num_batched_tokens is not None:
+            raise ValueError("max-num-batched-tokens: goes with --max-num-seqs")
+        return None
+    return Batch(max_num_seqs, max_num_batched_tokens or 2048)

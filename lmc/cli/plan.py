@@ -13,6 +13,8 @@ from lmc.cli.options import (
     AsJson,
     Format,
     KVDtype,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
     Model,
     RateScale,
     Servers,
@@ -20,6 +22,7 @@ from lmc.cli.options import (
     Times,
     Tokenizer,
     Trace,
+    batch_of,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ def plan(
     profile: Times = None,
     servers: Servers = 1,
     rate_scale: RateScale = 1.0,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
     blend: Annotated[
         str, typer.Option(help="With --profile: the strategy by which moved chunks are mended.")
     ] = "epic",
@@ -74,6 +79,7 @@ def plan(
         from lmc.sizes import parse_bytes
 
         wanted = share(target)
+        batch = batch_of(max_num_seqs, max_num_batched_tokens)
         check_plot(plot)
         sizes = [parse_bytes(part) for part in tiers.split("+")] if tiers else []
         others = POLICIES.split(policy) if policy else []
@@ -96,6 +102,7 @@ def plan(
             times=times,
             servers=servers,
             rate_scale=rate_scale,
+            batch=batch,
             engine_bytes=parse_bytes(engine) if engine else 0,
             blend=BLENDS.build(blend),
         )

@@ -14,6 +14,8 @@ from lmc.cli.options import (
     AsJson,
     Format,
     KVDtype,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
     Model,
     RateScale,
     Servers,
@@ -21,6 +23,7 @@ from lmc.cli.options import (
     Times,
     Tokenizer,
     Trace,
+    batch_of,
 )
 from lmc.sizes import in_bytes
 
@@ -91,6 +94,8 @@ def sim(
     times: Times = None,
     servers: Servers = 1,
     rate_scale: RateScale = 1.0,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw hit rate against capacity into this file.")
     ] = None,
@@ -115,6 +120,7 @@ def sim(
         from lmc.sim.trace import accesses
 
         check_plot(plot)
+        batch = batch_of(max_num_seqs, max_num_batched_tokens)
         shape, cut = model_shape(model), CHUNKERS.build(chunker)
         model_of_times = times_for(times, shape, kv_dtype, model) if times else None
         unit = _unit(unit, capacity, metric)
@@ -172,7 +178,8 @@ def sim(
                     write=write,
                 )
             outcomes = _with_progress(replayed, len(policies) * len(capacities), json)
-            rows = _rows(requests, outcomes, model_of_times, servers, rate_scale)
+            load = {"servers": servers, "rate_scale": rate_scale, "batch": batch}
+            rows = _rows(requests, outcomes, model_of_times, load)
         if json:
             print_json(rows)
         else:
@@ -200,21 +207,18 @@ def _rows(
     requests: Sequence[Request],
     outcomes: Iterable[Outcome],
     times: TTFTModel | None,
-    servers: int,
-    rate_scale: float,
+    load: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """One row an outcome; with times, theirs too, and first a row without any cache."""
+    """One row an outcome; with times, theirs too under a load, as `serve` takes it, and first a
+    row without any cache."""
     if times is None:
         return [o.row() for o in outcomes]
     from lmc.sim.timing import serve
 
-    rows = [
-        o.row() | serve(requests, o, times, servers=servers, rate_scale=rate_scale).row()
-        for o in outcomes
-    ]
+    rows = [o.row() | serve(requests, o, times, **load).row() for o in outcomes]
     nothing = {"policy": "none", "capacity": 0, "hits": 0, "hit_rate": 0.0}
     same = {key: rows[0][key] for key in ("unit", "metric", "accesses")}
-    base = serve(requests, None, times, servers=servers, rate_scale=rate_scale)
+    base = serve(requests, None, times, **load)
     return [nothing | same | base.row(), *rows]
 
 

@@ -13,6 +13,7 @@ from lmc.chunking import CHUNKERS
 from lmc.chunking.fixed import Fixed
 from lmc.model.shape import ModelShape, shape
 from lmc.model.times import TTFTModel
+from lmc.sim.batching import Batch
 from lmc.sim.reach import Reach, reach
 from lmc.sim.stack import Curve
 from lmc.sim.sweep import store_sweep, sweep
@@ -97,6 +98,7 @@ def plan(
     times: TTFTModel | None = None,
     servers: int = 1,
     rate_scale: float = 1.0,
+    batch: Batch | None = None,
     engine_bytes: int = 0,
     blend: Strategy | Mapping[str, Any] | str = "epic",
 ) -> Plan:
@@ -113,7 +115,8 @@ def plan(
         times: of one request, for the times to first token at the target and with nothing kept.
         engine_bytes: of vLLM's own cache, in front of what is planned for; the rates are then what
             is found beyond it. Policies and times do not know of it.
-        servers, rate_scale, blend: as in `lmc.sim.timing.serve` and `lmc.sim.store.replay_store`.
+        servers, rate_scale, batch: as in `lmc.sim.timing.serve`.
+        blend: as in `lmc.sim.store.replay_store`.
 
     Raises:
         ValueError: a target outside (0, 1], an engine's cache together with policies or times, a
@@ -164,9 +167,10 @@ def plan(
             {"policy": policy, "reuse": kind, "bytes": o.capacities[0], "rate": o.hit_rate}
             for kind, o in outcomes(policy)
         ]
+    load: dict[str, Any] = {"servers": servers, "rate_scale": rate_scale, "batch": batch}
     if times is not None:
         for kind, o in [("none", None), *outcomes("lru")]:
-            served = serve(ordered, o, times, servers=servers, rate_scale=rate_scale)
+            served = serve(ordered, o, times, **load)
             capacity = int(o.capacities[0]) if o else 0
             by_time.append({"reuse": kind, "bytes": capacity, **served.row()["ttft_s"]})
     name = model if isinstance(model, str) else "given sizes"

@@ -65,28 +65,12 @@ def simulate(
         ValueError: no requests, arrays of unequal length, arrivals that descend, times below 0,
             no server or a rate that is not above 0.
     """
-    arrival = np.asarray(arrivals, np.float64)
     prefill = np.asarray(prefill_s, np.float64)
     tokens = np.asarray(input_tokens, np.float64)
-    R = len(arrival)
+    arrival = since_first(arrivals, prefill, tokens, servers, rate_scale)
     after = np.broadcast_to(np.asarray(after_first_s, np.float64), prefill.shape)
-    if not R or prefill.shape != (R,) or tokens.shape != (R,):
-        raise ValueError(
-            f"got {R} arrivals, {prefill.size} times and {tokens.size} lengths; want one of each "
-            "for every request, and one request at least"
-        )
-    if not (steps := np.diff(arrival) >= 0).all():
-        i = int(np.argmin(steps)) + 1
-        raise ValueError(
-            f"arrivals: got {arrival[i]} after {arrival[i - 1]} (request {i}), want them ascending"
-        )
     if not ((prefill >= 0).all() and (after >= 0).all()):
         raise ValueError(f"seconds: got {min(prefill.min(), after.min())}, want 0 or more")
-    if servers < 1 or not rate_scale > 0:
-        raise ValueError(
-            f"got {servers} servers and rate_scale {rate_scale}; want at least 1 and above 0"
-        )
-    arrival = (arrival - arrival[0]) / rate_scale
     busy = prefill + after
     free = [0.0] * servers
     starts = []
@@ -99,11 +83,34 @@ def simulate(
     return Queue(
         wait_s=wait,
         ttft_s=wait + prefill,
-        offered=_ratio(busy[:-1].sum(), servers * arrival[-1]),
-        utilisation=_ratio(busy.sum(), servers * end),
-        requests_per_s=_ratio(R, end),
-        input_tokens_per_s=_ratio(tokens.sum(), end),
+        offered=ratio(busy[:-1].sum(), servers * arrival[-1]),
+        utilisation=ratio(busy.sum(), servers * end),
+        requests_per_s=ratio(len(arrival), end),
+        input_tokens_per_s=ratio(tokens.sum(), end),
     )
+
+
+def since_first(
+    arrivals: ArrayLike, work: np.ndarray, tokens: np.ndarray, servers: int, rate_scale: float
+) -> np.ndarray:
+    """[R] seconds from the first arrival on, so many times faster; ValueError as `simulate`."""
+    arrival = np.asarray(arrivals, np.float64)
+    R = len(arrival)
+    if not R or work.shape != (R,) or tokens.shape != (R,):
+        raise ValueError(
+            f"got {R} arrivals, {work.size} times and {tokens.size} lengths; want one of each "
+            "for every request, and one request at least"
+        )
+    if not (steps := np.diff(arrival) >= 0).all():
+        i = int(np.argmin(steps)) + 1
+        raise ValueError(
+            f"arrivals: got {arrival[i]} after {arrival[i - 1]} (request {i}), want them ascending"
+        )
+    if servers < 1 or not rate_scale > 0:
+        raise ValueError(
+            f"got {servers} servers and rate_scale {rate_scale}; want at least 1 and above 0"
+        )
+    return (arrival - arrival[0]) / rate_scale
 
 
 def percentiles(seconds: ArrayLike) -> dict[str, float]:
@@ -115,7 +122,7 @@ def percentiles(seconds: ArrayLike) -> dict[str, float]:
     return {"p50": p50, "p90": p90, "p99": p99, "mean": float(values.mean())}
 
 
-def _ratio(over: float, under: float) -> float:
+def ratio(over: float, under: float) -> float:
     """`over / under`; what takes no time at all goes infinitely fast, unless it is nothing."""
     if not under:
         return float("inf") if over else 0.0

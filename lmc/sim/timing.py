@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmc.model.times import TTFTModel, prefill_work
+from lmc.sim.batching import Batch, Work, simulate_steps
 from lmc.sim.queueing import Queue, percentiles, simulate
 from lmc.sim.sweep import Outcome
 from lmc.sim.trace import Request
@@ -45,17 +46,22 @@ def serve(
     *,
     servers: int = 1,
     rate_scale: float = 1.0,
+    batch: Batch | None = None,
 ) -> Timed:
     """Serve requests, in order of arrival, with what `outcome` holds; None for no cache at all.
 
     The tiers of the outcome are the first ones of the model's.
 
+    Args:
+        servers: identical ones. rate_scale: how many times faster requests come.
+        batch: of a server that serves several side by side; None for one after the other.
+
     Raises ValueError for a model of fewer tiers than the outcome has, and as `simulate` does.
     """
     T = np.array([max(r.input_tokens, 1) for r in requests])
     nothing = np.zeros((len(T), len(model.tiers)))
-    full = model.seconds(*prefill_work(T, 0), nothing)
-    seconds = full
+    rows, pairs = prefill_work(T, 0)
+    full = seconds = model.seconds(rows, pairs, nothing)
     if outcome is not None:
         tiers = outcome.loaded.shape[1]
         if tiers > len(model.tiers):
@@ -63,13 +69,15 @@ def serve(
             raise ValueError(f"got {tiers} tiers of capacity, but the time model's are: {known}")
         loaded = nothing.copy()
         loaded[:, :tiers] = outcome.loaded
-        seconds = model.seconds(outcome.rows, outcome.pairs, loaded, outcome.blends)
-    queue = simulate(
-        [r.timestamp for r in requests],
-        seconds,
-        T,
-        servers=servers,
-        rate_scale=rate_scale,
-        after_first_s=[model.per_output_token_s * r.output_tokens for r in requests],
-    )
+        rows, pairs = outcome.rows, outcome.pairs
+        seconds = model.seconds(rows, pairs, loaded, outcome.blends)
+    arrivals = [r.timestamp for r in requests]
+    outputs = np.array([r.output_tokens for r in requests])
+    at: dict[str, Any] = {"servers": servers, "rate_scale": rate_scale}
+    if batch is None:
+        after = model.per_output_token_s * outputs
+        queue = simulate(arrivals, seconds, T, after_first_s=after, **at)
+    else:
+        extra = seconds - model.seconds(rows, pairs, nothing)
+        queue = simulate_steps(arrivals, Work(rows, pairs, extra, T, outputs), model, batch, **at)
     return Timed(queue, seconds > full)

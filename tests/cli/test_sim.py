@@ -118,6 +118,14 @@ def test_sim_says_what_it_is_worth(blocks: Path, tmp_path: Path) -> None:
     assert code == 0
     assert "slower" in out
     assert "steady state" in out
+    batched, *_ = answer(
+        "sim", blocks, "--metric", "prefix", "--capacity", "inf", "--times", profile,
+        "--max-num-seqs", 8, "--max-num-batched-tokens", 600,
+    )  # fmt: skip
+    assert batched["ttft_s"]["p90"] != none["ttft_s"]["p90"]
+    for command in ("sim", "plan"):
+        code, _, err = invoke(command, blocks, "--max-num-batched-tokens", "600")
+        assert (code, "goes with --max-num-seqs" in err) == (2, True)
 
 
 def test_sim_with_the_store(ids: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from lmc.model.shape import shape
 from lmc.model.times import TierSpeed, TTFTModel
+from lmc.sim.batching import Batch
 from lmc.sim.sweep import sweep
 from lmc.sim.timing import serve
 from lmc.sim.trace import Request, accesses
@@ -39,6 +40,19 @@ def test_waiting_computing_and_loading_add_up() -> None:
     assert warm.queue.ttft_s.tolist() == [1.5, pytest.approx(2.5 + 0.5 + 0.01 + 0.1)]
     assert not warm.slower.any()
     assert warm.row()["ttft_s"]["p50"] < cold.row()["ttft_s"]["p50"]
+
+
+def test_a_batch_computes_the_next_prompt_while_it_decodes() -> None:
+    requests = prompts(0.0, 1.0)
+    (held,) = sweep(
+        accesses(requests), ["lru"], [(100.0,)], metric="prefix", model=shape("smollm2-135m")
+    )
+    cold = serve(requests, None, MODEL, batch=Batch(2))
+    # The second waits until 1.5; its 100 rows are of one step with a row that decodes.
+    assert cold.queue.ttft_s.tolist() == [1.5, pytest.approx(0.5 + 0.5 + 1.01)]
+    warm = serve(requests, held, MODEL, batch=Batch(2))
+    # It loads 100 tokens, and its one row takes as long as a row that decodes must.
+    assert warm.queue.ttft_s.tolist() == [1.5, pytest.approx(0.5 + 1.0 + 0.1)]
 
 
 def test_a_slow_tier_is_slower_than_computing() -> None:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import ijson
 import zstandard
@@ -34,10 +34,8 @@ DAMAGED = (
 
 def unpacked(raw: io.BufferedReader[Any]) -> io.BufferedReader:
     """The bytes of a file, unpacked if its first ones say gzip, xz or zstd, whatever its name."""
-    start = raw.peek(6)
-    if start.startswith(b"\xfd7zXZ\0"):
-        return io.BufferedReader(cast(io.RawIOBase, lzma.LZMAFile(raw)))
-    kind = next((kind for kind in (_Gzip, _Zstd) if kind.begins(start)), None)
+    start = raw.peek(4)
+    kind = next((kind for kind in (_Gzip, _Xz, _Zstd) if kind.begins(start)), None)
     return io.BufferedReader(kind(raw), 1 << 16) if kind else raw
 
 
@@ -156,7 +154,7 @@ class _Frames(io.RawIOBase):
             if self._frame is None:
                 head = packed if len(packed) >= 4 else packed + self._raw.peek(4)[:4]
                 if self._behind or not self.begins(head):
-                    # As gzip has it, zeros are padding.
+                    # As gzip and xz have it, zeros are padding.
                     self._behind += len(packed) if packed.strip(b"\0") else 0
                     break
                 self._frame = self.frame()
@@ -175,6 +173,16 @@ class _Gzip(_Frames):
     @staticmethod
     def frame() -> Any:
         return zlib.decompressobj(31)
+
+
+class _Xz(_Frames):
+    @staticmethod
+    def begins(head: bytes) -> bool:
+        return head.startswith(b"\xfd7zX")
+
+    @staticmethod
+    def frame() -> Any:
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ)
 
 
 class _Zstd(_Frames):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import os
 import subprocess
 import sys
@@ -38,6 +39,8 @@ zst = PACK[".zst"]
     [
         gzip.compress(HALVES[0]) + gzip.compress(HALVES[1]),
         gzip.compress(LINES) + bytes(1000),
+        lzma.compress(HALVES[0]) + lzma.compress(HALVES[1]),
+        lzma.compress(LINES) + bytes(1000),
         zst(HALVES[0]) + zst(HALVES[1]),
         SKIPPED + zst(LINES),  # as pzstd begins
         zst(HALVES[0]) + SKIPPED + zst(HALVES[1]),
@@ -47,8 +50,8 @@ zst = PACK[".zst"]
         b"\xef\xbb\xbf" + LINES,
         gzip.compress(b"\xef\xbb\xbf" + LINES),
     ],
-    ids=["gzip members", "gzip padded", "zstd frames", "skipped first", "skipped between",
-         "skipped last", "window 28", "window 31", "mark", "mark in gzip"],
+    ids=["gzip members", "gzip padded", "xz streams", "xz padded", "zstd frames", "skipped first",
+         "skipped between", "skipped last", "window 28", "window 31", "mark", "mark in gzip"],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.bin"])
 def test_what_is_whole_is_read_whole(packed: bytes, name: str, tmp_path: Path) -> None:
@@ -57,7 +60,7 @@ def test_what_is_whole_is_read_whole(packed: bytes, name: str, tmp_path: Path) -
     assert reading.bad_count == 0
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("behind", [b"x", b"garbage", bytes(9) + b"x", b"\x1f", b"{}\n" * 50_000])
 @pytest.mark.parametrize("line_end", [b"\n", b""])
 def test_what_stands_behind_is_told_and_loses_nothing(

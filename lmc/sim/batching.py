@@ -1,0 +1,224 @@
+"""Time to first token of an engine that batches: steps of bounded tokens, as vLLM makes them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lmc.model.times import TTFTModel
+from lmc.sim.queueing import Queue, ratio, since_first
+
+AT_ONCE = 32  # steps that decode alone, which differ by one key a request only
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an engine puts into a step; named as vLLM's own settings.
+
+    Attributes:
+        max_num_seqs: requests that are served side by side.
+        max_num_batched_tokens: rows of a step; a longer prompt is computed in several.
+
+    Raises ValueError for less than 1 of either.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want 1 or more")
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What R requests have an engine do; arrays `[R]`.
+
+    Attributes:
+        rows, pairs: of the prompt, as `TTFTModel.seconds` takes them.
+        extra_s: seconds before its first row: what is loaded, and a strategy's own forward.
+        input_tokens, output_tokens: lengths of prompt and answer.
+    """
+
+    rows: np.ndarray
+    pairs: np.ndarray
+    extra_s: np.ndarray
+    input_tokens: np.ndarray
+    output_tokens: np.ndarray
+
+
+def simulate_steps(
+    arrivals: ArrayLike,
+    work: Work,
+    model: TTFTModel,
+    batch: Batch,
+    *,
+    servers: int = 1,
+    rate_scale: float = 1.0,
+) -> Queue:
+    """Serve requests by engines that batch, each request by the one with the fewest.
+
+    A step computes one row of each request that decodes, then prompts in the order in which they
+    came, as far as rows are left (vLLM V1's scheduler, `v1/core/sched/scheduler.py`, first come
+    first served; nothing is preempted). It takes `fixed_s`, what its rows and pairs take, and what
+    the requests that begin load; with a row that decodes no less than `per_output_token_s`, in
+    which all weights are read. One that decodes alone takes that, and of each further request what
+    its row and pairs take. Where it is 0 nothing is decoded.
+
+    Raises:
+        ValueError: as `lmc.sim.queueing.simulate`.
+    """
+    arrival = since_first(arrivals, work.rows, work.input_tokens, servers, rate_scale)
+    engines = _served(arrival, work, model, batch, servers)
+    first, starts = (np.zeros(len(arrival)) for _ in range(2))
+    for engine in engines:
+        first[list(engine.first)] = list(engine.first.values())
+        starts[list(engine.starts)] = list(engine.starts.values())
+    end = max(engine.now for engine in engines)
+    # If all of them came at once: so long the work takes that came until the last one did.
+    rush = _served(np.zeros(len(arrival)), work, model, batch, servers)
+    return Queue(
+        wait_s=starts - arrival,
+        ttft_s=first - arrival,
+        offered=ratio(max(engine.now for engine in rush), float(arrival[-1])),
+        utilisation=ratio(sum(engine.busy for engine in engines), servers * end),
+        requests_per_s=ratio(len(arrival), end),
+        input_tokens_per_s=ratio(float(work.input_tokens.sum()), end),
+    )
+
+
+def _served(
+    arrival: np.ndarray, work: Work, model: TTFTModel, batch: Batch, servers: int
+) -> list[_Engine]:
+    engines = [_Engine(work, model, batch) for _ in range(servers)]
+    for i, came in enumerate(arrival.tolist()):
+        for engine in engines:
+            engine.run(came)
+        min(engines, key=lambda engine: engine.load).take(i, came)
+    for engine in engines:
+        engine.run(math.inf)
+    return engines
+
+
+class _Engine:
+    """One engine, and the requests it has, by number.
+
+    Attributes:
+        now: seconds. busy: of them with a step under way.
+        starts, first: by request, when its first step began and when its first token came.
+    """
+
+    def __init__(self, work: Work, model: TTFTModel, batch: Batch) -> None:
+        self.now = self.busy = 0.0
+        self.starts: dict[int, float] = {}
+        self.first: dict[int, float] = {}
+        self._model, self._batch = model, batch
+        self._rows, self._pairs, self._extra, self._tokens, outputs = (
+            np.asarray(x, np.float64).tolist()
+            for x in (work.rows, work.pairs, work.extra_s, work.input_tokens, work.output_tokens)
+        )
+        decodes = model.per_output_token_s > 0
+        self._behind = [max(0.0, n - 1) if decodes else 0.0 for n in outputs]  # the first token
+        self._waiting: deque[int] = deque()
+        self._prefilling: dict[int, float] = {}  # rows computed
+        self._decoding: dict[int, float] = {}  # tokens answered behind the first
+
+    @property
+    def load(self) -> int:
+        """Requests that it has."""
+        return len(self._waiting) + len(self._prefilling) + len(self._decoding)
+
+    def take(self, i: int, came: float) -> None:
+        """Request `i` comes."""
+        if not self.load:
+            self.now = max(self.now, came)
+        self._waiting.append(i)
+
+    def run(self, until: float) -> None:
+        """Make all steps that begin before `until`."""
+        while self.load and self.now < until:
+            if self._prefilling or (self._waiting and self._room):
+                self._step()
+            else:
+                self._decode(until)
+
+    @property
+    def _room(self) -> bool:
+        return len(self._prefilling) + len(self._decoding) < self._batch.max_num_seqs
+
+    def _step(self) -> None:
+        """One step with rows of prompts in it."""
+        left = float(self._batch.max_num_batched_tokens)
+        decoding = [*self._decoding][: int(left)]
+        left -= len(decoding)
+        rows, pairs, extra = float(len(decoding)), self._keys(decoding), 0.0
+        computed: dict[int, float] = {}
+        for i, done in self._prefilling.items():
+            computed[i] = min(left, self._rows[i] - done)
+            left -= computed[i]
+        while self._waiting and self._room and left > 0:
+            i = self._waiting.popleft()
+            self.starts[i] = self.now
+            self._prefilling[i] = 0.0
+            computed[i] = min(left, self._rows[i])
+            left -= computed[i]
+            extra += self._extra[i]
+        for i, n in computed.items():
+            rows += n
+            pairs += self._pairs_of(i, self._prefilling[i], n)
+        self._pass(self._seconds(rows, pairs, len(decoding)) + extra)
+        self._answered(decoding, 1)
+        for i, n in computed.items():
+            self._prefilling[i] += n
+            if self._prefilling[i] >= self._rows[i]:
+                del self._prefilling[i]
+                self.first[i] = self.now
+                if self._behind[i]:
+                    self._decoding[i] = 0.0
+
+    def _decode(self, until: float) -> None:
+        """Some steps that decode alone; none begins behind `until`."""
+        some = [*self._decoding][: self._batch.max_num_batched_tokens]
+        n, keys = len(some), self._keys(some)
+        k = int(min(AT_ONCE, *(self._behind[i] - self._decoding[i] for i in some)))
+        begin = self._seconds(n, keys, n)
+        last = self._seconds(n, keys + n * (k - 1), n)
+        if (until - self.now) / last < k:
+            k = max(1, int((until - self.now) / last))
+            last = self._seconds(n, keys + n * (k - 1), n)
+        self._pass(k * (begin + last) / 2)
+        self._answered(some, k)
+
+    def _answered(self, some: Sequence[int], k: int) -> None:
+        for i in some:
+            self._decoding[i] += k
+            if self._decoding[i] >= self._behind[i]:
+                del self._decoding[i]
+
+    def _keys(self, decoding: Sequence[int]) -> float:
+        return sum(self._tokens[i] + self._decoding[i] + 1 for i in decoding)
+
+    def _pairs_of(self, i: int, done: float, n: float) -> float:
+        """Of `n` rows behind `done`, where each row sees one key more than the one before it."""
+        rows = self._rows[i]
+        first = self._pairs[i] / rows - (rows - 1) / 2
+        return n * (first + done + (n - 1) / 2)
+
+    def _seconds(self, rows: float, pairs: float, decoding: int) -> float:
+        """Of a step; `rows` and `pairs` are all of it, some of them decode."""
+        model = self._model
+        work = model.per_row_s * rows + model.per_pair_s * pairs
+        if rows == decoding:  # measured of one
+            return model.per_output_token_s + work * (rows - 1) / rows
+        seconds = model.fixed_s + work
+        return max(seconds, model.per_output_token_s) if decoding else seconds
+
+    def _pass(self, seconds: float) -> None:
+        self.now += seconds
+        self.busy += seconds
