@@ -67,4 +67,6 @@ def batch_of(max_num_seqs: int | None, max_num_batched_tokens: int | None) -> Ba
         if max_num_batched_tokens is not None:
             raise ValueError("max-num-batched-tokens: goes with --max-num-seqs")
         return None
-    return Batch(max_num_seqs, max_num_batched_tokens or 2048)
+    if max_num_batched_tokens is None:
+        return Batch(max_num_seqs)
+    return Batch(max_num_seqs, max_num_batched_tokens)

@@ -96,7 +96,12 @@ def simulate_steps(
 def _served(
     arrival: np.ndarray, work: Work, model: TTFTModel, batch: Batch, servers: int
 ) -> list[_Engine]:
-    engines = [_Engine(work, model, batch) for _ in range(servers)]
+    # Once for all engines: of each number in an array Python would make an object at every use.
+    columns = [
+        np.asarray(x, np.float64).tolist()
+        for x in (work.rows, work.pairs, work.extra_s, work.input_tokens, work.output_tokens)
+    ]
+    engines = [_Engine(columns, model, batch) for _ in range(servers)]
     for i, came in enumerate(arrival.tolist()):
         for engine in engines:
             engine.run(came)
@@ -114,17 +119,12 @@ class _Engine:
         starts, first: by request, when its first step began and when its first token came.
     """
 
-    def __init__(self, work: Work, model: TTFTModel, batch: Batch) -> None:
+    def __init__(self, columns: Sequence[list[float]], model: TTFTModel, batch: Batch) -> None:
         self.now = self.busy = 0.0
         self.starts: dict[int, float] = {}
         self.first: dict[int, float] = {}
         self._model, self._batch = model, batch
-        self._rows, self._pairs, self._extra, self._tokens, outputs = (
-            np.asarray(x, np.float64).tolist()
-            for x in (work.rows, work.pairs, work.extra_s, work.input_tokens, work.output_tokens)
-        )
-        decodes = model.per_output_token_s > 0
-        self._behind = [max(0.0, n - 1) if decodes else 0.0 for n in outputs]  # the first token
+        self._rows, self._pairs, self._extra, self._tokens, self._outputs = columns
         self._waiting: deque[int] = deque()
         self._prefilling: dict[int, float] = {}  # rows computed
         self._decoding: dict[int, float] = {}  # tokens answered behind the first
@@ -179,14 +179,14 @@ class _Engine:
             if self._prefilling[i] >= self._rows[i]:
                 del self._prefilling[i]
                 self.first[i] = self.now
-                if self._behind[i]:
+                if self._behind(i):
                     self._decoding[i] = 0.0
 
     def _decode(self, until: float) -> None:
         """Some steps that decode alone; none begins behind `until`."""
         some = [*self._decoding][: self._batch.max_num_batched_tokens]
         n, keys = len(some), self._keys(some)
-        k = int(min(AT_ONCE, *(self._behind[i] - self._decoding[i] for i in some)))
+        k = int(min(AT_ONCE, *(self._behind(i) - self._decoding[i] for i in some)))
         begin = self._seconds(n, keys, n)
         last = self._seconds(n, keys + n * (k - 1), n)
         if (until - self.now) / last < k:
@@ -198,8 +198,12 @@ class _Engine:
     def _answered(self, some: Sequence[int], k: int) -> None:
         for i in some:
             self._decoding[i] += k
-            if self._decoding[i] >= self._behind[i]:
+            if self._decoding[i] >= self._behind(i):
                 del self._decoding[i]
+
+    def _behind(self, i: int) -> float:
+        """Tokens that `i` decodes behind its first one."""
+        return max(0.0, self._outputs[i] - 1) if self._model.per_output_token_s else 0.0
 
     def _keys(self, decoding: Sequence[int]) -> float:
         return sum(self._tokens[i] + self._decoding[i] + 1 for i in decoding)
