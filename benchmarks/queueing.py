@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from openai import AsyncOpenAI
+from serving import ENVIRONMENT, ask
 
 from lmc.experiment.vllm.servers import running, vllm_serve
 from lmc.model import exports
@@ -41,26 +42,16 @@ FLAGS = (
     "--max-num-batched-tokens", str(BATCH.max_num_batched_tokens),
     "--max-num-seqs", str(BATCH.max_num_seqs),
 )  # fmt: skip
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-}  # fmt: skip
 Asked = tuple[int, int]  # tokens of the prompt, of the answer
 
 
-async def ask(client: AsyncOpenAI, model: str, asked: Asked, rng: random.Random) -> list[float]:
-    """Seconds to the first token, and of the whole answer."""
+async def answered(
+    client: AsyncOpenAI, model: str, asked: Asked, rng: random.Random
+) -> tuple[float, float]:
+    """Seconds to the first token, and of the whole answer, of a prompt of random tokens."""
     ids = [rng.randrange(1000, 40_000) for _ in range(asked[0])]
-    begun = time.perf_counter()
-    stream = await client.completions.create(
-        model=model, prompt=ids, max_tokens=asked[1], temperature=0, stream=True,
-        extra_body={"ignore_eos": True},
-    )  # fmt: skip
-    first = 0.0
-    async for piece in stream:
-        if piece.choices:
-            first = first or time.perf_counter() - begun
-    return [first, time.perf_counter() - begun]
+    first, wall, _ = await ask(client, model, ids, {}, asked[1])
+    return first, wall
 
 
 def fitted(asked: list[Asked], took: np.ndarray) -> TTFTModel:
@@ -88,9 +79,9 @@ async def load(
     """[R, 2] seconds of requests that come at `at`."""
     begun = time.perf_counter()
 
-    async def one(when: float, what: Asked) -> list[float]:
+    async def one(when: float, what: Asked) -> tuple[float, float]:
         await asyncio.sleep(max(0.0, when - (time.perf_counter() - begun)))
-        return await ask(client, model, what, rng)
+        return await answered(client, model, what, rng)
 
     return np.array(await asyncio.gather(*map(one, at.tolist(), asked)))
 
@@ -108,9 +99,9 @@ async def measure(url: str, options: argparse.Namespace) -> list[dict[str, objec
     model = (await client.models.list()).data[0].id
     rng = random.Random(options.seed)
     for _ in range(3):
-        await ask(client, model, (2000, 8), rng)
+        await answered(client, model, (2000, 8), rng)
     alone = [draw(rng) for _ in range(SINGLE)]
-    took = np.array([await ask(client, model, what, rng) for what in alone])
+    took = np.array([await answered(client, model, what, rng) for what in alone])
     times = fitted(alone, took)
     print(times)
     rate = len(alone) / took[:, 1].sum()

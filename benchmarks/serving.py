@@ -120,12 +120,18 @@ def strangers(seed: int, tokenizer: Any) -> list[Sample]:
     raise RuntimeError(f"the corpus has {len(samples)} texts of 1,600 tokens, want {REQUESTS}")
 
 
-async def ask(client: AsyncOpenAI, model: str, ids: Sequence[int], extra: dict[str, Any]) -> Any:
+async def ask(
+    client: AsyncOpenAI,
+    model: str,
+    ids: Sequence[int],
+    extra: Mapping[str, Any],
+    tokens: int = ANSWER,
+) -> tuple[float, float, int]:
     """Seconds to the first token, and of the whole answer; tokens of it."""
     begun = time.perf_counter()
     stream = await client.completions.create(
-        model=model, prompt=list(ids), max_tokens=ANSWER, temperature=0, stream=True,
-        extra_body=extra | {"ignore_eos": True},
+        model=model, prompt=list(ids), max_tokens=tokens, temperature=0, stream=True,
+        extra_body={**extra, "ignore_eos": True},
     )  # fmt: skip
     first, pieces = 0.0, 0
     async for piece in stream:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ijson
 import zstandard
@@ -32,11 +32,22 @@ DAMAGED = (
 )
 
 
+class Packing(NamedTuple):
+    """A way in which files are compressed.
+
+    begins: whether a frame begins with these bytes, four or more where there are.
+    frame: what unpacks one, with `decompress`, `eof` and `unused_data`.
+    """
+
+    begins: Callable[[bytes], bool]
+    frame: Callable[[], Any]
+
+
 def unpacked(raw: io.BufferedReader[Any]) -> io.BufferedReader:
     """The bytes of a file, unpacked if its first ones say gzip, xz or zstd, whatever its name."""
     start = raw.peek(4)
-    kind = next((kind for kind in (_Gzip, _Xz, _Zstd) if kind.begins(start)), None)
-    return io.BufferedReader(kind(raw), 1 << 16) if kind else raw
+    packing = next((packing for packing in PACKINGS if packing.begins(start)), None)
+    return io.BufferedReader(_Frames(raw, packing), 1 << 16) if packing else raw
 
 
 def readable_again(trace: Path | Iterable[Mapping[str, Any]]) -> tuple[Path, Any]:
@@ -112,20 +123,10 @@ class _Frames(io.RawIOBase):
     What stands behind the last of them and begins none is left out, and told by `check`.
     """
 
-    def __init__(self, raw: io.BufferedReader[Any]) -> None:
-        self._raw, self._ready = raw, memoryview(b"")
+    def __init__(self, raw: io.BufferedReader[Any], packing: Packing) -> None:
+        self._raw, self._packing, self._ready = raw, packing, memoryview(b"")
         self._frame: Any = None  # that is being unpacked
         self._behind = 0  # bytes that are none
-
-    @staticmethod
-    def begins(head: bytes) -> bool:
-        """Whether a frame begins so."""
-        raise NotImplementedError
-
-    @staticmethod
-    def frame() -> Any:
-        """What unpacks the next one, with `decompress`, `eof` and `unused_data`."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """Raise EOFError where bytes behind the last frame were left out."""
@@ -153,11 +154,11 @@ class _Frames(io.RawIOBase):
         while packed:
             if self._frame is None:
                 head = packed if len(packed) >= 4 else packed + self._raw.peek(4)[:4]
-                if self._behind or not self.begins(head):
+                if self._behind or not self._packing.begins(head):
                     # As gzip and xz have it, zeros are padding.
                     self._behind += len(packed) if packed.strip(b"\0") else 0
                     break
-                self._frame = self.frame()
+                self._frame = self._packing.frame()
             parts.append(self._frame.decompress(packed))
             packed = b""
             if self._frame.eof:
@@ -165,34 +166,20 @@ class _Frames(io.RawIOBase):
         return b"".join(parts)
 
 
-class _Gzip(_Frames):
-    @staticmethod
-    def begins(head: bytes) -> bool:
-        return head.startswith(b"\x1f\x8b")
-
-    @staticmethod
-    def frame() -> Any:
-        return zlib.decompressobj(31)
+def _begins_zstd(head: bytes) -> bool:
+    """A frame of data, or one to skip, with which files of `pzstd` begin."""
+    skipped = 0x50 <= head[0] <= 0x5F if head else False
+    return head[:4] == b"\x28\xb5\x2f\xfd" or (skipped and head[1:4] == b"\x2a\x4d\x18")
 
 
-class _Xz(_Frames):
-    @staticmethod
-    def begins(head: bytes) -> bool:
-        return head.startswith(b"\xfd7zX")
-
-    @staticmethod
-    def frame() -> Any:
-        return lzma.LZMADecompressor(lzma.FORMAT_XZ)
-
-
-class _Zstd(_Frames):
-    @staticmethod
-    def begins(head: bytes) -> bool:
-        """A frame of data, or one to skip, with which files of `pzstd` begin."""
-        skipped = 0x50 <= head[0] <= 0x5F if head else False
-        return head[:4] == b"\x28\xb5\x2f\xfd" or (skipped and head[1:4] == b"\x2a\x4d\x18")
-
-    @staticmethod
-    def frame() -> Any:
-        # Any window that the format knows, as of `zstd --long=31`.
-        return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+PACKINGS = (
+    Packing(lambda head: head.startswith(b"\x1f\x8b"), lambda: zlib.decompressobj(31)),
+    Packing(
+        lambda head: head.startswith(b"\xfd7zX"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    ),
+    # Any window that the format knows, as of `zstd --long=31`.
+    Packing(
+        _begins_zstd,
+        lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+    ),
+)
