@@ -10,17 +10,21 @@ What is asked, fixed before a run: `rag`, documents of a corpus in ever other or
 sent alone once before (not counted); `chat` and `agents`, sessions whose turns come one after the
 other, of which the first turns are told apart (`first`), since there is nothing to find; `nothing`,
 prompts that have no text in common. Load is `N` clients that each wait for their answer, or
-`poisson`: arrivals at 0.7 of the rate at which plain vLLM answered one client. The first block of
-a workload warms the servers up and is left out; nothing else is. A request that fails ends the run.
+`poisson`: arrivals at 0.7 of the rate at which plain vLLM answered one client. Servers are started
+anew for each block, since of two that do the very same one may be a twentieth slower for as long as
+it runs, by where its memory came to lie. The first block of a workload warms them up and is left
+out; nothing else is. A request that fails ends the run.
 
 Both compute on the same cores; servers that do not end the run. What a server goes on to compute
 when its requests are answered, texts alone that clients told of, would be paid for by the other
 arm: each block begins when no server has used a processor for a second, and what it took until
 then is told apart (`idle s`, processor seconds a request, of no answer's time).
 
-Arms: `plain`; `lmc`, clients that know of nothing; `spans`, clients that say where documents are.
-Prints medians and 95th percentiles by workload, load and arm, and the ratio plain / arm with a
-bootstrap interval over prompts, paired; appends a row a request.
+Arms: `plain`; `lmc`, clients that know of nothing; `spans`, clients that say where documents are;
+in `nothing` also `off`, the server of lmc told to leave a request alone (`enabled: false`): beside
+it, what lmc does costs what it costs within one process. Prints medians and 95th percentiles by
+workload, load and arm, and the ratios plain / arm, and off / arm, with a bootstrap interval over
+prompts, paired; appends a row a request.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import json
 import os
 import random
 import re
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -55,10 +60,9 @@ from lmc.workloads.sample import Sample, corpus_of
 from lmc.workloads.sessions import Agents, Chat
 
 OUT = Path(__file__).parent / "results" / "serving.jsonl"
-ARMS = ("plain", "lmc", "spans")
+ARMS = ("plain", "off", "lmc", "spans")
 WORKLOADS = ("rag", "chat", "agents", "nothing")
 LOADS = ("1", "4", "8", "poisson")
-BLOCKS = 3  # beside the one that warms up
 SESSIONS = 4  # of a block, where there are sessions
 REQUESTS = 12  # of a block, where there are none
 ANSWER = 16  # tokens
@@ -161,7 +165,9 @@ async def run_block(
             await done[item.behind].wait()
         async with places:
             prompt = item.sample.prompt
-            lmc = {"chunks": [list(s) for s in item.sample.reusable]} if arm == "spans" else {}
+            lmc: dict[str, Any] = {"enabled": False} if arm == "off" else {}
+            if arm == "spans":
+                lmc = {"chunks": [list(s) for s in item.sample.reusable]}
             more = {"kv_transfer_params": {"lmc": lmc}} if arm != "plain" else {}
             ttft, wall, tokens = await ask(client, model, prompt.token_ids, extra | more)
         done[item.number].set()
@@ -209,9 +215,10 @@ async def at_rest(servers: Mapping[str, Server]) -> None:
 
 
 async def measure(
-    servers: dict[str, Server], models: dict[str, str], tokenizer: Any, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Rows of everything that was asked for."""
+    servers: dict[str, Server], models: dict[str, str], tokenizer: Any,
+    options: argparse.Namespace, block: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of one block of everything that was asked for."""
     clients = {
         name: AsyncOpenAI(base_url=f"{s.url}/v1", api_key="none", max_retries=0, timeout=600)
         for name, s in servers.items()
@@ -219,26 +226,26 @@ async def measure(
     rows: list[dict[str, Any]] = []
     for workload in options.workloads:
         rate = 0.1
+        kinds = [a for a in ARMS if a in ("plain", *options.arms)]
+        kinds = [a for a in kinds if a != "off" or workload == "nothing"]
         for load in options.loads:
-            kept: list[dict[str, Any]] = []
-            first = 0 if load == options.loads[0] else 1  # one warms up for all loads
-            for block in range(first, BLOCKS + 1):
-                asks, before = block_of(workload, LOADS.index(load) * 8 + block, tokenizer)
-                arms = ARMS if block % 2 else ARMS[::-1]
-                for arm in arms:
+            # One warms up for all loads.
+            for number in [0, block] if load == options.loads[0] else [block]:
+                asks, before = block_of(workload, LOADS.index(load) * 64 + number, tokenizer)
+                for arm in kinds if block % 2 else kinds[::-1]:
                     server = "plain" if arm == "plain" else "lmc"
-                    salt = f"{workload} {load} {block} {arm}"
+                    salt = f"{workload} {load} {number} {arm}"
                     found = await run_block(
                         servers, server, clients[server], models[server], arm, salt, asks, before,
                         load, rate, random.Random(salt.rpartition(" ")[0]),
                     )  # fmt: skip
-                    where = {"workload": workload, "load": load, "block": block, "arm": arm}
-                    kept += [where | row for row in found if block]
+                    where = {"workload": workload, "load": load, "block": number, "arm": arm}
+                    rows += [where | row for row in found if number]
             if load == "1":
-                plain = [r["wall_s"] for r in kept if r["arm"] == "plain"]
+                alone = [r for r in rows if (r["workload"], r["load"]) == (workload, load)]
+                plain = [r["wall_s"] for r in alone if r["arm"] == "plain"]
                 rate = BUSY / float(np.mean(plain))
-            table(kept)
-            rows += kept
+            print(f"# {workload} {load}, start {block}: asked", file=sys.stderr, flush=True)
     return rows
 
 
@@ -257,11 +264,12 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
         cells.append(f"{np.mean(list(blocks.values())):7.3f}")
         idle = {r["block"]: r["idle_cpu_s"] / r["block_requests"] for r in found.values()}
         cells.append(f"{np.mean(list(idle.values())):6.2f}")
-        for column, some in (("ttft_s", again), ("wall_s", found)):
-            ratios = [[by_arm["plain"][k][column] / r[column]] for k, r in some.items()]
-            ratio = bootstrap(ratios, lambda sample: np.median(np.concatenate(sample)))
-            assert ratio is not None
-            cells.append(f"{ratio.value:6.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
+        for beside in ("plain", "off") if "off" in by_arm else ("plain",):
+            for column, some in (("ttft_s", again), ("wall_s", found)):
+                ratios = [[by_arm[beside][k][column] / r[column]] for k, r in some.items()]
+                ratio = bootstrap(ratios, lambda sample: np.median(np.concatenate(sample)))
+                assert ratio is not None
+                cells.append(f"{ratio.value:6.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
         print("  ".join(cells), flush=True)
 
 
@@ -271,30 +279,39 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, choices=WORKLOADS)
     parser.add_argument("--loads", nargs="+", default=LOADS, choices=LOADS)
+    parser.add_argument("--arms", nargs="+", default=ARMS[1:], choices=ARMS[1:])
+    parser.add_argument("--starts", type=int, default=3, help="of the servers, a block each")
     parser.add_argument("--set", default="{}", help="more settings of lmc, JSON")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     model = exports.resolve(options.model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
-        config = Path(work) / "lmc.json"
-        config.write_text(json.dumps({"memory_bytes": 4 << 30} | json.loads(options.set)))
-        commands = {"plain": vllm_serve(model), "lmc": lmc_serve(model, config)}
-        servers = {
-            name: stack.enter_context(
-                running([*command, *FLAGS], Path(work) / f"{name}.log", ENVIRONMENT)
-            )
-            for name, command in commands.items()
-        }
-        cores = {name: BOUND.findall(s.log.read_text()) for name, s in servers.items()}
-        if cores["plain"] != cores["lmc"]:
-            raise RuntimeError(f"the servers cannot be compared: they compute on {cores}")
-        models = {
-            name: json.loads(s.get("/v1/models"))["data"][0]["id"] for name, s in servers.items()
-        }
-        print("workload load     arm       n  TTFT p50     p95  ms/token  s/answer  idle s  "
-              "sooner [95%]        whole answer [95%]")  # fmt: skip
-        rows = asyncio.run(measure(servers, models, tokenizer, options))
+    rows: list[dict[str, Any]] = []
+    for block in range(1, options.starts + 1):
+        with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
+            config = Path(work) / "lmc.json"
+            config.write_text(json.dumps({"memory_bytes": 4 << 30} | json.loads(options.set)))
+            commands = {"plain": vllm_serve(model), "lmc": lmc_serve(model, config)}
+            names = list(commands) if block % 2 else list(commands)[::-1]
+            servers = {
+                name: stack.enter_context(
+                    running([*commands[name], *FLAGS], Path(work) / f"{name}.log", ENVIRONMENT)
+                )
+                for name in names
+            }
+            cores = {name: BOUND.findall(s.log.read_text()) for name, s in servers.items()}
+            if cores["plain"] != cores["lmc"]:
+                raise RuntimeError(f"the servers cannot be compared: they compute on {cores}")
+            models = {
+                name: json.loads(s.get("/v1/models"))["data"][0]["id"]
+                for name, s in servers.items()
+            }
+            rows += asyncio.run(measure(servers, models, tokenizer, options, block))
+    print("workload load     arm       n  TTFT p50     p95  ms/token  s/answer  idle s  "
+          "sooner [95%]        whole answer [95%]    beside off, where there is one")  # fmt: skip
+    for workload in options.workloads:
+        for load in options.loads:
+            table([r for r in rows if (r["workload"], r["load"]) == (workload, load)])
     where = {"time": time.time(), "cpu": cpu_name(), "commit": git_commit()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("a") as out:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from lmc.blend.plan import Plan
 from lmc.connectors.vllm.config import LMCConfig
@@ -121,6 +122,34 @@ class Admission:
         """Rows that these claims have computed, as many whole ones."""
         plans = [self._begun[claim.request_id].admitted for claim in claims]
         return sum(plan.computed for plan in plans if plan is not None)
+
+    def to_the_end(self, claims: list[Claim], scheduler_output: Any) -> list[Claim]:
+        """The claims, through all that is scheduled behind them if the step is for nothing else.
+
+        Then vLLM's own forward is left out. Otherwise a blended prompt has the weights read twice,
+        and with so few rows that is most of what either time costs. Where more rows than claims may
+        have lie behind them, it is the lesser part, and vLLM's forward may be compiled. And not
+        where fresh KV of rows that are looked at may be taken back: what lies behind must not see
+        it.
+        """
+        scheduled: dict[str, int] = scheduler_output.num_scheduled_tokens
+        alone = scheduled.keys() == {claim.request_id for claim in claims}
+        few = sum(scheduled.values()) <= self._rows and not self._local.groups.longest
+        if not (alone and few and any(claim.computes for claim in claims)):
+            return claims
+        further = []
+        for claim in claims:
+            through = claim.end + scheduled[claim.request_id]
+            tokens = self._begun[claim.request_id].tokens
+            # Shorter where vLLM schedules drafts too.
+            known = claim.planned and through <= len(tokens)
+            if claim.strategy is not None and claim.strategy.written == "selected":
+                return claims
+            if not known or bool(claim.lora) != bool(claims[0].lora):
+                return claims
+            tokens = tokens if claim.strategy is not None else tokens[:through]
+            further.append(replace(claim, tokens=tokens, through=through))
+        return further
 
     # -- parts -------------------------------------------------------------------------------
 

@@ -140,8 +140,8 @@ def self_check(
     oracle: BackendAttention,
     vllm_config: Any,
     loras: Loras | None = None,
-) -> str | None:
-    """Why the layer loop is not the model's own forward, or None when it is.
+) -> Decoder | str:
+    """The model's layers, or why a loop over them is not the model's own forward.
 
     Runs in blocks that no request owns yet, once whole through `model.forward` with the backend's
     attention and once by the loop in two parts with `attention`, and compares hidden states and
@@ -159,17 +159,19 @@ def self_check(
             decoder = Decoder(model)
             adapter = VLLMAdapter(decoder, attention, *arguments, loras=loras)
             ends = decoder.ends(adapter.run(rows).state)
+            errors = [relative_error(whole, end) for end in ends]
+            decoder.which_end = errors.index(min(errors))
             pairs = list(zip(kept, scratch.contents(), strict=True))
             # Sums are taken in another order, and compiled code may fuse; no more than that.
             tolerance = torch.finfo(whole.dtype).eps ** 0.5
             worst = max(relative_error(a, b) for a, b in pairs)
-            worst = max(worst, min(relative_error(whole, end) for end in ends))
+            worst = max(worst, min(errors))
             wrong = _mismeasured(adapter, T, tolerance)
     except Exception as error:  # an architecture of another shape may fail in any way
         return f"the layer loop does not run on this model: {type(error).__name__}: {error}"
     if not worst <= tolerance:
         return f"the layer loop differs from model.forward by {worst:.1e} (at most {tolerance:.1e})"
-    return wrong
+    return decoder if wrong is None else wrong
 
 
 def length(attention: PagedAttention, vllm_config: Any) -> int:

@@ -23,6 +23,7 @@ class Decoder:
 
     Attributes:
         model: the same. layers: of it, in order. embed: token ids `[M]` to hidden states.
+        which_end: of `ends`, the one that the model's own forward gives, once that was looked at.
 
     Raises:
         AttributeError, ValueError: layers that take neither positions nor angles.
@@ -39,6 +40,7 @@ class Decoder:
         self._native = "positions" in takes
         if not self._native and "position_embeddings" not in takes:
             raise ValueError(f"layers take {', '.join(takes)}; known: positions, or angles")
+        self.which_end = 0
         self._types: Any = None  # of layers, where each type turns by its own
         if not self._native:
             angles = inspect.signature(inner.rotary_emb.forward).parameters
@@ -70,6 +72,10 @@ class Decoder:
             with suppress(TypeError):  # of a norm that knows of no residual
                 ends.append(norm(*state))
         return [end[0] if isinstance(end, tuple) else end for end in ends]
+
+    def end(self, state: State) -> torch.Tensor:
+        """What `model.forward` makes of it, `[M, hidden]`."""
+        return self.ends(state)[self.which_end]
 
     def _of_transformers(self, index: int, where: torch.Tensor, state: State) -> State:
         hidden, positions = state[0][None], where[None]

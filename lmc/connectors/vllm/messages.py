@@ -44,7 +44,8 @@ class Claim:
 
     Attributes:
         start, end: tokens `[start, end)` are claimed; whole blocks lie before `start`.
-        tokens: token ids, int64: `[end]`, or `[T]` with a strategy, whose probe runs the suffix.
+        tokens: token ids, int64: `[end]` or `[through]`, or `[T]` with a strategy, whose probe runs
+            the suffix.
         blocks: the request's block ids by KV cache group, in order; 0 where it has none.
         front: by group that keeps windows alone, those in front of `start` that vLLM still holds.
         rows: ascending positions that all layers compute.
@@ -52,6 +53,8 @@ class Claim:
         outline: the request as it sees it.
         lora: the LoRA adapter that rows are computed under, or 0.
         planned: whether this is what was planned, and not what is left when that failed.
+        through: rows `[end, through)` may be computed as well, instead of by vLLM's own forward,
+            which has no others in this step; 0 where it has.
     """
 
     request_id: str
@@ -66,6 +69,7 @@ class Claim:
     lora: int = 0
     front: Sequence[list[int]] = ()
     planned: bool = True
+    through: int = 0
 
     @property
     def computes(self) -> bool:

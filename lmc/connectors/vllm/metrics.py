@@ -131,8 +131,12 @@ METRICS = (
     # -- computing -------------------------------------------------------------------------------
     _metric(
         "counter", "rows_computed", "Rows computed by lmc through all layers, by what for.",
-        {"rows_computed": {"purpose": "claim"}, "rows_computed_alone": {"purpose": "isolated"}},
-        {"purpose": ("claim", "isolated")}, log="rows",
+        {
+            "rows_computed": {"purpose": "claim"},
+            "rows_computed_to_the_end": {"purpose": "rest"},
+            "rows_computed_alone": {"purpose": "isolated"},
+        },
+        {"purpose": ("claim", "rest", "isolated")}, log="rows",
     ),
     _metric(
         "counter", "row_layers", "Row-layers that selective strategies computed, by what for.",
@@ -260,8 +264,8 @@ METRICS = (
 )  # fmt: skip
 # What all ranks do alike is counted by the first of them alone.
 ALIKE = frozenset({
-    "rows_computed", "rows_computed_alone", "row_layers_selected", "row_layers_probed",
-    "claims_computed", "claims_parted", "probes_cut_short",
+    "rows_computed", "rows_computed_to_the_end", "rows_computed_alone", "row_layers_selected",
+    "row_layers_probed", "claims_computed", "claims_parted", "probes_cut_short",
 })  # fmt: skip
 
 _PATTERNS = [

@@ -206,7 +206,7 @@ class SchedulerSide:
             number=self._step,
             freed=self.index.take_freed(),
             fetches=self.planner.take_fetches(),
-            claims=self.claims,
+            claims=self.admission.to_the_end(self.claims, scheduler_output),
             leaving=leaving,
             reused=not read_before.isdisjoint(keeping.given_out(scheduler_output, encodes)),
             saves=self.keeping.take(),

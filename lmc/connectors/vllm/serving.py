@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
@@ -72,6 +73,8 @@ class Serving:
     Attributes:
         counts: what happened, by name.
         scratch: where rows attend in layers of which vLLM keeps the last window alone, if any.
+        ends: by request, hidden states of rows that vLLM's forward need not compute; None where
+            that one always runs.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Serving:
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.scratch: Scratch | None = None
+        self.ends: dict[str, torch.Tensor] | None = None
         self._chunks, self._told = chunks, told
         self._block_size, self._max_rows = block_size, max_rows
         self._target, self._adapter = target, adapter
@@ -97,10 +101,15 @@ class Serving:
             stale: whether they were made for weights that are gone, so that nothing is loaded.
         """
         self._stale = stale
+        self.ends = None if self.ends is None else {}
         failed: list[Claim] = []
         for group in in_groups(claims, self._max_rows, self.scratch):
             deadline = time.monotonic() + self._chunks.patience_s
             failed += self._serve([Attempt(claim) for claim in group], deadline)
+        if self.ends is not None and any(claim.through for claim in claims):
+            # A rank that ran the engine's forward alone would wait for the others in it.
+            _, some_miss = on_any_rank([], len(self.ends) < len(claims))
+            self.ends = {} if some_miss else self.ends
         return failed
 
     def _serve(self, attempts: list[Attempt], deadline: float) -> list[Claim]:
@@ -168,6 +177,8 @@ class Serving:
         claim, anew = with_lost(claim, lost)
         if lost:
             self._told.recomputed(claim.request_id, anew)
+        if claim.through and self.ends is not None:
+            claim = replace(claim, rows=np.union1d(claim.rows, np.arange(claim.end, claim.through)))
         if not claim.computes:
             return None
         most = at_most(claim, self._block_size)
@@ -200,7 +211,12 @@ class Serving:
         if (windows := forward.adapter.windows) is not None:
             self.counts["bytes_loaded:host"] += windows.nbytes
         self.counts["claims_computed"] += attempt.whole
-        self.counts["rows_computed"] += len(forward.forced)
+        ending = forward.forced >= attempt.claim.end
+        if ending.any() and self.ends is not None:
+            last = torch.from_numpy(np.flatnonzero(outcome.rows[-1] >= attempt.claim.end))
+            state = tuple(part[last.to(part.device)] for part in outcome.state)
+            self.ends[attempt.claim.request_id] = forward.adapter.decoder.end(state)
+        self.counts["rows_computed"] += int((~ending).sum())
         self.counts["row_layers_selected"] += sum(len(chosen) for chosen in outcome.selected)
         self.counts["row_layers_probed"] += outcome.probe
         if outcome.probe and forward.adapter.reach < len(forward.adapter.tokens):

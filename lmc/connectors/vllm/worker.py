@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
@@ -145,16 +146,18 @@ class WorkerSide:
         if blind := of_any_rank(blind):
             self.refusal = blind
             return
+        moving: str | None
         try:
-            moving, computing = self._checked(model)
+            moving, found = self._checked(model)
         except Exception as error:  # a model of another shape may fail in any way
-            moving = computing = f"the model cannot be checked: {type(error).__name__}: {error}"
-        computing = of_any_rank(computing)
+            moving = found = f"the model cannot be checked: {type(error).__name__}: {error}"
+        computing = of_any_rank(found if isinstance(found, str) else None)
         self.refusal = moving or computing
-        self._decoder = Decoder(model) if computing is None else None
+        self._decoder = found if computing is None and isinstance(found, Decoder) else None
 
-    def _checked(self, model: Any) -> tuple[str | None, str | None]:
-        """Why chunks cannot be moved on this model, and why rows cannot even be computed."""
+    def _checked(self, model: Any) -> tuple[str | None, Decoder | str]:
+        """Why chunks cannot be moved on this model; its layers, or why not even rows can be
+        computed."""
         assert self._attention is not None
         warm_up(self._target([[1]] * len(self.groups.specs)), self.chunks.memory)
         if (alone := identity.alone_refusal(self.vllm_config)) is not None:
@@ -206,6 +209,22 @@ class WorkerSide:
             mends = self._decoder is not None or not self.groups.longest
             for claim in self.serving.serve(metadata.claims, self._stale and mends):
                 self._fail(claim, metadata.number)
+
+    def take_ends(self, order: Sequence[str]) -> torch.Tensor | None:
+        """Hidden states `[M, hidden]` of all that the step's forward is for, if they are known.
+
+        Args:
+            order: of requests in the engine's batch, by id.
+        """
+        found = self.serving.ends
+        if not found:
+            return None
+        self.serving.ends = {}
+        if found.keys() != {*order}:
+            return None
+        ends = torch.cat([found[request_id] for request_id in order])
+        self.counts["rows_computed_to_the_end"] += len(ends)
+        return ends
 
     def save(self, metadata: StepMetadata) -> None:
         """After the forward: copy new chunks out of the pages, behind the model's back."""

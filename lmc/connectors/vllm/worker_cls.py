@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.platforms import current_platform
 
 from lmc.connectors.vllm.connector import LMCConnector
+from lmc.connectors.vllm.worker import WorkerSide
 
 if TYPE_CHECKING or current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -30,6 +32,7 @@ class LMCWorker(Worker):
         if connector := _connector():
             runner = self.model_runner
             connector.take_model(runner.get_model(), getattr(runner, "lora_manager", None))
+            _stand_in(runner, connector.worker)
         return result
 
     def finish_saves(self) -> None:
@@ -93,6 +96,25 @@ class LMCWorker(Worker):
         side = _side()
         if side and side.watch:
             side.watch.changed(version)
+
+
+def _stand_in(runner: Any, side: WorkerSide | None) -> None:
+    """Have the runner take hidden states that lmc has computed for those of its own forward.
+
+    Not where more than that is asked of the model: by a drafter, by a pooler, by another stage of a
+    pipeline.
+    """
+    own = getattr(runner, "_model_forward", None)
+    more = getattr(runner, "use_aux_hidden_state_outputs", True) or runner.is_pooling_model
+    if side is None or own is None or more or get_pp_group().world_size > 1:
+        return
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        ends = side.take_ends(runner.input_batch.req_ids)
+        return own(*arguments, **named) if ends is None else ends
+
+    runner._model_forward = forward
+    side.serving.ends = {}
 
 
 def _connector() -> LMCConnector | None:
