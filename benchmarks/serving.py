@@ -12,7 +12,7 @@ other, of which the first turns are told apart (`first`), since there is nothing
 prompts that have no text in common. Load is `N` clients that each wait for their answer, or
 `poisson`: arrivals at 0.7 of the rate at which plain vLLM answered one client. Servers are started
 anew for each block, since of two that do the very same one may be a twentieth slower for as long as
-it runs, by where its memory came to lie. The first block of a workload warms them up and is left
+it runs, by where its memory came to lie. Four requests of each workload warm them up and are left
 out; nothing else is. A request that fails ends the run.
 
 Both compute on the same cores; servers that do not end the run. What a server goes on to compute
@@ -232,6 +232,7 @@ async def measure(
             # One warms up for all loads.
             for number in [0, block] if load == options.loads[0] else [block]:
                 asks, before = block_of(workload, LOADS.index(load) * 64 + number, tokenizer)
+                asks = asks if number else asks[:SESSIONS]
                 for arm in kinds if block % 2 else kinds[::-1]:
                     server = "plain" if arm == "plain" else "lmc"
                     salt = f"{workload} {load} {number} {arm}"

@@ -130,7 +130,8 @@ METRICS = (
     ),
     # -- computing -------------------------------------------------------------------------------
     _metric(
-        "counter", "rows_computed", "Rows computed by lmc through all layers, by what for.",
+        "counter", "rows_computed",
+        "Rows computed by lmc through all layers, by what for; rest stands in for vLLM's forward.",
         {
             "rows_computed": {"purpose": "claim"},
             "rows_computed_to_the_end": {"purpose": "rest"},
