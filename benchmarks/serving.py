@@ -274,6 +274,14 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
         print("  ".join(cells), flush=True)
 
 
+def append(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Keep rows, with what they were measured on."""
+    where = {"time": time.time(), "cpu": cpu_name(), "commit": git_commit()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        file.writelines(json.dumps({"benchmark": "serving"} | where | row) + "\n" for row in rows)
+
+
 def main() -> None:
     """Measure, print, append."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -307,16 +315,14 @@ def main() -> None:
                 name: json.loads(s.get("/v1/models"))["data"][0]["id"]
                 for name, s in servers.items()
             }
-            rows += asyncio.run(measure(servers, models, tokenizer, options, block))
+            asked = asyncio.run(measure(servers, models, tokenizer, options, block))
+        append(options.out, asked)
+        rows += asked
     print("workload load     arm       n  TTFT p50     p95  ms/token  s/answer  idle s  "
           "sooner [95%]        whole answer [95%]    beside off, where there is one")  # fmt: skip
     for workload in options.workloads:
         for load in options.loads:
             table([r for r in rows if (r["workload"], r["load"]) == (workload, load)])
-    where = {"time": time.time(), "cpu": cpu_name(), "commit": git_commit()}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a") as out:
-        out.writelines(json.dumps({"benchmark": "serving"} | where | row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

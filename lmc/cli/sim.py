@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lmc.sim.sweep import Metric, Outcome, Unit
     from lmc.sim.trace import Request
 
+MOST = 3  # sessions that are named
 CAPACITIES = {
     "blocks": "1k,10k,100k,inf",
     "tokens": "1M,10M,100M,inf",
@@ -271,6 +272,8 @@ def _print(
     show(rates)
     if (causes := _causes(rows, what[first["metric"]], asked)) is not None:
         show(causes)
+    if (evicted := _evicted(rows, asked)) is not None:
+        show(evicted)
     if not times.row_count:
         return
     show(times)
@@ -304,6 +307,27 @@ def _causes(
         if "causes" in row:
             shares = (f"{row['causes'].get(name, 0) / row['accesses']:.2%}" for name in names)
             shown.add_row(row["policy"], _capacity(row, asked), *shares)
+    return shown
+
+
+def _evicted(
+    rows: Sequence[dict[str, Any]], asked: Mapping[tuple[float, ...], str]
+) -> Table | None:
+    """Whose requests pushed out what was asked for again; None where nobody's did."""
+    from lmc.cli.output import table
+
+    told = [row for row in rows if "evicted_by" in row]
+    if not any(session for row in told for session in row["evicted_by"]["sessions"]):
+        return None
+    shown = table(
+        "Evicted by whom: shares of the tokens that were, and were asked for again",
+        ["policy", rows[-1]["unit"], "own session", "others", "most by"],
+    )
+    for row in told:
+        sessions, total = row["evicted_by"]["sessions"], row["evicted_by"]["tokens"]
+        own = row["evicted_by"]["own"] / total
+        most = ", ".join(f"{s or '-'} {n / total:.1%}" for s, n in [*sessions.items()][:MOST])
+        shown.add_row(row["policy"], _capacity(row, asked), f"{own:.1%}", f"{1 - own:.1%}", most)
     return shown
 
 

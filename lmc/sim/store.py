@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,16 @@ import numpy as np
 from lmc.blend import STRATEGIES
 from lmc.blend.plan import KINDS, make_plan
 from lmc.blend.strategy import Strategy
-from lmc.blend.tokenmap import Circumstances, token_map, tokens_by
+from lmc.blend.tokenmap import Circumstances, MapRun, token_map, tokens_by
 from lmc.chunking import Chunker
-from lmc.chunking.pieces import split
+from lmc.chunking.pieces import Piece, split
 from lmc.model.shape import ModelShape
 from lmc.sim.trace import Request
 from lmc.store import Index
 from lmc.store.history import History
 from lmc.store.keep import keep
 from lmc.store.lookup import Known
-from lmc.store.record import variants_kept
+from lmc.store.record import Record, variants_kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,8 @@ class StoreReplay:
     blends: [R] bool, whether rows among reused tokens are computed.
     counts: of the index: put, known, evicted, no_room, ...
     causes: cause -> tokens that were new or computed again; of `lmc.store.causes.CAUSES`.
+    evicted_by: session -> tokens asked for in vain that had given way to what it stored, most
+        first; `own` are those of them that the same session asked for.
     """
 
     tokens: dict[str, np.ndarray]
@@ -43,6 +45,8 @@ class StoreReplay:
     blends: np.ndarray
     counts: dict[str, int]
     causes: dict[str, int]
+    evicted_by: dict[str, int]
+    own: int
 
     @property
     def prompt_tokens(self) -> int:
@@ -53,6 +57,27 @@ class StoreReplay:
     def found(self) -> int:
         """Tokens that the store held, those computed again included."""
         return self.prompt_tokens - int(self.tokens["new"].sum())
+
+
+class _Evictions(History):
+    """Also whose request each content gave way to.
+
+    session: of the request that is being stored.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.session = ""
+        self._by: dict[int, str] = {}  # by hash: the contents of a long trace would take its length
+
+    def note(self, record: Record, cause: str) -> None:
+        super().note(record, cause)
+        if cause == "evicted":
+            self._by[hash(record.tokens)] = self.session
+
+    def by(self, content: bytes) -> str | None:
+        """The session that a content gave way to last, if it did."""
+        return self._by.get(hash(content))
 
 
 def replay_store(
@@ -99,10 +124,12 @@ def replay_store(
         cost=model.cost,
         clock=lambda: now,
         exact_variants=variants_kept(exact_variants, strategy.moves),
-        history=(history := History()),
+        history=(history := _Evictions()),
     )
     about = Circumstances(unmoved=None if strategy.moves else "strategy")
     causes: Counter[str] = Counter()
+    evicted_by: Counter[str] = Counter()
+    own = 0
     found, rows, pairs, loaded, blends = [], [], [], [], []
     for r in sorted(requests, key=lambda r: r.timestamp):
         if r.tokens is None:
@@ -116,6 +143,10 @@ def replay_store(
         plan = make_plan(r.tokens, pieces, index, b"", strategy, L=model.L)
         runs = token_map(plan, r.tokens, pieces, Known(index, b""), history, about)
         causes.update(tokens_by(runs, "cause"))
+        for session, tokens in _gave_way(r.tokens, pieces, runs, history):
+            evicted_by[session] += tokens
+            own += tokens if session == r.session else 0
+        history.session = r.session
         for slot in {s.record.slot for s in plan.found}:
             index.touch(slot)
         kept = keep(index, b"", r.tokens, pieces, plan.first_moved, bytes_per_token, marked or ())
@@ -136,4 +167,23 @@ def replay_store(
         blends=np.array(blends, dtype=bool),
         counts=dict(index.counts),
         causes=dict(causes.most_common()),
+        evicted_by=dict(evicted_by.most_common()),
+        own=own,
     )
+
+
+def _gave_way(
+    tokens: np.ndarray, pieces: Sequence[Piece], runs: Sequence[MapRun], history: _Evictions
+) -> Iterator[tuple[str, int]]:
+    """For each chunk of a prompt that had been evicted, the session it gave way to, and tokens."""
+    gone = [run for run in runs if run.cause == "evicted"]
+    at = 0
+    for start, end, _ in pieces if gone else ():
+        while at < len(gone) and gone[at].end <= start:
+            at += 1
+        if at == len(gone):
+            return
+        lost = min(end, gone[at].end) - max(start, gone[at].start)
+        content = np.ascontiguousarray(tokens[start:end], "<i8").tobytes()
+        if lost > 0 and (session := history.by(content)) is not None:
+            yield session, lost

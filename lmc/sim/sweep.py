@@ -18,6 +18,7 @@ from lmc.sim.store import replay_store
 from lmc.sim.trace import Accesses, Request
 from lmc.sizes import scaled
 
+SESSIONS = 20  # that are named among those which pushed others out
 Unit = Literal["blocks", "tokens", "bytes"]
 Metric = Literal["object", "prefix"]
 
@@ -36,6 +37,8 @@ class Outcome:
     shares: further shares of all accesses.
     causes: of what was not found, or computed again all the same: cause -> accesses, as
         `lmc.store.causes.CAUSES` has them; None where they are not told apart.
+    evicted_by: session -> tokens asked for in vain that had given way to what it stored, most
+        first, and `own` those that it asked for itself; None where that is not told apart.
     """
 
     policy: str
@@ -52,6 +55,8 @@ class Outcome:
     blends: np.ndarray
     shares: Mapping[str, float]
     causes: Mapping[str, int] | None = None
+    evicted_by: Mapping[str, int] | None = None
+    own: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -74,6 +79,9 @@ class Outcome:
         }
         if self.causes is not None:
             row["causes"] = dict(self.causes)
+        if self.evicted_by:
+            total, most = sum(self.evicted_by.values()), [*self.evicted_by.items()][:SESSIONS]
+            row["evicted_by"] = {"tokens": total, "own": self.own, "sessions": dict(most)}
         if len(plain) > 1:
             row["tiers"] = [
                 {"capacity": c, "hits": h, "written": w}
@@ -249,6 +257,8 @@ def store_sweep(
                 blends=done.blends,
                 shares=shares | {"computed": int(done.rows.sum()) / total},
                 causes=done.causes,
+                evicted_by=done.evicted_by,
+                own=done.own,
             )
 
 

@@ -302,6 +302,30 @@ def test_the_tokens_of_a_store_replay_add_up(orders: list[list[str]], tokens: in
         assert (done.rows == np.maximum(computed, 1)).all()
 
 
+def test_who_evicted_what_was_asked_for_again() -> None:
+    def asked(at: float, session: str, seed: int, T: int = 64) -> Request:
+        tokens = np.random.default_rng(seed).integers(0, 1000, T).astype(np.int32)
+        return Request(at, session, T, 1, tokens=tokens)
+
+    prompts = [
+        asked(0, "a", 1),
+        asked(1, "b", 2),  # room for one: `a` gives way to it
+        asked(2, "a", 1),  # in vain, by `b`, which gives way to it in turn
+        asked(3, "a", 3),
+        asked(4, "a", 1),  # in vain, by `a` itself
+        asked(5, "c", 2),  # `b`'s, which gave way to `a`
+        asked(6, "c", 4, 16),
+    ]
+    done = replay_store(prompts, Fixed(16), 64 * SMALL.bytes_per_token(), SMALL)
+    assert done.causes["evicted"] == sum(done.evicted_by.values()) == 3 * 64
+    assert done.evicted_by == {"a": 128, "b": 64}
+    assert done.own == 64
+    (row,) = (o.row() for o in store_sweep(
+        prompts, ["lru"], [(64 * SMALL.bytes_per_token(),)], Fixed(16), model=SMALL
+    ))  # fmt: skip
+    assert row["evicted_by"] == {"tokens": 192, "own": 64, "sessions": {"a": 128, "b": 64}}
+
+
 def test_the_store_as_a_sweep() -> None:
     a, b, *_ = DOCUMENTS
     prompts = text(a + b, a + b, b + a)

@@ -132,6 +132,7 @@ def test_a_small_run_on_vllm(tmp_path: Path, demo: Path) -> None:
         assert mean(arm, "greedy_agreement") == 1, arm
         assert mean(arm, "logprob_error") < 1e-4, arm
     assert found("epic16") == found("full_reuse") >= 0.9
+    assert found("epic16_cdc") > found("prefix_caching")  # moved, where nobody says where it is
     assert mean("full_reuse", "compute_fraction") < mean("epic16", "compute_fraction") < 0.5
     equal = mean("prefix_equal_rows", "compute_fraction") - mean("epic16", "compute_fraction")
     assert abs(equal) * T <= 16  # half a block
