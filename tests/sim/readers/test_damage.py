@@ -194,6 +194,33 @@ def test_good_lines_around_a_bad_one_survive(
     assert (len(found) - 4) + reading.bad_count <= 1
 
 
+EDIT = st.tuples(st.floats(0, 1), st.integers(0, 12), st.binary(max_size=12))
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000)
+@given(name=st.sampled_from(list(LINES)), edits=st.lists(EDIT, min_size=1, max_size=4))
+def test_ten_thousand_damaged_files(
+    name: str, edits: list[tuple[float, int, bytes]], folder: Path, tokenizer: Path
+) -> None:
+    header, _ = LINES[name]
+    content = file_of(name)
+    for at, cut, put in edits:
+        i = int(at * len(content))
+        content = content[:i] + put + content[i + cut :]
+    reading = opened(folder, content, format=name, tokenizer=tokenizer)
+    try:
+        found = len(list(reading))
+    except ValueError as e:
+        if isinstance(e, OSError):
+            raise
+        return
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    # Every line is a request or counted as none; a session of weka may have many lines.
+    if name != "weka" and (not header or content.startswith(header.encode() + b"\n")):
+        assert found + reading.bad_count == len(lines) - bool(header)
+
+
 def test_sharegpt_truncated(tmp_path: Path, tokenizer: Path) -> None:
     reading = opened(tmp_path, SHAREGPT[:-30], "t.json", tokenizer=tokenizer)
     assert times(reading) == [0, 1]
