@@ -36,8 +36,7 @@ class Recorded:
     can be asked of token ids can be asked here, as exactly as chunks go: what two prompts share
     inside a chunk does not show. Chunks are segments (`--chunker explicit` cuts where the engine
     did). Tenants are sessions and share nothing; what `lmc trace export` wrote has sessions of its
-    own. Requests that lmc left alone have neither, and are
-    left out.
+    own. Requests that lmc left alone have neither, but a reason, and are left out.
     """
 
     has_text: ClassVar[bool] = False
@@ -63,8 +62,10 @@ class Recorded:
             ids = _ids(r["tokens"], T, tenant)
         elif "chunks" in r:
             ids, segments = _texts(r["chunks"], T)
-        else:
+        elif isinstance(r.get("reason"), str):
             return
+        else:
+            raise RecordError("chunks: got nothing, want a list of [hash, tokens]")
         yield Request(
             timestamp=number(r, "time"),
             session=name_of(r, "session") or tenant,

@@ -85,7 +85,8 @@ def test_token_ids_where_they_are_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tokens", ["hashes", "ids"])
 def test_the_simulator_reads_what_was_recorded(tmp_path: Path, tokens: Any) -> None:
-    plain = Entry({"time": 3.0, "request": "p", "prompt_tokens": 9}, b"", "", None, [])
+    left_alone = {"time": 3.0, "request": "p", "prompt_tokens": 9, "reason": "disabled"}
+    plain = Entry(left_alone, b"", "", None, [])
     recorded(tmp_path, entry(A, B), entry(A, C), plain, entry(A, B, tenant="x"), tokens=tokens)
     reading = read(tmp_path, strict=True)
     first, second, other = list(reading)
