@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import IO, Any, cast
 
+FLOAT = re.compile(r"[+-]?((\d+\.\d*|\.\d+)(e[+-]?\d+)?|\d+e[+-]?\d+)", re.I)
 MOST_TOKENS = 1 << 31  # of one prompt; more is a broken number, not a trace
 
 
@@ -83,7 +84,7 @@ def _value(text: str) -> int | float | str:
     """What a CSV field says: a number if it is written as one."""
     if re.fullmatch(r"[+-]?\d{1,18}", text):
         return int(text)
-    return float(text) if re.fullmatch(r"[+-]?\d+\.\d*(e[+-]?\d+)?", text, re.I) else text
+    return float(text) if FLOAT.fullmatch(text) else text
 
 
 def fields_of(record: Any) -> Mapping[str, Any]:
@@ -141,9 +142,9 @@ def length(record: Mapping[str, Any], name: str, default: int | None = None) -> 
 def name_of(record: Mapping[str, Any], name: str) -> str:
     """A name that may be text or a number, "" if it is missing. Raises RecordError."""
     value = record.get(name, "")
-    if type(value) is int:
-        return str(value)
-    return text_of(value, name)
+    if type(value) is float and value.is_integer():  # as pandas writes a column with gaps
+        value = int(value)
+    return str(value) if type(value) is int else text_of(value, name)
 
 
 def text_of(value: Any, name: str) -> str:
@@ -178,4 +179,4 @@ def _shown(value: Any) -> str:
 
 def columns_of(head: bytes) -> list[bytes]:
     """The first line of a file, as the names of columns."""
-    return [column.strip() for column in head.partition(b"\n")[0].split(b",")]
+    return [column.strip() for column in head.partition(b"\n")[0].replace(b'"', b"").split(b",")]

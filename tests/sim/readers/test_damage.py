@@ -215,7 +215,8 @@ def test_ten_thousand_damaged_files(
         if isinstance(e, OSError):
             raise
         return
-    lines = [line for line in content.split(b"\n") if line.strip()]
+    mark = b"\xef\xbb\xbf"  # in front of a file it is none of the first line
+    lines = [line for line in content.removeprefix(mark).split(b"\n") if line.strip()]
     # Every line is a request or counted as none; a session of weka may have many lines.
     if name != "weka" and (not header or content.startswith(header.encode() + b"\n")):
         assert found + reading.bad_count == len(lines) - bool(header)

@@ -95,6 +95,16 @@ def test_burstgpt_of_both_editions(tmp_path: Path) -> None:
     assert (new.session, new.output_tokens) == ("12", 0)
 
 
+def test_csv_as_other_programs_write_it(tmp_path: Path) -> None:
+    rows = ["1e+06,12.0,9.5,GPT-4,472,0,472", ".5,,9.5,GPT-4,1,2,3", "2.5E1,7,9,GPT-4,1,2,3"]
+    reading = opened(tmp_path, "\n".join([BURSTGPT, *rows]))
+    found = list(reading)
+    assert reading.bad_count == 0
+    assert [(r.timestamp, r.session) for r in found] == [(1e6, "12"), (0.5, ""), (25, "7")]
+    quoted = '"TIMESTAMP","ContextTokens","GeneratedTokens"\n"2024-05-10 00:00:00.5","374","44"\n'
+    assert [r.input_tokens for r in opened(tmp_path, quoted)] == [374]
+
+
 def test_chat_frames_each_message(tmp_path: Path, tokenizer: Path) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     text = chat(3, "hé", parts)
@@ -122,7 +132,7 @@ def test_tokens(tmp_path: Path) -> None:
 def test_lmc_hashes_stand_for_texts(tmp_path: Path) -> None:
     first, second = "ab" * 12, "cd" * 12
     content = recorded(0, [(first, 5), (second, 3)]) + "\n" + recorded(1, [(second, 3), (first, 5)])
-    left_alone = json.loads(recorded(2)) | {"map": None}
+    left_alone = json.loads(recorded(2)) | {"map": None, "reason": "disabled"}
     del left_alone["chunks"]
     one, two = opened(tmp_path, f"{content}\n{json.dumps(left_alone)}", strict=True)
     assert one.tokens is not None and two.tokens is not None
