@@ -160,13 +160,14 @@ def self_check(
             adapter = VLLMAdapter(decoder, attention, *arguments, loras=loras)
             ends = decoder.ends(adapter.run(rows).state)
             errors = [relative_error(whole, end) for end in ends]
-            decoder.which_end = errors.index(min(errors))
             pairs = list(zip(kept, scratch.contents(), strict=True))
             # Sums are taken in another order, and compiled code may fuse; no more than that.
             tolerance = torch.finfo(whole.dtype).eps ** 0.5
             worst = max(relative_error(a, b) for a, b in pairs)
             worst = max(worst, min(errors))
             wrong = _mismeasured(adapter, T, tolerance)
+            if min(errors) <= tolerance / 4:  # what rows give in place of the model's own forward
+                decoder.which_end = errors.index(min(errors))
     except Exception as error:  # an architecture of another shape may fail in any way
         return f"the layer loop does not run on this model: {type(error).__name__}: {error}"
     if not worst <= tolerance:

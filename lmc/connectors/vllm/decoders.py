@@ -23,7 +23,8 @@ class Decoder:
 
     Attributes:
         model: the same. layers: of it, in order. embed: token ids `[M]` to hidden states.
-        which_end: of `ends`, the one that the model's own forward gives, once that was looked at.
+        which_end: of `ends`, the one that the model's own forward gives; None where that is none
+            of them, or was not looked at.
 
     Raises:
         AttributeError, ValueError: layers that take neither positions nor angles.
@@ -40,7 +41,7 @@ class Decoder:
         self._native = "positions" in takes
         if not self._native and "position_embeddings" not in takes:
             raise ValueError(f"layers take {', '.join(takes)}; known: positions, or angles")
-        self.which_end = 0
+        self.which_end: int | None = None
         self._types: Any = None  # of layers, where each type turns by its own
         if not self._native:
             angles = inspect.signature(inner.rotary_emb.forward).parameters
@@ -75,6 +76,8 @@ class Decoder:
 
     def end(self, state: State) -> torch.Tensor:
         """What `model.forward` makes of it, `[M, hidden]`."""
+        if self.which_end is None:
+            raise ValueError("what the model makes of its last layer's state is not known")
         return self.ends(state)[self.which_end]
 
     def _of_transformers(self, index: int, where: torch.Tensor, state: State) -> State:

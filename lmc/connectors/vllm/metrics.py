@@ -146,7 +146,8 @@ METRICS = (
     ),
     _metric(
         "histogram", "blend_seconds",
-        "Seconds that a step's claims took, loading included, in steps that computed rows of them.",
+        "Seconds that a step's claims took in steps that computed rows of them; loading included, "
+        "and rows that stand in for vLLM's forward.",
         "blend_seconds", buckets=SECONDS, log="blend_s",
     ),
     _metric(

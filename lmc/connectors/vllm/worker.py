@@ -210,6 +210,14 @@ class WorkerSide:
             for claim in self.serving.serve(metadata.claims, self._stale and mends):
                 self._fail(claim, metadata.number)
 
+    def ends_rows(self) -> bool:
+        """Let rows go on to the end of the model, if on all ranks that is what it makes of them."""
+        known = self._decoder is not None and self._decoder.which_end is not None
+        if of_any_rank(None if known else "its end is not known"):
+            return False
+        self.serving.ends = {}
+        return True
+
     def take_ends(self, order: Sequence[str]) -> torch.Tensor | None:
         """Hidden states `[M, hidden]` of all that the step's forward is for, if they are known.
 
@@ -222,7 +230,13 @@ class WorkerSide:
         self.serving.ends = {}
         if found.keys() != {*order}:
             return None
-        ends = torch.cat([found[request_id] for request_id in order])
+        try:
+            ends = found[order[0]] if len(order) == 1 else torch.cat([found[one] for one in order])
+        except torch.OutOfMemoryError:
+            if get_tp_group().world_size > 1:
+                raise  # other ranks may have left the forward out
+            logger.exception("lmc leaves the ends of %d requests to the engine", len(order))
+            return None
         self.counts["rows_computed_to_the_end"] += len(ends)
         return ends
 

@@ -102,11 +102,14 @@ def _stand_in(runner: Any, side: WorkerSide | None) -> None:
     """Have the runner take hidden states that lmc has computed for those of its own forward.
 
     Not where more than that is asked of the model: by a drafter, by a pooler, by another stage of a
-    pipeline.
+    pipeline; nor of its attention layers, by a connector beside this one, which is told of each.
     """
     own = getattr(runner, "_model_forward", None)
     more = getattr(runner, "use_aux_hidden_state_outputs", True) or runner.is_pooling_model
-    if side is None or own is None or more or get_pp_group().world_size > 1:
+    beside = isinstance(get_kv_transfer_group(), MultiConnector)
+    if side is None or own is None or more or beside or get_pp_group().world_size > 1:
+        return
+    if not side.ends_rows():
         return
 
     def forward(*arguments: Any, **named: Any) -> Any:
@@ -114,7 +117,6 @@ def _stand_in(runner: Any, side: WorkerSide | None) -> None:
         return own(*arguments, **named) if ends is None else ends
 
     runner._model_forward = forward
-    side.serving.ends = {}
 
 
 def _connector() -> LMCConnector | None:

@@ -75,3 +75,36 @@ def to_the_end(session: s.Session) -> dict[str, Any]:
     before = counts[REST]
     results["lost"] = session.finish()[request_id], counts[REST] - before
     return results
+
+
+def beside_another(session: s.Session) -> dict[str, Any]:
+    """How often another connector is asked about a layer, in a step that is for a claim alone."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from lmc.connectors.vllm import LMCConnector
+
+    both = get_kv_transfer_group()._connectors
+    ours = next(one for one in both if isinstance(one, LMCConnector))
+    other = next(one for one in both if one is not ours)
+    calls = {"save_kv_layer": 0, "wait_for_layer_load": 0}
+
+    def counted(name: str) -> None:
+        own = getattr(other, name)
+
+        def asked(*arguments: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return own(*arguments, **named)
+
+        setattr(other, name, asked)
+
+    for document in s.DOCUMENTS[:4]:
+        session.ask([s.SYSTEM, document], None, tokens=1)
+    ours._worker.finish_saves()
+    for name in calls:
+        counted(name)
+    session.llm.reset_prefix_cache()
+    got = session.ask(s.prompt(2, 0, 3), s.EPIC, tokens=1)
+    layers = session.llm.llm_engine.vllm_config.model_config.hf_config.num_hidden_layers
+    sides = session.scheduler.connector._connectors
+    side = next(one._scheduler for one in sides if isinstance(one, LMCConnector))
+    return {"got": got, "calls": calls, "layers": layers, "known": len(side.requests)}
