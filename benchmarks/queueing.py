@@ -2,13 +2,15 @@
 
     python benchmarks/queueing.py --minutes 2
 
-Starts a plain vLLM server without a prefix cache. One request at a time, of lengths that the load
-has too, gives the constants of a time model (least squares); then prompts of 100 to 3,000 tokens
-and answers of 1 to 32 come as a Poisson process, at some shares of what one client was served, each
-for so many minutes. The same arrivals are simulated, one request after the other
+Starts a plain vLLM server without a prefix cache. Prompts of 100 to 3,000 tokens and answers of 1
+to 32 come as a Poisson process, at some shares of what one client was served, each for so many
+minutes. Before and behind each load requests of such lengths are sent one at a time: the two
+together give the constants of a time model (least squares), since a shared machine is faster at one
+time than at another. The same arrivals are simulated, one request after the other
 (`lmc.sim.queueing`) and in vLLM's steps (`lmc.sim.batching`). Nothing of the load is fitted.
 
-Prints measured and simulated times, and appends a row a request.
+Prints measured and simulated times, those too of a machine that is a twentieth slower, which says
+how much a queue makes of little, and appends a row a request.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import random
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,8 @@ from lmc.sim.queueing import Queue, simulate
 OUT = Path(__file__).parent / "results" / "queueing.jsonl"
 SHARES = (0.5, 0.9)  # of the rate at which one client was served
 LENGTHS, ANSWERS = (100, 3000), (1, 32)  # tokens
-SINGLE = 24  # requests, one at a time
+SINGLE = 12  # requests, one at a time, before and behind each load
+SLOWER = 1.05
 BATCH = Batch(max_num_seqs=16, max_num_batched_tokens=2048)
 FLAGS = (
     "--dtype", "float32", "--max-model-len", "4096", "--no-enable-prefix-caching",
@@ -65,6 +69,12 @@ def fitted(asked: list[Asked], took: np.ndarray) -> TTFTModel:
     per_token = np.median((took[some, 1] - took[some, 0]) / behind[some])
     constants = (max(float(x), 0.0) for x in (fixed, per_row, per_pair))
     return TTFTModel(*constants, bytes_per_token=1, tiers=(), per_output_token_s=float(per_token))
+
+
+def slower(times: TTFTModel) -> TTFTModel:
+    """The same of a machine that takes longer for everything."""
+    seconds = ("fixed_s", "per_row_s", "per_pair_s", "per_output_token_s")
+    return replace(times, **{name: getattr(times, name) * SLOWER for name in seconds})
 
 
 def draw(rng: random.Random) -> Asked:
@@ -100,35 +110,42 @@ async def measure(url: str, options: argparse.Namespace) -> list[dict[str, objec
     rng = random.Random(options.seed)
     for _ in range(3):
         await answered(client, model, (2000, 8), rng)
-    alone = [draw(rng) for _ in range(SINGLE)]
-    took = np.array([await answered(client, model, what, rng) for what in alone])
-    times = fitted(alone, took)
-    print(times)
-    rate = len(alone) / took[:, 1].sum()
+
+    async def one_by_one() -> tuple[list[Asked], np.ndarray]:
+        some = [draw(rng) for _ in range(SINGLE)]
+        return some, np.array([await answered(client, model, what, rng) for what in some])
+
+    before, took = await one_by_one()
+    rate = len(before) / took[:, 1].sum()
     rows: list[dict[str, object]] = []
     for share in options.shares:
         R = round(60 * options.minutes * share * rate)
         asked = [draw(rng) for _ in range(R)]
         at = np.cumsum([rng.expovariate(share * rate) for _ in asked])
         measured = await load(client, model, asked, at - at[0], rng)
+        behind, then = await one_by_one()
+        times = fitted(before + behind, np.concatenate([took, then]))
+        before, took = behind, then
+        print(times)
         T, outputs = (np.array(x) for x in zip(*asked, strict=True))
         work = Work(*prefill_work(T, 0), np.zeros(R), T, outputs)
         full = times.seconds(work.rows, work.pairs, np.zeros((R, 0)))
         after = times.per_output_token_s * (outputs - 1)
         simulated: dict[str, Queue] = {
-            "one after the other": simulate(at, full, T, after_first_s=after),
-            "in steps": simulate_steps(at, work, times, BATCH),
+            "one_after_the_other": simulate(at, full, T, after_first_s=after),
+            "in_steps": simulate_steps(at, work, times, BATCH),
+            "in_steps_slower": simulate_steps(at, work, slower(times), BATCH),
         }
         print(f"{share:.2f} of {rate:.2f} requests a second, {R} requests, seconds:")
         show("measured", measured[:, 0], measured[:, 0])
         for name, queue in simulated.items():
-            show(name, queue.ttft_s, measured[:, 0])
+            show(name.replace("_", " "), queue.ttft_s, measured[:, 0])
         rows += [
             {
                 "share": share, "at_s": float(at[i]), "prompt_tokens": int(T[i]),
                 "output_tokens": int(outputs[i]), "ttft_s": float(measured[i, 0]),
                 "wall_s": float(measured[i, 1]),
-                **{name.replace(" ", "_"): float(q.ttft_s[i]) for name, q in simulated.items()},
+                **{name: float(q.ttft_s[i]) for name, q in simulated.items()},
             }
             for i in range(R)
         ]  # fmt: skip

@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py --out benchmarks/results/serving.jsonl
 
-Two servers with the same flags, vLLM's prefix cache on in both, are sent the same prompts in
+Servers with the same flags, vLLM's prefix cache on in both, are sent the same prompts in
 alternating blocks: one arm is asked all of a block, then the next, in turned order every other
 block. Nothing is shared between blocks and arms: each has a cache salt of its own.
 
@@ -21,10 +21,11 @@ arm: each block begins when no server has used a processor for a second, and wha
 then is told apart (`idle s`, processor seconds a request, of no answer's time).
 
 Arms: `plain`; `lmc`, clients that know of nothing; `spans`, clients that say where documents are;
-in `nothing` also `off`, the server of lmc told to leave a request alone (`enabled: false`): beside
-it, what lmc does costs what it costs within one process. Prints medians and 95th percentiles by
-workload, load and arm, and the ratios plain / arm, and off / arm, with a bootstrap interval over
-prompts, paired; appends a row a request.
+in `nothing` also `idle`, vLLM with a connector that does nothing, since having one at all costs;
+and `off`, the server of lmc told to leave a request alone (`enabled: false`): beside it, what lmc
+does costs what it costs within one process. Prints medians and 95th percentiles by workload, load
+and arm, and the ratios plain / arm, and off / arm, with a bootstrap interval over prompts, paired;
+appends a row a request.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ from lmc.workloads.sample import Sample, corpus_of
 from lmc.workloads.sessions import Agents, Chat
 
 OUT = Path(__file__).parent / "results" / "serving.jsonl"
-ARMS = ("plain", "off", "lmc", "spans")
+ARMS = ("plain", "idle", "off", "lmc", "spans")
+BARE = ("plain", "idle")  # servers of vLLM alone
 WORKLOADS = ("rag", "chat", "agents", "nothing")
 LOADS = ("1", "4", "8", "poisson")
 SESSIONS = 4  # of a block, where there are sessions
@@ -73,11 +75,17 @@ FLAGS = (
     "--dtype", "float32", "--max-model-len", "4096", "--max-num-batched-tokens", "2048",
     "--max-num-seqs", "16",
 )  # fmt: skip
+HERE = str(Path(__file__).parent)
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
     # By itself vLLM keeps a core free, and another one beside a connector: where there are two, a
     # plain server computes on one of them and one with a connector on both.
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "PYTHONPATH": os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")])),
+}  # fmt: skip
+IDLE = {
+    "kv_connector": "IdleConnector", "kv_connector_module_path": "idle_connector",
+    "kv_role": "kv_both",
 }  # fmt: skip
 BOUND = re.compile(r"local_rank=\d+, core ids=\[[\d, ]*\]")
 
@@ -168,7 +176,7 @@ async def run_block(
             lmc: dict[str, Any] = {"enabled": False} if arm == "off" else {}
             if arm == "spans":
                 lmc = {"chunks": [list(s) for s in item.sample.reusable]}
-            more = {"kv_transfer_params": {"lmc": lmc}} if arm != "plain" else {}
+            more = {"kv_transfer_params": {"lmc": lmc}} if arm not in BARE else {}
             ttft, wall, tokens = await ask(client, model, prompt.token_ids, extra | more)
         done[item.number].set()
         rows.append({
@@ -227,14 +235,14 @@ async def measure(
     for workload in options.workloads:
         rate = 0.1
         kinds = [a for a in ARMS if a in ("plain", *options.arms)]
-        kinds = [a for a in kinds if a != "off" or workload == "nothing"]
+        kinds = [a for a in kinds if a not in ("idle", "off") or workload == "nothing"]
         for load in options.loads:
             # One warms up for all loads.
             for number in [0, block] if load == options.loads[0] else [block]:
                 asks, before = block_of(workload, LOADS.index(load) * 64 + number, tokenizer)
                 asks = asks if number else asks[:SESSIONS]
                 for arm in kinds if block % 2 else kinds[::-1]:
-                    server = "plain" if arm == "plain" else "lmc"
+                    server = arm if arm in BARE else "lmc"
                     salt = f"{workload} {load} {number} {arm}"
                     found = await run_block(
                         servers, server, clients[server], models[server], arm, salt, asks, before,
@@ -301,6 +309,8 @@ def main() -> None:
             config = Path(work) / "lmc.json"
             config.write_text(json.dumps({"memory_bytes": 4 << 30} | json.loads(options.set)))
             commands = {"plain": vllm_serve(model), "lmc": lmc_serve(model, config)}
+            if "idle" in options.arms:
+                commands["idle"] = [*vllm_serve(model), "--kv-transfer-config", json.dumps(IDLE)]
             names = list(commands) if block % 2 else list(commands)[::-1]
             servers = {
                 name: stack.enter_context(
@@ -309,7 +319,7 @@ def main() -> None:
                 for name in names
             }
             cores = {name: BOUND.findall(s.log.read_text()) for name, s in servers.items()}
-            if cores["plain"] != cores["lmc"]:
+            if any(found != cores["plain"] for found in cores.values()):
                 raise RuntimeError(f"the servers cannot be compared: they compute on {cores}")
             models = {
                 name: json.loads(s.get("/v1/models"))["data"][0]["id"]

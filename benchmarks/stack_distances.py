@@ -80,37 +80,37 @@ def alone(n: int) -> dict[str, Any]:
         return pool.apply(scaling, (n,))
 
 
-def beside_libcachesim(n: int) -> dict[str, Any]:
-    """One row: all capacities here, four capacities there, in turns; hit rates must agree."""
+def theirs(keys: np.ndarray, capacity: int) -> tuple[float, float]:
+    """Seconds and hit rate of one pass of libCacheSim's LRU over keys [n]."""
     import libcachesim
 
-    keys = synthetic(n)
-    capacities = [n // 300, n // 30, n // 10, n // 6]
+    n = len(keys)
     # Their binary format for ids and sizes, the fastest to read that they have.
     fields = [("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")]
     records = np.zeros(n, dtype=fields)
     records["id"], records["size"], records["next"] = keys + 1, 1, -1
     with tempfile.NamedTemporaryFile(suffix=".oracleGeneral") as file:
         records.tofile(file.name)
+        reader = libcachesim.TraceReader(file.name, libcachesim.TraceType.ORACLE_GENERAL_TRACE)
+        # By default they spread the trace over 2^24 places, and touching those takes longer than
+        # the accesses do.
+        cache = libcachesim.LRU(capacity, hashpower=n.bit_length() - 1)
+        start = time.perf_counter()
+        miss_rate, _ = cache.process_trace(reader)
+        return time.perf_counter() - start, 1 - miss_rate
 
-        def theirs(capacity: int) -> tuple[float, float]:
-            """Seconds and hit rate of one pass."""
-            kind = libcachesim.TraceType.ORACLE_GENERAL_TRACE
-            reader = libcachesim.TraceReader(file.name, kind)
-            # By default they spread the trace over 2^24 places, and touching those takes longer
-            # than the accesses do.
-            cache = libcachesim.LRU(capacity, hashpower=n.bit_length() - 1)
-            start = time.perf_counter()
-            miss_rate, _ = cache.process_trace(reader)
-            return time.perf_counter() - start, 1 - miss_rate
 
-        found = [theirs(c)[1] for c in capacities]
-        ours = curve_of(keys).at(capacities)
-        np.testing.assert_allclose(ours, found, rtol=0, atol=0.5 / n)
-        rounds = [
-            (seconds(lambda: curve_of(keys)), sum(theirs(c)[0] for c in capacities))
-            for _ in range(ROUNDS)
-        ]
+def beside_libcachesim(n: int) -> dict[str, Any]:
+    """One row: all capacities here, four capacities there, in turns; hit rates must agree."""
+    keys = synthetic(n)
+    capacities = [n // 300, n // 30, n // 10, n // 6]
+    found = [theirs(keys, c)[1] for c in capacities]
+    ours = curve_of(keys).at(capacities)
+    np.testing.assert_allclose(ours, found, rtol=0, atol=0.5 / n)
+    rounds = [
+        (seconds(lambda: curve_of(keys)), sum(theirs(keys, c)[0] for c in capacities))
+        for _ in range(ROUNDS)
+    ]
     return {
         "kind": "libcachesim",
         "accesses": n,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 # What is put in front of a text and taken off again, where tokenizers treat a text's begin
 # otherwise than its midst. No token reaches from one of them into a text, or it is not used.
 _AHEAD = ("\n", ":", ".\n")
@@ -33,18 +35,19 @@ def prompt(segments: Sequence[str | Sequence[int]], tokenizer: Any) -> Prompt:
     not begin with it; it is in no span. Otherwise no special tokens are added: a chat template's
     markers are segments like any other.
 
-    segments: texts, or token ids that are taken as they are.
+    segments: texts, or token ids that are taken as they are: lists, arrays, or what a tokenizer
+    has made of a text (`.input_ids`, `.ids`).
     tokenizer: a transformers tokenizer, a `tokenizers.Tokenizer`, or anything whose
     `encode(text, add_special_tokens=False)` gives ids or an object with `.ids`.
 
     Raises ValueError for no segments, for one text in place of a list, and for a segment that is
-    empty or gives no tokens.
+    empty, gives no tokens or is neither a text nor one list of whole numbers of 0 or more.
     """
     if isinstance(segments, str):
         raise ValueError("segments: got one text, want a list of texts (or of token id lists)")
     parts: list[list[int]] = []
     for i, segment in enumerate(segments):
-        ids = encode(segment, tokenizer) if isinstance(segment, str) else [int(t) for t in segment]
+        ids = encode(segment, tokenizer) if isinstance(segment, str) else _given(segment, i)
         if not ids:
             raise ValueError(f"segment {i}: got {segment!r}, which has no tokens; leave it out")
         parts.append(ids)
@@ -54,6 +57,22 @@ def prompt(segments: Sequence[str | Sequence[int]], tokenizer: Any) -> Prompt:
     front = lacking(made.token_ids, tokenizer)
     n = len(front)
     return Prompt(front + made.token_ids, [(start + n, end + n) for start, end in made.spans])
+
+
+def _given(segment: Any, i: int) -> list[int]:
+    """Token ids of segment `i`, which is no text."""
+    ids = getattr(segment, "input_ids", getattr(segment, "ids", segment))
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # lists of several lengths
+        array = np.array(None)
+    if array.size == 0 and array.ndim == 1:
+        return []
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0:
+        raise ValueError(
+            f"segment {i}: got {ids!r:.80}, want a text, or one list of token ids of 0 or more"
+        )
+    return [int(token) for token in array]
 
 
 def join(parts: Sequence[Sequence[int]]) -> Prompt:

@@ -52,9 +52,12 @@ def lint(
         if json:
             said = {"trace": trace.name, "requests": len(requests), "prompt_tokens": total}
             again = sum(b.tokens.total() for b in found)
+            said["times"] = times.origin if times is not None else None
             print_json(said | {"again": again / total, "places": len(found), "breaks": rows})
         else:
             _print(trace.name, found, rows, total)
+            if times is not None:
+                typer.echo(f"Seconds are of {times.origin}.")
         print_bad_lines(reading)
 
 

@@ -110,7 +110,7 @@ def plan(
             parts = {p: getattr(done, p) for p in ("targets", "policies", "tiers", "ttft_s")}
             about = {"trace": trace.name, "model": model, "requests": done.requests}
             answer = {"answer": done.sentence(), "prompt_tokens": done.reach.tokens}
-            answer |= {"engine_rate": done.reach.engine}
+            answer |= {"engine_rate": done.reach.engine, "times": done.times or None}
             print_json(about | answer | parts)
         else:
             _print(trace, done)
@@ -164,7 +164,7 @@ def tables(done: Plan, name: str) -> Iterator[tuple[str, list[str], list[list[st
     for title, part in (
         (f"Other policies, with the memory of LRU at {done.target:.0%}", done.policies),
         ("Tiers, each taking what the one before evicts", done.tiers),
-        ("Time to first token, waiting included", done.ttft_s),
+        (f"Time to first token, waiting included: {done.times}", done.ttft_s),
     ):
         if part:
             yield title, *_cells(part)

@@ -105,8 +105,8 @@ def _trace(
     for title, columns, rows in tables(found, trace.name):
         page.heading(title)
         page.table(columns, rows)
-    if times is not None and times.provenance.get("kind"):
-        page.paragraph(f"Times are {times.provenance['kind']}.", "note")
+    if times is not None:
+        page.paragraph(f"Times are of {times.origin}.", "note")
     if found.reach.anywhere is None:
         return reading
     kinds = list(analyse(requests, cut, scope="trace", spans=spans))

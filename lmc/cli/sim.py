@@ -216,11 +216,12 @@ def _rows(
         return [o.row() for o in outcomes]
     from lmc.sim.timing import serve
 
-    rows = [o.row() | serve(requests, o, times, **load).row() for o in outcomes]
+    of = {"times": times.origin}
+    rows = [o.row() | serve(requests, o, times, **load).row() | of for o in outcomes]
     nothing = {"policy": "none", "capacity": 0, "hits": 0, "hit_rate": 0.0}
     same = {key: rows[0][key] for key in ("unit", "metric", "accesses")}
     base = serve(requests, None, times, **load)
-    return [nothing | same | base.row(), *rows]
+    return [nothing | same | base.row() | of, *rows]
 
 
 def _unit(unit: Unit | None, capacity: str | None, metric: str) -> Unit:
@@ -255,7 +256,7 @@ def _print(
         ["policy", first["unit"], "hit rate", *extra, *(f"tier {i + 1}" for i in range(tiers))],
     )
     times = table(
-        "Time to first token, waiting included",
+        f"Time to first token, waiting included: {first.get('times', '')}",
         ["policy", first["unit"], "p50 s", "p90 s", "p99 s", "load", "req/s", "tok/s", "slower"],
     )
     for row in rows:

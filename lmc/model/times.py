@@ -87,6 +87,14 @@ class TTFTModel:
         if len(set(names)) < len(names):
             raise ValueError(f"tiers: got {', '.join(names)}, want each name once")
 
+    @property
+    def origin(self) -> str:
+        """The model and the machine that its seconds are of, and how they were come by."""
+        of = self.provenance
+        machine = f"{of.get('gpus', 1)} x {of['gpu']}" if "gpu" in of else of.get("device")
+        where = machine or "a machine that is not named"
+        return f"{self.model or 'a model'} on {where}, {of.get('kind', 'measured')}"
+
     def load_s(self, loaded: ArrayLike) -> np.ndarray:
         """Seconds to load `loaded` [..., tiers] tokens; a tier that gives none takes none.
 

@@ -38,7 +38,7 @@ class Plan:
     targets: a row a share of it: `share`, and of both ways of reuse `*_bytes` and `*_rate`.
     policies: hit rates of other policies with the memory that LRU needs for the target.
     tiers: which share each tier of a layout serves. ttft_s: percentiles with nothing kept, and with
-    the memory for the target.
+    the memory for the target. times: of which model and machine they are, if there are any.
     """
 
     reach: Reach
@@ -49,6 +49,7 @@ class Plan:
     policies: list[dict[str, Any]]
     tiers: list[dict[str, Any]]
     ttft_s: list[dict[str, Any]]
+    times: str = ""
 
     def frame(self, part: str = "targets") -> pandas.DataFrame:
         """One of targets, policies, tiers and ttft_s as a table; needs pandas."""
@@ -175,7 +176,8 @@ def plan(
             by_time.append({"reuse": kind, "bytes": capacity, **served.row()["ttft_s"]})
     name = model if isinstance(model, str) else "given sizes"
     by_tier = _by_tier(found, tiers)
-    return Plan(found, target, name, len(ordered), rows, by_policy, by_tier, by_time)
+    origin = times.origin if times is not None else ""
+    return Plan(found, target, name, len(ordered), rows, by_policy, by_tier, by_time, origin)
 
 
 def _needed(found: Reach, share: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import lmc
 from lmc.chunking import CHUNKERS
@@ -79,3 +80,23 @@ def test_spans_are_what_split_takes() -> None:
 def test_what_has_no_tokens(segments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lmc.prompt(segments, Letters())
+
+
+@pytest.mark.parametrize(
+    "segment", [[-1], [1.7], [True], [[1, 2]], [[1], [2, 3]], b"text", None, 7, {"a": 1}, [2**70]],
+    ids=repr,
+)  # fmt: skip
+def test_what_are_no_token_ids(segment: Any) -> None:
+    with pytest.raises(ValueError, match=r"segment 1: got .*want a text, or one list of token ids"):
+        lmc.prompt(["a", segment], Letters())
+
+
+def test_ids_of_any_kind() -> None:
+    class Encoding:
+        ids = (1, 2)
+
+    class Batch(dict):
+        input_ids = (1, 2)
+
+    many = [[1, 2], (1, 2), np.array([1, 2]), torch.tensor([1, 2]), Encoding(), Batch()]
+    assert lmc.prompt(many, Letters()).token_ids[-12:] == [1, 2] * 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from lmc.model.gpus import GPUS, gpu_times, times_for
 from lmc.model.shape import shape
-from lmc.model.times import prefill_work
+from lmc.model.times import TTFTModel, load, prefill_work
 
 LLAMA = shape("llama-3.1-8b")
 
@@ -75,3 +76,18 @@ def test_saved_times_say_what_they_are(tmp_path: Path) -> None:
     again = times_for(str(file), LLAMA, "fp8", "llama-3.1-8b")
     assert again == made
     assert np.isclose(again.tiers[0].bytes_per_s, 8 * 55e9)
+
+
+def test_times_say_whose_they_are() -> None:
+    known = shape("llama-3.1-8b")
+    arithmetic = gpu_times("8xh100", known, model="llama-3.1-8b")
+    assert arithmetic.origin == "llama-3.1-8b on 8 x h100, arithmetic, not measured"
+    measured = load(Path("benchmarks/times/smollm2-135m-cpu.yaml"))
+    assert measured.origin == "smollm2 on AMD EPYC, 2 threads, measured"
+    assert "not named" in replace(measured, provenance={}).origin
+
+
+def test_the_page_has_each_field() -> None:
+    page = Path("docs/times.md").read_text()
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| `")]
+    assert {name.strip("`") for name in rows} == {field.name for field in fields(TTFTModel)}

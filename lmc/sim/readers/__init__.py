@@ -199,7 +199,7 @@ def read(
     strict: bool = False,
     tell: Callable[[int], None] | None = None,
 ) -> Reading:
-    """Open a trace: plain, .gz, .xz or .zst, a pipe, or a folder of files of one format.
+    """Open a trace: plain, .gz, .xz, .zst or .bz2, a pipe, or a folder of files of one format.
 
     Lines that cannot be read are counted in `Reading.bad` and left out.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ import ijson
 import zstandard
 
 PACKED = 1 << 14  # bytes unpacked at once, which may become a thousand times as many
-SUFFIX = re.compile(r"\.(jsonl?|traj)(\.(gz|xz|zst))?$")
+SUFFIX = re.compile(r"\.(jsonl?|traj)(\.(gz|xz|zst|bz2))?$")
 # What a damaged file raises, by the library that unpacks or parses it.
 DAMAGED = (
     EOFError,
@@ -44,7 +45,7 @@ class Packing(NamedTuple):
 
 
 def unpacked(raw: io.BufferedReader[Any]) -> io.BufferedReader:
-    """The bytes of a file, unpacked if its first ones say gzip, xz or zstd, whatever its name."""
+    """The bytes of a file, unpacked if its first ones say so, whatever its name."""
     start = raw.peek(4)
     packing = next((packing for packing in PACKINGS if packing.begins(start)), None)
     return io.BufferedReader(_Frames(raw, packing), 1 << 16) if packing else raw
@@ -159,7 +160,10 @@ class _Frames(io.RawIOBase):
                     self._behind += len(packed) if packed.strip(b"\0") else 0
                     break
                 self._frame = self._packing.frame()
-            parts.append(self._frame.decompress(packed))
+            try:
+                parts.append(self._frame.decompress(packed))
+            except OSError as error:  # of bz2, for what is damaged; all others have their own
+                raise EOFError(str(error)) from error
             packed = b""
             if self._frame.eof:
                 packed, self._frame = self._frame.unused_data, None
@@ -177,6 +181,7 @@ PACKINGS = (
     Packing(
         lambda head: head.startswith(b"\xfd7zX"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)
     ),
+    Packing(lambda head: head.startswith(b"BZh"), bz2.BZ2Decompressor),
     # Any window that the format knows, as of `zstd --long=31`.
     Packing(
         _begins_zstd,

@@ -60,7 +60,7 @@ def test_what_is_whole_is_read_whole(packed: bytes, name: str, tmp_path: Path) -
     assert reading.bad_count == 0
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst", ".bz2"])
 @pytest.mark.parametrize("behind", [b"x", b"garbage", bytes(9) + b"x", b"\x1f", b"{}\n" * 50_000])
 @pytest.mark.parametrize("line_end", [b"\n", b""])
 def test_what_stands_behind_is_told_and_loses_nothing(
