@@ -15,15 +15,16 @@ and by its own metric, and what lmc says by that same metric:
   prompt, which is not full, and an LRU that evicts leaves only (`--policy leaf_lru`); lmc has no
   option for half a trace, so that this file adds up what lmc's replay found.
 
-Prints a table and appends a row a tool. `r` repetitions, the tools in turns; seconds and peak
-memory of whole processes, imports included, are medians.
+Prints a table and appends a row a tool. `-r` repetitions, the tools in turns; seconds (the median)
+and peak memory (the most) are of whole processes, imports and reading the trace included;
+libCacheSim, which reads no such trace, is given an array of its blocks. `all`: lmc's one pass for
+every capacity, which prints some of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import statistics
@@ -45,7 +46,7 @@ OUT = Path(__file__).parent / "results" / "peers.jsonl"
 CAPACITIES = [1_000, 10_000, 30_000, 50_000]  # blocks
 CHUNK = 1 << 30  # bytes that LMCache is told of a block: then a capacity in GiB counts blocks
 MODEL = "glm-5.2"  # any that kvcache-simulator knows: budgets are made of its bytes a block
-Rates = list[float]
+Rates = list[float | None]
 
 
 def process(command: Sequence[str]) -> tuple[str, float, float]:
@@ -62,8 +63,8 @@ def process(command: Sequence[str]) -> tuple[str, float, float]:
         return out.read(), took, usage.ru_maxrss / 1024
 
 
-def of_lmc(trace: Path, metric: str) -> tuple[Rates, float, float]:
-    """`lmc sim`, all capacities in one pass; rates at CAPACITIES out of a run of them."""
+def of_lmc(trace: Path, metric: str, capacity: str) -> tuple[Rates, float, float]:
+    """`lmc sim` at a few capacities, each a replay, or at `all` in one pass."""
     command = [
         str(Path(sys.executable).with_name("lmc")),
         "sim",
@@ -72,9 +73,9 @@ def of_lmc(trace: Path, metric: str) -> tuple[Rates, float, float]:
         metric,
         "--json",
     ]
-    few = ",".join(map(str, CAPACITIES))
-    said, took, peak = process([*command, "--capacity", few])
-    return [row["hit_rate"] for row in json.loads(said)["rows"]], took, peak
+    said, took, peak = process([*command, "--capacity", capacity])
+    rates = {row["capacity"]: row["hit_rate"] for row in json.loads(said)}
+    return [rates.get(c) for c in CAPACITIES], took, peak
 
 
 def of_libcachesim(keys: Path) -> tuple[Rates, float, float]:
@@ -91,7 +92,8 @@ def of_libcachesim(keys: Path) -> tuple[Rates, float, float]:
 
 def of_lmcache(python: str, log: Path) -> tuple[Rates, float, float]:
     """Its command once for each capacity: seconds add up."""
-    rates, seconds, peaks = [], 0.0, 0.0
+    rates: Rates = []
+    seconds = peaks = 0.0
     for capacity in CAPACITIES:
         said, took, peak = process([
             python, "-m", "lmcache.tools.cache_simulator.simulator", "-i", str(log),
@@ -116,16 +118,16 @@ def of_kvcache_simulator(python: str, trace: Path, block: int) -> tuple[Rates, f
     budgets = ",".join(str((c + 0.5) * size / 2**30) for c in CAPACITIES)
     said, took, peak = process([*command, "--budgets-gib", budgets])
     points = {p["cacheBlocks"]: p["results"]["lru"]["hitRate"] for p in json.loads(said)["points"]}
-    return [points.get(c, math.nan) for c in CAPACITIES], took, peak
+    return [points.get(c) for c in CAPACITIES], took, peak
 
 
 def last_half(trace: Accesses) -> Rates:
     """By kvcache-simulator's metric, what lmc's replay of `leaf_lru` finds."""
     begin = trace.offsets[trace.requests // 2]
     whole = trace.tokens[begin:].sum()
-    rates = []
+    rates: Rates = []
     for capacity in CAPACITIES:
-        run = prefix_run(replay(trace, [capacity], "leaf_lru").found != MISS, trace)
+        run = prefix_run(replay(trace, [capacity], "leaf_lru").tier != MISS, trace)
         rates.append(float(trace.tokens[begin:][run[begin:]].sum() / whole))
     return rates
 
@@ -155,14 +157,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     trace = accesses(read(options.trace))
+    few = ",".join(map(str, CAPACITIES))
     with tempfile.TemporaryDirectory() as made:
         keys, log = Path(made, "keys.npy"), Path(made, "lookups.jsonl")
         np.save(keys, trace.keys)
         log_of(trace, log)
         tools: dict[str, Callable[[], tuple[Rates, float, float]]] = {
-            "lmc, object": lambda: of_lmc(options.trace, "object"),
+            "lmc, object": lambda: of_lmc(options.trace, "object", few),
+            "lmc, object, all": lambda: of_lmc(options.trace, "object", "all"),
             "libCacheSim": lambda: of_libcachesim(keys),
-            "lmc, prefix": lambda: of_lmc(options.trace, "prefix"),
+            "lmc, prefix": lambda: of_lmc(options.trace, "prefix", few),
+            "lmc, prefix, all": lambda: of_lmc(options.trace, "prefix", "all"),
         }
         if options.lmcache:
             tools["LMCache"] = lambda: of_lmcache(options.lmcache, log)
@@ -188,9 +193,10 @@ def main() -> None:
         rows.append({"tool": "lmc, last half", "rates": last_half(trace), "seconds": []})
     print(f"{'':18}" + "".join(f"{c:>9,}" for c in CAPACITIES) + "   seconds  peak MiB")
     for row in rows:
-        rates = "".join(f"{rate:9.2%}" for rate in row["rates"])
+        rates = "".join("        -" if rate is None else f"{rate:9.2%}" for rate in row["rates"])
         took = f"{statistics.median(row['seconds']):10.2f}" if row["seconds"] else f"{'-':>10}"
-        print(f"{row['tool']:18}{rates}{took}{row.get('peak_mib', math.nan):10.0f}")
+        peak = f"{row['peak_mib']:10.0f}" if row["seconds"] else f"{'-':>10}"
+        print(f"{row['tool']:18}{rates}{took}{peak}")
     where = {
         "trace": options.trace.name,
         "capacities": CAPACITIES,
