@@ -181,7 +181,9 @@ def _cells(part: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             return _gib(value)
         if name.endswith("rate"):
             return _percent(value)
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
     return heads, [[cell(name, row[name]) for name in names] for row in part]
 

@@ -112,7 +112,7 @@ def _trace(
     kinds = list(analyse(requests, cut, scope="trace", spans=spans))
     page.heading("Where tokens came from")
     says = "Tokens by kind, request after request, as if nothing were ever evicted."
-    page.figure(plots.reuse_over_time(kinds), says)
+    page.figure(plots.reuse_over_time(kinds, f"{trace.name}: {found.requests:,} requests"), says)
     places = breaks(requests, times=times)
     page.heading("What keeps a prefix cache from finding what it has")
     page.paragraph(sentence(places, found.reach.tokens))

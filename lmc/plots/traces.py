@@ -184,7 +184,7 @@ def where_it_pays(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def reuse_over_time(done: Sequence[RequestReuse], width: int = 200) -> Figure:
+def reuse_over_time(done: Sequence[RequestReuse], title: str = "", width: int = 200) -> Figure:
     """Where tokens came from, request after request in order of arrival.
 
     Traces of more than `width` requests are drawn as the means of runs of them.
@@ -210,7 +210,8 @@ def reuse_over_time(done: Sequence[RequestReuse], width: int = 200) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("requests, in order of arrival")
     axes.set_ylabel("tokens of the prompt")
-    figure.legend(loc="outside upper center", ncols=len(REUSE_COLOURS), frameon=False)
+    axes.set_title(title, loc="left", fontsize="medium")
+    figure.legend(loc="outside lower center", ncols=len(REUSE_COLOURS), frameon=False)
     tidy(axes)
     return figure
 
