@@ -83,6 +83,10 @@ class Contexts:
         """The digest of the first p tokens, if it was made."""
         return self._known.get(p)
 
+    def of_last(self, n: int, p: int, behind: bytes = b"") -> bytes:
+        """The digest of the n tokens right in front of p, behind token ids of another prompt."""
+        return blake3(behind + bytes(self._ids[(p - n) * 8 : p * 8])).digest()
+
     def learn(self, p: int, digest: bytes) -> None:
         """What it is at p is known from elsewhere."""
         self._known[p] = digest

@@ -12,6 +12,9 @@ from lmc.store.directory import Answers
 from lmc.store.index import Index
 from lmc.store.record import ContextPolicy, Record, exact_at
 
+# Tokens in front of a chunk that are looked at for what it was computed behind: where more stands
+# between the begin of a text and the first of its chunks that is cut alike, it is not found.
+AHEAD = 2048
 NOTHING = context_digests(np.empty(0, np.int64), [0])[0]
 # Of several variants to move, the one with the least foreign context.
 FOREIGN = {"isolated": 0, "anchored": 0, "exact": 1, "blended": 2}
@@ -87,6 +90,7 @@ class Known:
         self.policy = policy
         self.coming: set[int] = set()
         self.free = policy == "any" and not self._tiers
+        self._begin = b"" if begins is None else np.array([begins], "<i8").tobytes()
         first = [] if begins is None else context_digests(np.array([begins]), [1])
         self._alone = frozenset([NOTHING, *first])
 
@@ -169,11 +173,27 @@ class Known:
         # Behind the chunk it was computed behind, it has seen nothing that is not here.
         if place.before is not None and continues(place.before, record, place.start):
             return True
-        if record.context in self._alone:
+        if record.context in self._alone or self._stands_in_front(record, place):
             return True
         # Behind a chunk border of this very prompt: text that stands in front of it here too.
         shares = self.policy == "shared_prefix" and record.start <= place.start
         return shares and place.contexts.known(record.start) == record.context
+
+    def _stands_in_front(self, record: Record, place: Place) -> bool:
+        """Whether all that a chunk was computed behind stands right in front of `place`, however
+        that is cut: the begin of its text, of which the engine has been told elsewhere."""
+        n, p = record.start, place.start
+        if not 0 < n <= AHEAD:
+            return False
+        if n <= p and place.contexts.of_last(n, p) == record.context:
+            return True
+        # The token that prompts begin with is in front of everything anyway.
+        front = self._begin
+        return (
+            bool(front)
+            and n - 1 <= p
+            and (place.contexts.of_last(n - 1, p, front) == record.context)
+        )
 
     def after(self, ids: bytes, place: Place) -> Record | None:
         """What continues the prompt at `place` exactly, wherever it was cut; the longest there is.

@@ -15,7 +15,7 @@ from lmc.chunking.cdc import Cdc
 from lmc.chunking.pieces import Piece, split
 from lmc.store import Index
 from lmc.store.keep import keep
-from lmc.store.lookup import Found, Known, find, lacking, reach
+from lmc.store.lookup import AHEAD, Found, Known, find, lacking, reach
 from lmc.store.record import ContextPolicy
 
 NS = b"namespace"
@@ -93,6 +93,23 @@ def test_a_chunk_may_follow_the_one_it_was_computed_behind() -> None:
         assert between == ([30, 40] if policy == "any" else [30])
     # And not behind one that may not be moved itself.
     assert moved(stored((EVIL, A, B)), SYSTEM, A, B, policy="shared_prefix") == []
+
+
+@pytest.mark.parametrize("begins", [None, BOS])
+def test_a_chunk_may_stand_behind_what_it_saw_however_that_is_cut(begins: int | None) -> None:
+    front = [] if begins is None else [np.array([BOS])]
+    index = stored((*front, A, B))
+    joined = np.concatenate([QUESTION, A])  # nobody says here where A begins
+    for policy in ("isolated", "shared_prefix"):
+        assert moved(index, SYSTEM, joined, B, policy=policy, begins=begins) == [40]
+        # Where one token of it is another, or is missing, B has seen what is not here.
+        other = joined.copy()
+        other[-len(A)] += 1
+        assert moved(index, SYSTEM, other, B, policy=policy, begins=begins) == []
+        assert moved(index, A[1:], B, policy=policy, begins=begins) == []
+    long = np.random.default_rng(9).integers(10, 500, AHEAD + 1)
+    far = stored((*front, long, B))
+    assert moved(far, SYSTEM, np.concatenate([QUESTION, long]), B, policy="isolated") == []
 
 
 def test_what_was_blended_is_moved_only_where_anything_is() -> None:

@@ -36,6 +36,9 @@ def isolated(session: s.Session) -> dict[str, Any]:
     results["again"] = counts["tokens_computed_alone"] - before
     session.fresh([s.SYSTEM, LONG, s.QUESTION], s.EPIC, salt="long")
     results["long"] = session.fresh([s.QUESTION, LONG, s.SYSTEM], s.EPIC, salt="long", save=False)
+    # A later turn, in which nobody says where the text begins.
+    turn = [s.QUESTION, LONG, s.SYSTEM, s.text(205, 20)]
+    results["unsaid"] = session.fresh(turn, s.EPIC, salt="long", spans=False, save=False)
     results["long_plain"] = s.plain(session, [s.QUESTION, LONG, s.SYSTEM])
     results["attacked"] = attacked(session)
     results["said"] = said(session)

@@ -34,6 +34,7 @@ def check_isolated(result: Any) -> None:
     assert result["again"] == 20  # of the new question only
     assert result["long"].report["kinds"]["moved"] > 250
     assert not np.allclose(result["long"].logprobs, result["long_plain"].logprobs, atol=1e-4)
+    assert result["unsaid"].kinds["moved"] > 100  # all but what is cut otherwise at its ends
     assert result["pending"] == 0
     free, blocks = result["free"]
     assert (result["reset"], free) == (True, blocks - 1)  # what was lent is back
