@@ -29,7 +29,7 @@ def one_line(error: ValidationError) -> str:
     return "; ".join(parts)
 
 
-class _Plain(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """YAML without aliases, a few of which make a short text a large value."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -48,7 +48,7 @@ def _beginning(text: str) -> str:
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Plain)
+    return yaml.load(text, Loader=PlainLoader)
 
 
 @lru_cache(maxsize=256)  # to make one takes longer than to check a config with it

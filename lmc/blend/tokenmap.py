@@ -91,7 +91,7 @@ def token_map(
     for start, end in plan.moved if by_layer else ():
         causes[start:end] = by_layer
     _computed_again(plan, about, kinds, causes)
-    borders = np.array([(start, end) for start, end, _ in pieces], np.int64)
+    borders = np.array([(start, end) for start, end, _ in pieces], np.int64).reshape(-1, 2)
     new = kinds == KINDS.index("new")
     missed = _missed(new, borders, tokens, known, history, about)
     causes[new] = np.repeat(missed, borders[:, 1] - borders[:, 0])[new]

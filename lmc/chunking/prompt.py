@@ -64,7 +64,9 @@ def _given(segment: Any, i: int) -> list[int]:
     ids = getattr(segment, "input_ids", getattr(segment, "ids", segment))
     try:
         array = np.asarray(ids)
-    except ValueError:  # lists of several lengths
+    except (ValueError, TypeError, RuntimeError):  # lists of several lengths; tensors not of NumPy
+        array = np.array(None)
+    if isinstance(ids, bytearray):
         array = np.array(None)
     if array.size == 0 and array.ndim == 1:
         return []

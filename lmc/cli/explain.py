@@ -227,6 +227,7 @@ def _print_seconds(console: Console, report: Report, guess: Estimate | None) -> 
             console.print(Text(f"  {seconds:9.4f}  {name:6} {SECONDS.get(name, '')}"))
     if guess is not None:
         console.print("Estimated by the time model, seconds to the first token")
+        console.print(Text(f"  of {guess.times}"))
         console.print(f"  {guess.lmc:9.4f}  as it was served")
         console.print(f"  {guess.engine:9.4f}  with the engine's own cache alone")
         console.print(f"  {guess.full:9.4f}  everything computed")

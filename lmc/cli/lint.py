@@ -79,8 +79,7 @@ def rows_of(
             "share": b.tokens.total() / total,
         }
         if times is not None:
-            gpus = int(times.provenance.get("gpus", 1))
-            row |= {"seconds": b.seconds, "gpu_seconds": b.seconds * gpus}
+            row |= {"seconds": b.seconds, "gpu_seconds": b.seconds * times.gpus}
         rows.append(row | {"before": text(b.before), "examples": list(map(text, b.examples))})
     return rows
 

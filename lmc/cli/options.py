@@ -43,7 +43,13 @@ Times = Annotated[
         "8xh100, by arithmetic."
     ),
 ]
-Servers = Annotated[int, typer.Option(help="With times: engines behind one queue.")]
+Servers = Annotated[
+    int,
+    typer.Option(
+        help="With times: engines, of one queue; where they batch, a request "
+        "goes to the one that has the fewest."
+    ),
+]
 RateScale = Annotated[float, typer.Option(help="With times: how many times faster requests come.")]
 MaxNumSeqs = Annotated[
     int | None,

@@ -133,11 +133,11 @@ def share(text: str) -> float:
 
 
 def _print(trace: Path, done: Plan) -> None:
-    from lmc.cli.output import show, table
+    from lmc.cli.output import plain, show, table
 
     typer.echo(done.sentence())
     for title, columns, rows in tables(done, trace.name):
-        shown = table(title, columns)
+        shown = table(plain(title), columns)
         for cells in rows:
             shown.add_row(*cells)
         show(shown)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lmc.sim.trace import Request
 
 MOST = 3  # sessions that are named
+NAME = 24  # letters of such a name
 CAPACITIES = {
     "blocks": "1k,10k,100k,inf",
     "tokens": "1M,10M,100M,inf",
@@ -245,7 +246,7 @@ def _print(
 ) -> None:
     from rich.console import Console
 
-    from lmc.cli.output import show, table
+    from lmc.cli.output import plain, show, table
 
     first = rows[-1]
     what = {"object": "accesses", "prefix": "input tokens", "store": "prompt tokens"}
@@ -256,7 +257,7 @@ def _print(
         ["policy", first["unit"], "hit rate", *extra, *(f"tier {i + 1}" for i in range(tiers))],
     )
     times = table(
-        f"Time to first token, waiting included: {first.get('times', '')}",
+        f"Time to first token, waiting included: {plain(first.get('times', ''))}",
         ["policy", first["unit"], "p50 s", "p90 s", "p99 s", "load", "req/s", "tok/s", "slower"],
     )
     for row in rows:
@@ -315,7 +316,7 @@ def _evicted(
     rows: Sequence[dict[str, Any]], asked: Mapping[tuple[float, ...], str]
 ) -> Table | None:
     """Whose requests pushed out what was asked for again; None where nobody's did."""
-    from lmc.cli.output import table
+    from lmc.cli.output import plain, table
 
     told = [row for row in rows if "evicted_by" in row]
     if not any(session for row in told for session in row["evicted_by"]["sessions"]):
@@ -327,7 +328,10 @@ def _evicted(
     for row in told:
         sessions, total = row["evicted_by"]["sessions"], row["evicted_by"]["tokens"]
         own = row["evicted_by"]["own"] / total
-        most = ", ".join(f"{s or '-'} {n / total:.1%}" for s, n in [*sessions.items()][:MOST])
+        # A session's name is whatever a trace says.
+        most = ", ".join(
+            f"{plain(s[:NAME]) or 'no name'} {n / total:.1%}" for s, n in [*sessions.items()][:MOST]
+        )
         shown.add_row(row["policy"], _capacity(row, asked), f"{own:.1%}", f"{1 - own:.1%}", most)
     return shown
 

@@ -13,7 +13,9 @@ import yaml
 from numpy.typing import ArrayLike
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from lmc.registry import one_line
+from lmc.registry import PlainLoader, one_line
+
+LONGEST = 80  # letters of a name, as a title has it
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class TTFTModel:
             raise ValueError(f"bytes_per_token: got {self.bytes_per_token}, want above 0")
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"overlap: got {self.overlap}, want 0 to 1")
+        gpus = self.provenance.get("gpus", 1)
+        if not isinstance(gpus, int) or isinstance(gpus, bool) or gpus < 1:
+            raise ValueError(f"provenance: got gpus {gpus!r:.80}, want 1 or more")
         names = [tier.name for tier in self.tiers]
         if len(set(names)) < len(names):
             raise ValueError(f"tiers: got {', '.join(names)}, want each name once")
@@ -91,9 +96,19 @@ class TTFTModel:
     def origin(self) -> str:
         """The model and the machine that its seconds are of, and how they were come by."""
         of = self.provenance
-        machine = f"{of.get('gpus', 1)} x {of['gpu']}" if "gpu" in of else of.get("device")
+        machine = f"{self.gpus} x {of['gpu']!s}" if "gpu" in of else of.get("device")
         where = machine or "a machine that is not named"
-        return f"{self.model or 'a model'} on {where}, {of.get('kind', 'measured')}"
+        parts = (self.model or "a model", where, of.get("kind", "measured"))
+        # A file says what it likes: no more of it than a title takes, and nothing to be obeyed.
+        model, where, how = (
+            "".join(c if c.isprintable() else "?" for c in str(part)[:LONGEST]) for part in parts
+        )
+        return f"{model} on {where}, {how}"
+
+    @property
+    def gpus(self) -> int:
+        """That work on a request together, by arithmetic."""
+        return int(self.provenance.get("gpus", 1))
 
     def load_s(self, loaded: ArrayLike) -> np.ndarray:
         """Seconds to load `loaded` [..., tiers] tokens; a tier that gives none takes none.
@@ -196,10 +211,12 @@ def prefill_work(T: ArrayLike, found: ArrayLike) -> tuple[np.ndarray, np.ndarray
 def load(path: Path) -> TTFTModel:
     """Read a time model. Raises ValueError for a file that is missing, no YAML or no model."""
     try:
-        fields = yaml.safe_load(path.read_text())
+        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8: {error.reason}") from error
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: is not YAML: {error}") from error
     try:
         return TypeAdapter(TTFTModel).validate_python(fields)

@@ -13,8 +13,6 @@ from numpy.typing import ArrayLike
 from lmc.model.times import TTFTModel
 from lmc.sim.queueing import Queue, ratio, since_first
 
-AT_ONCE = 32  # steps that decode alone, which differ by one key a request only
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -67,26 +65,34 @@ def simulate_steps(
     A step computes one row of each request that decodes, then prompts in the order in which they
     came, as far as rows are left (vLLM V1's scheduler, `v1/core/sched/scheduler.py`, first come
     first served; nothing is preempted). It takes `fixed_s`, what its rows and pairs take, and what
-    the requests that begin load; with a row that decodes no less than `per_output_token_s`, in
-    which all weights are read. One that decodes alone takes that, and of each further request what
-    its row and pairs take. Where it is 0 nothing is decoded.
+    the requests that begin load. One that decodes alone takes `per_output_token_s`, in which all
+    weights are read, and of each further request what its row and pairs take; with rows of prompts
+    beside, no less than that. Where it is 0 nothing is decoded.
 
     Raises:
-        ValueError: as `lmc.sim.queueing.simulate`.
+        ValueError: as `lmc.sim.queueing.simulate`, or work of less than a row a request.
     """
     arrival = since_first(arrivals, work.rows, work.input_tokens, servers, rate_scale)
+    shapes = {np.shape(x) for x in (work.pairs, work.extra_s, work.output_tokens)}
+    if shapes != {arrival.shape} or work.rows.min() < 1:
+        raise ValueError(
+            f"work: got {work.rows.min():g} rows at least, and arrays of {shapes}; want 1 or more, "
+            f"and all of {arrival.shape}"
+        )
     engines = _served(arrival, work, model, batch, servers)
     first, starts = (np.zeros(len(arrival)) for _ in range(2))
     for engine in engines:
         first[list(engine.first)] = list(engine.first.values())
         starts[list(engine.starts)] = list(engine.starts.values())
     end = max(engine.now for engine in engines)
-    # If all of them came at once: so long the work takes that came until the last one did.
+    # If all of them came at once: when the last is let in, all work that came before is done, but
+    # for what is served side by side until the end, which says nothing of how much more could be.
     rush = _served(np.zeros(len(arrival)), work, model, batch, servers)
+    done = max(max(engine.starts.values(), default=0.0) for engine in rush)
     return Queue(
         wait_s=starts - arrival,
         ttft_s=first - arrival,
-        offered=ratio(max(engine.now for engine in rush), float(arrival[-1])),
+        offered=ratio(done, float(arrival[-1])),
         utilisation=ratio(sum(engine.busy for engine in engines), servers * end),
         requests_per_s=ratio(len(arrival), end),
         input_tokens_per_s=ratio(float(work.input_tokens.sum()), end),
@@ -105,7 +111,7 @@ def _served(
     for i, came in enumerate(arrival.tolist()):
         for engine in engines:
             engine.run(came)
-        min(engines, key=lambda engine: engine.load).take(i, came)
+        min(engines, key=lambda engine: engine.load_at(came)).take(i, came)
     for engine in engines:
         engine.run(math.inf)
     return engines
@@ -128,11 +134,18 @@ class _Engine:
         self._waiting: deque[int] = deque()
         self._prefilling: dict[int, float] = {}  # rows computed
         self._decoding: dict[int, float] = {}  # tokens answered behind the first
+        self._over: deque[float] = deque()  # when requests ended, the latest of them
 
     @property
     def load(self) -> int:
         """Requests that it has."""
         return len(self._waiting) + len(self._prefilling) + len(self._decoding)
+
+    def load_at(self, came: float) -> int:
+        """The same at an arrival, with those that end in the step that is under way then."""
+        while self._over and self._over[0] <= came:
+            self._over.popleft()
+        return self.load + len(self._over)
 
     def take(self, i: int, came: float) -> None:
         """Request `i` comes."""
@@ -157,7 +170,8 @@ class _Engine:
         left = float(self._batch.max_num_batched_tokens)
         decoding = [*self._decoding][: int(left)]
         left -= len(decoding)
-        rows, pairs, extra = float(len(decoding)), self._keys(decoding), 0.0
+        keys = self._keys(decoding)
+        rows, pairs, extra = float(len(decoding)), keys, 0.0
         computed: dict[int, float] = {}
         for i, done in self._prefilling.items():
             computed[i] = min(left, self._rows[i] - done)
@@ -172,7 +186,9 @@ class _Engine:
         for i, n in computed.items():
             rows += n
             pairs += self._pairs_of(i, self._prefilling[i], n)
-        self._pass(self._seconds(rows, pairs, len(decoding)) + extra)
+        alone = self._alone(len(decoding), keys) if decoding else 0.0
+        prompts = self._model.fixed_s + self._work(rows, pairs)
+        self._pass((max(prompts, alone) if computed else alone) + extra)
         self._answered(decoding, 1)
         for i, n in computed.items():
             self._prefilling[i] += n
@@ -181,17 +197,20 @@ class _Engine:
                 self.first[i] = self.now
                 if self._behind(i):
                     self._decoding[i] = 0.0
+                else:
+                    self._over.append(self.now)
 
     def _decode(self, until: float) -> None:
         """Some steps that decode alone; none begins behind `until`."""
         some = [*self._decoding][: self._batch.max_num_batched_tokens]
         n, keys = len(some), self._keys(some)
-        k = int(min(AT_ONCE, *(self._behind(i) - self._decoding[i] for i in some)))
-        begin = self._seconds(n, keys, n)
-        last = self._seconds(n, keys + n * (k - 1), n)
+        # Of these steps each sees a key a request more than the one before it.
+        k = int(min(self._behind(i) - self._decoding[i] for i in some))
+        begin = self._alone(n, keys)
+        last = self._alone(n, keys + n * (k - 1))
         if (until - self.now) / last < k:
             k = max(1, int((until - self.now) / last))
-            last = self._seconds(n, keys + n * (k - 1), n)
+            last = self._alone(n, keys + n * (k - 1))
         self._pass(k * (begin + last) / 2)
         self._answered(some, k)
 
@@ -200,6 +219,7 @@ class _Engine:
             self._decoding[i] += k
             if self._decoding[i] >= self._behind(i):
                 del self._decoding[i]
+                self._over.append(self.now)
 
     def _behind(self, i: int) -> float:
         """Tokens that `i` decodes behind its first one."""
@@ -214,14 +234,12 @@ class _Engine:
         first = self._pairs[i] / rows - (rows - 1) / 2
         return n * (first + done + (n - 1) / 2)
 
-    def _seconds(self, rows: float, pairs: float, decoding: int) -> float:
-        """Of a step; `rows` and `pairs` are all of it, some of them decode."""
-        model = self._model
-        work = model.per_row_s * rows + model.per_pair_s * pairs
-        if rows == decoding:  # measured of one
-            return model.per_output_token_s + work * (rows - 1) / rows
-        seconds = model.fixed_s + work
-        return max(seconds, model.per_output_token_s) if decoding else seconds
+    def _work(self, rows: float, pairs: float) -> float:
+        return self._model.per_row_s * rows + self._model.per_pair_s * pairs
+
+    def _alone(self, n: int, keys: float) -> float:
+        """Seconds of a step that decodes a row of each of n requests; that of one was measured."""
+        return self._model.per_output_token_s + self._work(n, keys) * (n - 1) / n
 
     def _pass(self, seconds: float) -> None:
         self.now += seconds

@@ -104,12 +104,13 @@ class Estimate:
 
     Attributes:
         full: all computed. engine: with what the engine's own prefix cache had, and without lmc.
-        lmc: as it was.
+        lmc: as it was. times: of which model and machine they are.
     """
 
     full: float
     engine: float
     lmc: float
+    times: str
 
     @property
     def saved(self) -> float:
@@ -141,6 +142,7 @@ def estimate(report: Report, times: TTFTModel) -> Estimate:
         full=float(times.seconds(*prefill_work(T, 0), nothing)),
         engine=float(times.seconds(*prefill_work(T, local), nothing)),
         lmc=float(times.seconds(rows, pairs, loaded, blends)),
+        times=times.origin,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,11 +107,15 @@ def since_first(
         raise ValueError(
             f"arrivals: got {arrival[i]} after {arrival[i - 1]} (request {i}), want them ascending"
         )
-    if servers < 1 or not rate_scale > 0:
+    if servers < 1 or not 0 < rate_scale < math.inf:
         raise ValueError(
             f"got {servers} servers and rate_scale {rate_scale}; want at least 1 and above 0"
         )
-    return (arrival - arrival[0]) / rate_scale
+    with np.errstate(over="ignore"):
+        scaled = (arrival - arrival[0]) / rate_scale
+    if not np.isfinite(scaled).all():
+        raise ValueError(f"rate_scale: got {rate_scale}, at which the trace has no end")
+    return scaled
 
 
 def percentiles(seconds: ArrayLike) -> dict[str, float]:

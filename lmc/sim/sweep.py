@@ -82,6 +82,7 @@ class Outcome:
         if self.evicted_by:
             total, most = sum(self.evicted_by.values()), [*self.evicted_by.items()][:SESSIONS]
             row["evicted_by"] = {"tokens": total, "own": self.own, "sessions": dict(most)}
+            row["evicted_by"]["sessions_in_all"] = len(self.evicted_by)
         if len(plain) > 1:
             row["tiers"] = [
                 {"capacity": c, "hits": h, "written": w}

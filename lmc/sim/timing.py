@@ -75,7 +75,7 @@ def serve(
     outputs = np.array([r.output_tokens for r in requests])
     at: dict[str, Any] = {"servers": servers, "rate_scale": rate_scale}
     if batch is None:
-        after = model.per_output_token_s * outputs
+        after = model.per_output_token_s * np.maximum(outputs - 1, 0)
         queue = simulate(arrivals, seconds, T, after_first_s=after, **at)
     else:
         extra = seconds - model.seconds(rows, pairs, nothing)

@@ -214,3 +214,20 @@ def test_a_trace_of_lengths_cannot_be_replayed(tmp_path: Path) -> None:
         code, _, err = invoke(command, file)
         assert code == 2
         assert "hit rates need" in err or "no token ids" in err
+
+
+def test_the_name_of_a_session_is_nothing_but_a_name(tmp_path: Path) -> None:
+    """Markup, escape codes and ten thousand letters, of sessions that push each other out."""
+    names = ["[/b]", "\x1b[31mred\x07", "x" * 10_000]
+    lines = []
+    for i in range(12):
+        tokens = [1000 * (i % 4) + j for j in range(256)]
+        made = {"timestamp": i, "session": names[i % 3], "tokens": tokens, "output_length": 1}
+        lines.append(json.dumps(made))
+    trace = tmp_path / "named.jsonl"
+    trace.write_text("\n".join(lines) + "\n")
+    asked = ["sim", str(trace), "--metric", "store", "--model", "smollm2-135m"]
+    code, said, _ = invoke(*asked, "--capacity", "24MiB", "--chunker", "fixed:32")
+    assert code == 0
+    assert "Evicted by whom" in said
+    assert "\x1b[31m" not in said and "x" * 100 not in said

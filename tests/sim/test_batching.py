@@ -152,6 +152,67 @@ def test_offered_is_what_comes_over_what_is_served() -> None:
     assert two.offered == pytest.approx(busy.offered / 2, rel=0.05)
 
 
+def test_a_request_goes_to_the_engine_that_has_the_fewest_when_it_comes() -> None:
+    # The first engine's one step is under way when the second request comes.
+    work = work_of([10_000] * 2, [0, 0], [0, 0], [1, 1])
+    queue = simulate_steps([0, 1], work, times(0.0), Batch(1, 10_000), servers=2)
+    assert queue.wait_s.tolist() == [0, 0]
+
+
+@given(REQUESTS, st.integers(2, 3))
+def test_no_engine_rests_while_a_request_waits_for_another(asked: list[Any], servers: int) -> None:
+    """Answers of one token, served one at a time: as one queue for all of them has it, or later
+    only where a request that chose its engine would have been served sooner by another one."""
+    arrivals, T, found, extra, _ = (list(x) for x in zip(*sorted(asked), strict=True))
+    work = work_of(T, found, extra, [1] * len(T))
+    batch = Batch(1, 100)
+    queue = simulate_steps(arrivals, work, times(0.0), batch, servers=servers)
+    begin = np.array(arrivals) - arrivals[0] + queue.wait_s
+    end = np.array(arrivals) - arrivals[0] + queue.ttft_s
+    for i, came in enumerate(np.array(arrivals) - arrivals[0]):
+        if queue.wait_s[i] > 1e-9:
+            at_once = [j for j in range(i) if begin[j] <= came + 1e-9 and end[j] > came]
+            assert len(at_once) >= servers or sum(end[:i] > came) >= servers
+
+
+def test_decoding_beside_a_prompt_takes_no_less_than_alone() -> None:
+    model = times(0.03, fixed_s=0.005, per_row_s=0.0005, per_pair_s=2e-7)
+    T, outputs = np.array([1500] * 32 + [1]), np.array([200] * 32 + [1])
+    came = np.append(np.zeros(32), 60.0)
+    queue = simulate_steps(came, work_of(T, 0 * T, 0.0 * T, outputs), model, Batch(64, 10**6))
+    assert queue.ttft_s[:32].max() < 60
+    few = simulate_steps([0.0], work_of([1], [0], [0], [1]), model, Batch(64, 10**6))
+    assert queue.ttft_s[-1] >= few.ttft_s[0]
+    two = np.array([1500] * 32), np.array([2] * 32)
+    # All decode alone, one step; then the same with one row of a prompt beside.
+    alone = (
+        model.per_output_token_s + (32 * model.per_row_s + 32 * 1501 * model.per_pair_s) * 31 / 32
+    )
+    first = simulate_steps(np.zeros(32), work_of(two[0], 0 * two[0], 0.0 * two[0], two[1]), model,
+                           Batch(64, 10**6)).ttft_s[0]  # fmt: skip
+    beside = np.append(np.zeros(32), first / 2)
+    T, outputs = np.append(two[0], 1), np.append(two[1], 1)
+    queue = simulate_steps(beside, work_of(T, 0 * T, 0.0 * T, outputs), model, Batch(64, 10**6))
+    assert queue.ttft_s[-1] - first / 2 >= alone - 1e-9
+
+
+def test_few_that_fit_side_by_side_are_no_load() -> None:
+    model = times(0.1)
+    alone = simulate_steps([0.0], work_of([50], [0], [0], [9]), model, Batch(4, 100))
+    assert (alone.offered, alone.warning) == (0.0, None)
+    # One answer of hours beside short ones.
+    T, outputs = np.full(101, 10), np.array([20_000] + [1] * 100)
+    came = np.arange(101) * 20.0
+    queue = simulate_steps(came, work_of(T, 0 * T, 0.0 * T, outputs), model, Batch(16, 2048))
+    assert queue.offered < 0.5 and queue.warning is None and queue.wait_s.max() < 1
+
+
+def test_long_answers_take_no_time_to_simulate() -> None:
+    work = work_of([10, 10], [0, 0], [0, 0], [1 << 30, 5])
+    queue = simulate_steps([0, 1], work, times(0.1), Batch(4, 100))
+    assert np.isfinite(queue.ttft_s).all()
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [

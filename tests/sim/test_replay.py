@@ -323,7 +323,12 @@ def test_who_evicted_what_was_asked_for_again() -> None:
     (row,) = (o.row() for o in store_sweep(
         prompts, ["lru"], [(64 * SMALL.bytes_per_token(),)], Fixed(16), model=SMALL
     ))  # fmt: skip
-    assert row["evicted_by"] == {"tokens": 192, "own": 64, "sessions": {"a": 128, "b": 64}}
+    assert row["evicted_by"] == {
+        "tokens": 192,
+        "own": 64,
+        "sessions": {"a": 128, "b": 64},
+        "sessions_in_all": 2,
+    }
 
 
 def test_the_store_as_a_sweep() -> None:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import ijson
 import zstandard
 
-PACKED = 1 << 14  # bytes unpacked at once, which may become a thousand times as many
+PACKED = 1 << 14  # bytes unpacked at once, which gzip makes a thousand times as many, zstd more
+UNPACKED = 1 << 20  # bytes at once of xz and bzip2, where a few bytes may become any number
 SUFFIX = re.compile(r"\.(jsonl?|traj)(\.(gz|xz|zst|bz2))?$")
 # What a damaged file raises, by the library that unpacks or parses it.
 DAMAGED = (
@@ -127,6 +128,7 @@ class _Frames(io.RawIOBase):
     def __init__(self, raw: io.BufferedReader[Any], packing: Packing) -> None:
         self._raw, self._packing, self._ready = raw, packing, memoryview(b"")
         self._frame: Any = None  # that is being unpacked
+        self._packed = b""  # of what was read, behind the end of a frame
         self._behind = 0  # bytes that are none
 
     def check(self) -> None:
@@ -139,9 +141,12 @@ class _Frames(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            packed = self._raw.read(PACKED)
-            if not packed:
-                if self._frame is not None:
+            frame = self._frame
+            # A frame that has more to give than was asked for is read on with nothing.
+            more = frame is None or getattr(frame, "needs_input", True)
+            packed = self._packed or (self._raw.read(PACKED) if more else b"")
+            if not packed and more:
+                if frame is not None:
                     raise EOFError("the compressed file ends before its last frame does")
                 return 0
             self._ready = memoryview(self._unpack(packed))
@@ -151,23 +156,23 @@ class _Frames(io.RawIOBase):
         return n
 
     def _unpack(self, packed: bytes) -> bytes:
-        parts = []
-        while packed:
-            if self._frame is None:
-                head = packed if len(packed) >= 4 else packed + self._raw.peek(4)[:4]
-                if self._behind or not self._packing.begins(head):
-                    # As gzip and xz have it, zeros are padding.
-                    self._behind += len(packed) if packed.strip(b"\0") else 0
-                    break
-                self._frame = self._packing.frame()
-            try:
-                parts.append(self._frame.decompress(packed))
-            except OSError as error:  # of bz2, for what is damaged; all others have their own
-                raise EOFError(str(error)) from error
-            packed = b""
-            if self._frame.eof:
-                packed, self._frame = self._frame.unused_data, None
-        return b"".join(parts)
+        """What comes next, by one call, so that damage costs nothing of what is in front of it."""
+        self._packed = b""
+        if self._frame is None:
+            head = packed if len(packed) >= 4 else packed + self._raw.peek(4)[:4]
+            if self._behind or not self._packing.begins(head):
+                # As gzip and xz have it, zeros are padding.
+                self._behind += len(packed) if packed.strip(b"\0") else 0
+                return b""
+            self._frame = self._packing.frame()
+        bounded = [UNPACKED] if hasattr(self._frame, "needs_input") else []
+        try:
+            part: bytes = self._frame.decompress(packed, *bounded)
+        except OSError as error:  # of bz2, for what is damaged; all others have their own
+            raise EOFError(str(error)) from error
+        if self._frame.eof:
+            self._packed, self._frame = self._frame.unused_data, None
+        return part
 
 
 def _begins_zstd(head: bytes) -> bool:
@@ -181,7 +186,7 @@ PACKINGS = (
     Packing(
         lambda head: head.startswith(b"\xfd7zX"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)
     ),
-    Packing(lambda head: head.startswith(b"BZh"), bz2.BZ2Decompressor),
+    Packing(lambda head: re.match(b"BZh[1-9]", head) is not None, bz2.BZ2Decompressor),
     # Any window that the format knows, as of `zstd --long=31`.
     Packing(
         _begins_zstd,

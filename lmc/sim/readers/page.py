@@ -8,9 +8,10 @@ HEAD = """\
 # Trace formats
 
 `lmc trace info`, `lmc plan`, `lmc sim`, `lmc reuse` and `lmc lint` read these, plain or compressed
-(gzip, xz, zstd), as a file, a folder of files, or a pipe (`-`, `<(...)`). The format is told from
-the first bytes; `--format NAME:field=value` says it. Lines that cannot be read are counted, told
-and left out; `--strict` stops at the first. This page is what `lmc trace formats` prints.
+(gzip, xz, zstd, bzip2), as a file, a folder of files, or a pipe (`-`, `<(...)`). The format is
+told from the first bytes; `--format NAME:field=value` says it. Lines that cannot be read are
+counted, told and left out; `--strict` stops at the first. This page is what `lmc trace formats`
+prints.
 
 Prompts of *text* need `--tokenizer`: a tokenizer.json or its folder, a model of `lmc model export`,
 or a name of the hub. What was tokenised once is kept in `~/.cache/lmc/traces`, 4 GiB at most, for
