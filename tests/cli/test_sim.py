@@ -227,7 +227,7 @@ def test_the_name_of_a_session_is_nothing_but_a_name(tmp_path: Path) -> None:
     trace = tmp_path / "named.jsonl"
     trace.write_text("\n".join(lines) + "\n")
     asked = ["sim", str(trace), "--metric", "store", "--model", "smollm2-135m"]
-    code, said, _ = invoke(*asked, "--capacity", "24MiB", "--chunker", "fixed:32")
+    code, said, _ = invoke(*asked, "--capacity", "12MiB", "--chunker", "fixed:32")
     assert code == 0
     assert "Evicted by whom" in said
     assert "\x1b[31m" not in said and "x" * 100 not in said

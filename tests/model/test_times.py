@@ -158,7 +158,10 @@ def test_an_infinite_bandwidth_is_kept(tmp_path: Path) -> None:
         ({"tiers": [{"name": "a", "latency_s": 0}]}, "tiers.0.bytes_per_s: .*required"),
         ({"tiers": [{"name": "a", "latency_s": 0, "bytes_per_s": 0}]}, "bytes_per_s 0.0, want"),
         ({"tiers": [{"name": "a", "latency_s": -1, "bytes_per_s": 1}]}, "latency_s -1.0, want"),
-        ({"tiers": [{"name": "a", "latency_s": 0, "bytes_per_s": 1}] * 2}, "a, a, want each"),
+        (
+            {"tiers": [{"name": "a", "latency_s": 0, "bytes_per_s": 1} for _ in range(2)]},
+            "a, a, want each",
+        ),
     ],
 )
 def test_wrong_profiles(tmp_path: Path, change: dict[str, Any], message: str) -> None:
