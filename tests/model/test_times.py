@@ -189,3 +189,32 @@ def test_no_torch_and_no_vllm_come_with_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"[" * 5000, "is not YAML"),
+        (b"a: &a [1]\nb: [*a, *a]\n", "aliases are not allowed"),
+        (b"provenance: {gpus: null}", "got gpus None"),
+        (b"provenance: {gpus: -3}", "got gpus -3"),
+        (b"provenance: {gpus: many}", "got gpus 'many'"),
+        (b"provenance: {gpus: .inf}", "got gpus inf"),
+    ],
+    ids=["bytes", "nested", "aliases", "null", "below", "word", "inf"],
+)
+def test_files_that_mean_harm(tmp_path: Path, text: bytes, message: str) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_bytes(text)
+    if text.startswith(b"provenance"):
+        MODEL.save(path)
+        path.write_bytes(path.read_bytes().replace(b"provenance: {}\n", b"") + text)
+    with pytest.raises(ValueError, match=message) as raised:
+        load(path)
+    assert str(path) in str(raised.value)
+
+
+def test_what_a_file_says_of_itself_is_a_name() -> None:
+    said = replace(MODEL, model="\x1b[31mred\n", provenance={"device": ["x" * 10_000]}).origin
+    assert said.isprintable() and len(said) < 300

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import IO, Any, ClassVar, Literal
 
+from lmc.sim.readers.files import DAMAGED
 from lmc.sim.readers.records import (
     MOST_TOKENS,
     RecordError,
@@ -61,11 +62,19 @@ class Mooncake:
 
     def records(self, stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
         records = json_lines(stream)
-        first = list(islice(records, LOOKED_AT))
+        first: list[tuple[int, Any]] = []
+        damage = None
+        try:
+            first.extend(islice(records, LOOKED_AT))
+        except DAMAGED as error:  # what was read in front of it is told first
+            damage = error
         seen = [record for _, record in first if isinstance(record, dict)]
         self._block = self.block_tokens or _block_tokens(seen)
         self._per_second = {"ms": 1000.0, "s": 1.0}[self.time or _unit(seen)]
-        return chain(first, records)
+        yield from first
+        if damage is not None:
+            raise damage
+        yield from records
 
     def requests(self, record: Any) -> Iterable[Request]:
         r = fields_of(record)

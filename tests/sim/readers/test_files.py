@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from lmc.sim.readers import read
+from lmc.sim.readers import files, read
 from tests.sim.readers.lines import PACK, file_of, mooncake, opened, times
 
 LINES = file_of("mooncake")
@@ -73,6 +73,26 @@ def test_what_stands_behind_is_told_and_loses_nothing(
     assert "bytes behind the end of what is compressed" in bad.reason
     with pytest.raises(ValueError, match="behind the end"):
         list(opened(tmp_path, packed + behind, strict=True))
+
+
+def test_damage_costs_nothing_of_what_is_in_front_of_it(tmp_path: Path) -> None:
+    """A second frame that is none, in each packing that tells frames by their first bytes."""
+    for suffix, frame in ((".bz2", b"BZh9 no frame"), (".zst", b"\x28\xb5\x2f\xfd no frame")):
+        reading = opened(tmp_path, PACK[suffix](LINES) + frame, "t" + suffix)
+        assert times(reading) == [0, 1, 2, 3], suffix
+        (bad,) = reading.bad
+        assert bad.line == 5 and "cannot be read on" in bad.reason
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".bz2"])
+def test_a_few_bytes_that_become_many_come_in_parts(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / ("t" + suffix)
+    file.write_bytes(PACK[suffix](bytes(1 << 26)))
+    parts = []
+    with files.opened(file) as stream:
+        while stream.read(1 << 16):
+            parts.append(len(stream.raw._ready))  # type: ignore[attr-defined]
+    assert max(parts) < files.UNPACKED
 
 
 def test_a_folder_reads_on_behind_a_damaged_file(tmp_path: Path) -> None:
