@@ -65,15 +65,9 @@ def process(command: Sequence[str]) -> tuple[str, float, float]:
 
 def of_lmc(trace: Path, metric: str, capacity: str) -> tuple[Rates, float, float]:
     """`lmc sim` at a few capacities, each a replay, or at `all` in one pass."""
-    command = [
-        str(Path(sys.executable).with_name("lmc")),
-        "sim",
-        str(trace),
-        "--metric",
-        metric,
-        "--json",
-    ]
-    said, took, peak = process([*command, "--capacity", capacity])
+    lmc = str(Path(sys.executable).with_name("lmc"))
+    asked = ["--metric", metric, "--capacity", capacity, "--json"]
+    said, took, peak = process([lmc, "sim", str(trace), *asked])
     rates = {row["capacity"]: row["hit_rate"] for row in json.loads(said)}
     return [rates.get(c) for c in CAPACITIES], took, peak
 
@@ -84,7 +78,8 @@ def of_libcachesim(keys: Path) -> tuple[Rates, float, float]:
     code = (
         f"import sys; sys.path.insert(0, {here!r}); import numpy as np\n"
         "from stack_distances import theirs\n"
-        f"print([theirs(np.load({str(keys)!r}), c)[1] for c in {CAPACITIES}])"
+        f"keys = np.load({str(keys)!r})\n"
+        f"print([theirs(keys, c)[1] for c in {CAPACITIES}])"
     )
     said, took, peak = process([sys.executable, "-c", code])
     return json.loads(said), took, peak

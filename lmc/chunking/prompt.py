@@ -63,10 +63,8 @@ def _given(segment: Any, i: int) -> list[int]:
     """Token ids of segment `i`, which is no text."""
     ids = getattr(segment, "input_ids", getattr(segment, "ids", segment))
     try:
-        array = np.asarray(ids)
+        array = np.asarray(None if isinstance(ids, bytearray) else ids)
     except (ValueError, TypeError, RuntimeError):  # lists of several lengths; tensors not of NumPy
-        array = np.array(None)
-    if isinstance(ids, bytearray):
         array = np.array(None)
     if array.size == 0 and array.ndim == 1:
         return []

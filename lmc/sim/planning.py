@@ -49,7 +49,7 @@ class Plan:
     policies: list[dict[str, Any]]
     tiers: list[dict[str, Any]]
     ttft_s: list[dict[str, Any]]
-    times: str = ""
+    times: str
 
     def frame(self, part: str = "targets") -> pandas.DataFrame:
         """One of targets, policies, tiers and ttft_s as a table; needs pandas."""

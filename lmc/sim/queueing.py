@@ -109,7 +109,8 @@ def since_first(
         )
     if servers < 1 or not 0 < rate_scale < math.inf:
         raise ValueError(
-            f"got {servers} servers and rate_scale {rate_scale}; want at least 1 and above 0"
+            f"got {servers} servers and rate_scale {rate_scale}; want at least 1, and above 0 and "
+            "finite"
         )
     with np.errstate(over="ignore"):
         scaled = (arrival - arrival[0]) / rate_scale

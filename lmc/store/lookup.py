@@ -15,7 +15,6 @@ from lmc.store.record import ContextPolicy, Record, exact_at
 # Tokens in front of a chunk that are looked at for what it was computed behind: where more stands
 # between the begin of a text and the first of its chunks that is cut alike, it is not found.
 AHEAD = 2048
-NOTHING = context_digests(np.empty(0, np.int64), [0])[0]
 # Of several variants to move, the one with the least foreign context.
 FOREIGN = {"isolated": 0, "anchored": 0, "exact": 1, "blended": 2}
 
@@ -90,9 +89,10 @@ class Known:
         self.policy = policy
         self.coming: set[int] = set()
         self.free = policy == "any" and not self._tiers
-        self._begin = b"" if begins is None else np.array([begins], "<i8").tobytes()
-        first = [] if begins is None else context_digests(np.array([begins]), [1])
-        self._alone = frozenset([NOTHING, *first])
+        # What a text that was computed alone may have stood behind: token ids, by their digest.
+        begin = [] if begins is None else [np.array([begins], "<i8")]
+        fronts = [np.empty(0, "<i8"), *begin]
+        self._alone = {context_digests(ids, [len(ids)])[0]: ids.tobytes() for ids in fronts}
 
     def in_memory(self, contents: Sequence[bytes]) -> Iterator[list[Record]]:
         """What memory has of each content, the latest first."""
@@ -145,7 +145,7 @@ class Known:
 
     def alone(self, contents: Sequence[bytes]) -> bool:
         """Whether contents are known, or coming, as computed behind each other and nothing else."""
-        behind = self._alone
+        behind = frozenset(self._alone)
         for content in contents:
             stored = self._index.variants(self.namespace, content)
             stored += self._index.coming(self.namespace, content)
@@ -182,18 +182,14 @@ class Known:
     def _stands_in_front(self, record: Record, place: Place) -> bool:
         """Whether all that a chunk was computed behind stands right in front of `place`, however
         that is cut: the begin of its text, of which the engine has been told elsewhere."""
-        n, p = record.start, place.start
-        if not 0 < n <= AHEAD:
+        if record.start > AHEAD:
             return False
-        if n <= p and place.contexts.of_last(n, p) == record.context:
-            return True
-        # The token that prompts begin with is in front of everything anyway.
-        front = self._begin
-        return (
-            bool(front)
-            and n - 1 <= p
-            and (place.contexts.of_last(n - 1, p, front) == record.context)
-        )
+        for front in self._alone.values():
+            n = record.start - len(front) // 8
+            fits = 0 < n <= place.start
+            if fits and place.contexts.of_last(n, place.start, front) == record.context:
+                return True
+        return False
 
     def after(self, ids: bytes, place: Place) -> Record | None:
         """What continues the prompt at `place` exactly, wherever it was cut; the longest there is.

@@ -109,7 +109,7 @@ def _stand_in(runner: Any, side: WorkerSide | None) -> None:
     beside = isinstance(get_kv_transfer_group(), MultiConnector)
     if side is None or own is None or more or beside or get_pp_group().world_size > 1:
         return
-    if not side.ends_rows():
+    if not side.ends_rows():  # asked on all ranks, or on none
         return
 
     def forward(*arguments: Any, **named: Any) -> Any:
