@@ -68,10 +68,11 @@ def _given(segment: Any, i: int) -> list[int]:
         array = np.array(None)
     if array.size == 0 and array.ndim == 1:
         return []
-    if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0:
-        raise ValueError(
-            f"segment {i}: got {ids!r:.80}, want a text, or one list of token ids of 0 or more"
-        )
+    wanted = f"segment {i}: got {ids!r:.80}, want a text, or one list of token ids"
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(wanted)
+    if array.min() < 0:
+        raise ValueError(f"{wanted}; token ids: got {array.min()}, allowed: 0 or more")
     return [int(token) for token in array]
 
 

@@ -268,7 +268,8 @@ def _print(
             rates.add_row(*name, *cells, *served, *[""] * (tiers - len(served)))
         if "ttft_s" in row:
             spread = [f"{row['ttft_s'][p]:.2f}" for p in ("p50", "p90", "p99")]
-            load, rate = f"{row['offered_load']:.0%}", f"{row['requests_per_s']:.3g}"
+            offered, rate = row["offered_load"], f"{row['requests_per_s']:.3g}"
+            load = f"{offered:.0%}" if offered < 1e4 else f"{100 * offered:.1e}%"
             tokens = f"{row['input_tokens_per_s']:,.0f}"
             times.add_row(*name, *spread, load, rate, tokens, f"{row['reuse_slower']:.1%}")
     show(rates)

@@ -133,7 +133,7 @@ def _facts(reading: Reading) -> dict[str, Any]:
     if has_tokens:
         asks = "prefix hit rates, reuse of text at any position"
     else:
-        asks = "prefix hit rates" if has_blocks else "timing only"
+        asks = "prefix hit rates" if has_blocks else "lengths and times alone"
     return {
         "format": reading.format,
         "assumed": reading.assumed,

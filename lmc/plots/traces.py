@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from lmc.plots.style import AMBER, BLUE, GREEN, ORANGE, PURPLE, SKY, tidy
+from lmc.plots.style import AMBER, BLUE, GREEN, ORANGE, PURPLE, SKY, log_across, tidy
 from lmc.sizes import gib
 
 if TYPE_CHECKING:
@@ -129,9 +129,8 @@ def memory_curves(plan: Plan, title: str = "") -> Figure:
             f"{gib(at[f'{name}_bytes'])}: {rate:.1%}", (size, rate), (7, -12),
             textcoords="offset points", color=colour, fontsize="small",
         )  # fmt: skip
-    axes.set_xscale("log")
+    log_across(axes, "{x:,g}")
     axes.set_ylim(0, None)
-    axes.xaxis.set_major_formatter("{x:,g}")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel(f"memory for the KV of {plan.model}, GiB (LRU)")
     axes.set_ylabel("prompt tokens found")
@@ -216,7 +215,7 @@ def reuse_over_time(done: Sequence[RequestReuse], title: str = "", width: int = 
     return figure
 
 
-def reuse_distances(lru: Curve, unit: str = "blocks") -> Figure:
+def reuse_distances(lru: Curve, unit: str = "blocks", title: str = "") -> Figure:
     """How much else was used between two uses of the same block: the CDF of stack distances.
 
     It ends at the share of accesses that come again at all.
@@ -233,17 +232,17 @@ def reuse_distances(lru: Curve, unit: str = "blocks") -> Figure:
         textcoords="offset points",
         ha="right",
     )
-    axes.set_xscale("log")
+    log_across(axes, EngFormatter(sep=""))
     axes.set_ylim(0, 1)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel(f"reuse distance, {unit} (what LRU must hold to hit)")
     axes.set_ylabel("accesses")
+    axes.set_title(title, loc="left", fontsize="medium")
     tidy(axes)
     return figure
 
 
-def ttft_cdf(seconds: Mapping[str, np.ndarray]) -> Figure:
+def ttft_cdf(seconds: Mapping[str, np.ndarray], title: str = "") -> Figure:
     """The share of requests whose first token came within a time, a line for each name."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
@@ -253,18 +252,22 @@ def ttft_cdf(seconds: Mapping[str, np.ndarray]) -> Figure:
         share = np.arange(1, len(ordered) + 1) / len(ordered)
         median = float(np.median(ordered))
         axes.step(ordered, share, where="post", color=colour, label=f"{name} (p50 {median:.3g} s)")
-    axes.set_xscale("log")
+    log_across(axes, "{x:g}")
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("time to first token, waiting included, s")
     axes.set_ylabel("requests")
+    axes.set_title(title, loc="left", fontsize="medium")
     axes.legend(frameon=False, fontsize="small")
     tidy(axes)
     return figure
 
 
 def token_map(
-    done: RequestReuse, segments: Sequence[tuple[str, int, int]] = (), columns: int = 256
+    done: RequestReuse,
+    segments: Sequence[tuple[str, int, int]] = (),
+    columns: int = 256,
+    title: str = "",
 ) -> Figure:
     """Every token of one prompt as a cell, row by row, coloured by how it could be reused.
 
@@ -276,7 +279,7 @@ def token_map(
     high = max(-(-T // columns), 1)
     cells = np.full(high * columns, len(REUSE_COLOURS))
     cells[:T] = done.kinds
-    figure = Figure(figsize=(8, 1.2 + 0.06 * high), layout="constrained")
+    figure = Figure(figsize=(8, 1.5 + 0.06 * high), layout="constrained")
     axes = figure.subplots()
     colours = ListedColormap([*REUSE_COLOURS.values(), "white"])
     axes.imshow(
@@ -294,6 +297,7 @@ def token_map(
         f"tokens, {columns} a row; bars: where messages start" if segments else "tokens"
     )
     axes.set_yticks([0, high - 1], ["0", f"{(high - 1) * columns:,}"])
+    axes.set_title(title, loc="left", fontsize="medium")
     shares = {kind: n / max(T, 1) for kind, n in done.tokens().items()}
     handles = [
         Patch(color=colour, label=f"{kind.replace('_', ' ')} {shares[kind]:.0%}")

@@ -120,9 +120,26 @@ def test_the_figures_of_a_trace_draw(tmp_path: Path) -> None:
     plots.reuse_over_time(done).savefig(tmp_path / "time.png")
     plots.reuse_over_time([]).savefig(tmp_path / "nothing.png")
     plots.reuse_over_time(done * 300).savefig(tmp_path / "many.png")
-    plots.token_map(done[1], requests[1].segments).savefig(tmp_path / "map.png")
-    plots.reuse_distances(hit_curve(np.array([1, 2, NEVER]))).savefig(tmp_path / "distances.png")
-    plots.ttft_cdf({"a": np.array([1.0, 2.0]), "b": np.array([3.0])}).savefig(tmp_path / "cdf.png")
+    figures = [
+        plots.token_map(done[1], requests[1].segments, title="a trace"),
+        plots.reuse_distances(hit_curve(np.array([1, 2, NEVER])), title="a trace"),
+        plots.ttft_cdf({"a": np.array([1.0, 2.0]), "b": np.array([3.0])}, "a trace"),
+    ]
+    for figure in figures:
+        assert figure.axes[0].get_title(loc="left") == "a trace"
+        figure.savefig(tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize(("values", "most"), [([1.2, 3.9], 10), ([1e-3, 1e4], 10), ([7.0], 10)])
+def test_times_are_labelled_in_plain_numbers(values: list[float], most: int) -> None:
+    """Within a decade, over many, and for one time alone."""
+    figure = plots.ttft_cdf({"a": np.array(values)})
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_xlim()
+    ticks = zip(figure.axes[0].get_xticks(), figure.axes[0].get_xticklabels(), strict=True)
+    labels = [label.get_text() for x, label in ticks if low <= x <= high]
+    assert 1 <= len(labels) <= most
+    assert all(float(label) > 0 for label in labels)
 
 
 def test_the_bars_of_a_request_add_up() -> None:

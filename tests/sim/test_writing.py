@@ -76,7 +76,7 @@ def test_trace_info_of_blocks_and_lengths(tmp_path: Path) -> None:
 
     lengths.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00,7,1\n")
     answer = json.loads(run(trace_app, ["info", str(lengths), "--json"]).stdout)
-    assert (answer["asks"], answer["unique_blocks"]) == ("timing only", None)
+    assert (answer["asks"], answer["unique_blocks"]) == ("lengths and times alone", None)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ class LMCConfig(BaseModel):
         write_queue_bytes: host memory, on each worker and for each tier, for chunks that wait to be
             written into it; more of them are dropped, so that nothing ever waits for a disk.
         fetch_patience_s: after so long what a tier has not brought is computed, and the tiers are
-            left alone for a while.
+            left alone for a while; after half of it a request is planned without what a tier has
+            not said that it has.
         single_flight_s: so long a request waits at most for text that another one, here or in an
             engine that shares a tier, is computing already; 0: it computes it as well.
         exact_variants: exact contexts kept of one content; by default 2, and 64 where `blend`

@@ -27,7 +27,7 @@ from lmc.store.history import History
 from lmc.store.lookup import Known, find, lacking, reach
 from lmc.store.tier import taken
 
-LOOKUP_S = 1.0  # after so long a request is planned without what a tier has
+LOOKUP = 0.5  # of the patience for fetches: then a request is planned without what a tier has
 
 
 class Planner:
@@ -65,7 +65,7 @@ class Planner:
         # Of these only what they know is asked here; the workers have their bytes.
         opened = identity.open_tiers(config, layout, 0, vllm_config)
         self._tiers = [tier for _, tier in opened]
-        self.directory = Directory(self._tiers, min(LOOKUP_S, config.fetch_patience_s))
+        self.directory = Directory(self._tiers, LOOKUP * config.fetch_patience_s)
         self._left_alone = 0
         # By slot on its way, the tier that told of it, and the record's id.
         self._sources: dict[int, tuple[int, bytes]] = {}

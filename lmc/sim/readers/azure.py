@@ -12,7 +12,7 @@ from lmc.sim.trace import Request
 
 @dataclass(frozen=True)
 class Azure:
-    """CSV of TIMESTAMP,ContextTokens,GeneratedTokens: lengths alone, so it can only be timed."""
+    """CSV of TIMESTAMP,ContextTokens,GeneratedTokens: lengths alone, nothing of a cache."""
 
     has_text: ClassVar[bool] = False
     example: ClassVar[str] = (

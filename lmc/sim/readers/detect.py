@@ -18,16 +18,17 @@ def detect(path: Path) -> str:
     """
     from lmc.sim.readers import FORMATS
 
-    first = b""
+    first, damage = b"", ""
     for file in files_of(path)[:FILES]:
-        head = _head(file).lstrip(b"\xef\xbb\xbf \r\n\t")
+        head, why = _head(file)
+        head, damage = head.lstrip(b"\xef\xbb\xbf \r\n\t"), damage or why
         keys = set() if head.startswith(b"[") else _keys(head)
         for name in FORMATS.entries:
             if head and FORMATS.load(name).recognises(head, keys):
                 return name
         first = first or head
     if not first:
-        raise ValueError(f"{path}: the trace is empty")
+        raise ValueError(f"{path}: {damage or 'the trace is empty'}")
     raise ValueError(
         f"{path}: cannot tell the format of this trace, which begins with {_begin(first)}; name "
         f"one of {', '.join(FORMATS.names())} (`lmc trace formats` shows a line of each)"
@@ -46,17 +47,20 @@ def _begin(head: bytes) -> str:
     return repr(line[:60])
 
 
-def _head(file: Path) -> bytes:
-    """The first bytes of a file, as far as they can be unpacked."""
+def _head(file: Path) -> tuple[bytes, str]:
+    """The first bytes of a file, as far as they can be unpacked, and why, if they hold no line."""
     parts: list[bytes] = []
+    why = ""
     with file.open("rb") as raw:
         try:
             stream = unpacked(raw)
             while sum(map(len, parts)) < LOOKED_AT and (part := stream.read1(1 << 16)):
                 parts.append(part)
-        except DAMAGED:
-            pass  # counted when it is read
-    return b"".join(parts)
+            if part:
+                why = f"its first {LOOKED_AT >> 20} MiB are blank"
+        except DAMAGED as e:  # counted when it is read, if anything is
+            why = f"it cannot be read: {' '.join(str(e).split()) or type(e).__name__}"
+    return b"".join(parts), why
 
 
 def _keys(head: bytes) -> set[str]:

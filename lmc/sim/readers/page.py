@@ -15,9 +15,10 @@ prints.
 
 Prompts of *text* need `--tokenizer`: a tokenizer.json or its folder, a model of `lmc model export`,
 or a name of the hub. What was tokenised once is kept in `~/.cache/lmc/traces`, 4 GiB at most, for
-its user alone. Ids of blocks show what a prefix cache can find and nothing else; lengths alone can
-only be timed. In a notebook, `lmc.read_trace` takes a path, or records such as the rows of a data
-set: `lmc.read_trace(datasets.load_dataset(...), tokenizer=...)`.
+its user alone. Ids of blocks show what a prefix cache can find and nothing else; lengths alone
+show nothing of a cache, and `lmc trace info` tells of them. In a notebook, `lmc.read_trace` takes a
+path, or records such as the rows of a data set: `lmc.read_trace(datasets.load_dataset(...),
+tokenizer=...)`.
 """
 
 

@@ -140,8 +140,10 @@ def length(record: Mapping[str, Any], name: str, default: int | None = None) -> 
 
 
 def name_of(record: Mapping[str, Any], name: str) -> str:
-    """A name that may be text or a number, "" if it is missing. Raises RecordError."""
-    value = record.get(name, "")
+    """A name that may be text or a number, "" if it is missing or null. Raises RecordError."""
+    value = record.get(name)
+    if value is None:
+        return ""
     if type(value) is float and value.is_integer():  # as pandas writes a column with gaps
         value = int(value)
     return str(value) if type(value) is int else text_of(value, name)

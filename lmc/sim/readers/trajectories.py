@@ -54,7 +54,7 @@ class Trajectories(Sessions):
         turns = next((r[name] for name in LISTS if _has_roles(r.get(name))), None)
         if turns is None:
             raise RecordError(f"{', '.join(LISTS)}: want one that is a list of {{role, content}}")
-        session = next((name_of(r, name) for name in NAMES if name in r), "")
+        session = next((name_of(r, name) for name in NAMES if r.get(name) is not None), "")
         return self.of_conversation(session, map(_turn, turns))
 
 

@@ -25,11 +25,12 @@ PRELOADED = [
     "vllm.model_executor.models.llama",
     "lmc.connectors.vllm.worker",
 ]
-# Nothing is refused for its quality, nobody is mistrusted, claims of any size go together, and two
-# strategies are of the tests.
+# Nothing is refused for its quality, nobody is mistrusted, no tier is too slow on a machine that is
+# busy, claims of any size go together, and two strategies are of the tests.
 OPEN: dict[str, Any] = {
     "memory_bytes": 64 << 20,
     "min_recovery": None,
+    "fetch_patience_s": 60.0,
     "context": "any",
     "controls": True,
     "rows_per_step": 1 << 20,

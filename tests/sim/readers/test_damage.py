@@ -121,8 +121,18 @@ def test_a_truncated_file_ends_in_one_bad_line(suffix: str, lost: int, tmp_path:
 
 
 def test_an_empty_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="the trace is empty"):
         opened(tmp_path, "\n")
+
+
+@pytest.mark.parametrize("suffix", [s for s in PACK if s])
+def test_where_no_format_can_be_told_the_damage_is(suffix: str, tmp_path: Path) -> None:
+    """A compressed file that ends before its first line is no empty trace."""
+    whole = PACK[suffix](mooncake(0).encode())
+    with pytest.raises(ValueError, match="it cannot be read: "):
+        opened(tmp_path, whole[:11], "t" + suffix)
+    with pytest.raises(ValueError, match="its first 4 MiB are blank"):
+        opened(tmp_path, PACK[suffix](b"\n" * (5 << 20)), "blank" + suffix)
 
 
 @pytest.mark.parametrize("content", ["hello\n", "[1, 2]", "a,b,c\n1,2,3\n", '{"a": 1}\n'])

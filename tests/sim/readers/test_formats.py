@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmc.sim.readers import read
+from lmc.sim.readers import FORMATS, read
 from lmc.sim.trace import Request, accesses
 from tests.sim.readers.lines import (
     AZURE,
@@ -118,6 +118,20 @@ def test_chat_frames_each_message(tmp_path: Path, tokenizer: Path) -> None:
     assert r.tokens.dtype == np.int32 and r.output_tokens == 0
     (r,) = opened(tmp_path, text, tokenizer=tokenizer, format="chat:framing=plain")
     assert r.input_tokens == len("hé\nab\n".encode())
+
+
+@pytest.mark.parametrize(
+    "name", ["chat", "tokens", "mooncake", "lmc", "trajectories", "sharegpt", "weka"]
+)
+def test_a_session_of_null_is_none(name: str, tmp_path: Path, tokenizer: Path) -> None:
+    """As a program writes a field that it has no value for."""
+    fields = {"session": None, "session_id": None, "instance_id": None, "id": None}
+    made = FORMATS.load(name)
+    line = json.dumps(json.loads(made.example) | fields)
+    text = {"tokenizer": tokenizer} if made.has_text else {}
+    reading = opened(tmp_path, line, format=name, **text)
+    requests = list(reading)
+    assert requests and not reading.bad_count
 
 
 def test_tokens(tmp_path: Path) -> None:
