@@ -12,9 +12,12 @@ import atexit
 import multiprocessing
 import os
 import pickle
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 BLOCK = 32
 # What every engine imports at its start anyway; none of it starts a thread.
@@ -80,7 +83,12 @@ def run_scenario(
     try:
         child.join(800 if interpret else timeout)
     finally:
-        child.kill()  # unless it is over
+        if child.is_alive():
+            # What it started goes first: engines and workers of their own would run on.
+            with suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(child.pid).children(recursive=True):
+                    process.kill()
+            child.kill()
         child.join()
     if child.exitcode:
         raise AssertionError(f"scenario {name}: {child.exitcode}\n{log.read_text()[-12000:]}")
