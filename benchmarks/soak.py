@@ -252,12 +252,13 @@ def main() -> None:
                 running([*command, *FLAGS], logs / f"{name}.log", ENVIRONMENT | bind)
             )
         got, faults = asyncio.run(soak(servers, disk, tokenizer, options))
-    table(got)
-    verdict(faults)
-    where = {"time": time.time(), "cpu": cpu_name(), "commit": git_commit()}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a") as out:
-        out.write(json.dumps({"benchmark": "soak"} | where | got | {"faults": faults}) + "\n")
+        # Told before servers and disk are put away, which may fail.
+        table(got)
+        verdict(faults)
+        where = {"time": time.time(), "cpu": cpu_name(), "commit": git_commit()}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a") as out:
+            out.write(json.dumps({"benchmark": "soak"} | where | got | {"faults": faults}) + "\n")
     sys.exit(bool(faults))
 
 

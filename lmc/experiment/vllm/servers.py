@@ -17,6 +17,7 @@ from pathlib import Path
 
 START_S = 600.0  # vLLM compiles the model first
 STOP_S = 60.0
+ENGINE_STOP_S, KILL_S = 10.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,18 @@ def running(
         yield server
     finally:
         child.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             child.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        # Its engine and workers may end after it, as what they stand on may be taken away then.
+        ended = child.poll() is not None
+        with suppress(ProcessLookupError):  # none of them is left
+            for sign, seconds in ((0, ENGINE_STOP_S * ended), (signal.SIGKILL, KILL_S)):
+                until = time.monotonic() + seconds
+                while time.monotonic() < until:
+                    os.killpg(child.pid, sign)
+                    child.poll()
+                    time.sleep(0.1)
+        child.wait()
 
 
 def _wait(server: Server, child: subprocess.Popen[bytes]) -> None:
