@@ -30,6 +30,7 @@ def connecting(url: str, password_env: str, timeout_s: float) -> Callable[[], An
     """
     try:
         import redis
+        from redis._parsers import _RESP2Parser
         from redis.backoff import NoBackoff
         from redis.cluster import RedisCluster
         from redis.connection import parse_url
@@ -75,6 +76,11 @@ def connecting(url: str, password_env: str, timeout_s: float) -> Callable[[], An
     }
     if scheme != "unix":
         said["socket_connect_timeout"] = timeout_s
+    if scheme == "rediss":
+        # hiredis's asks the socket whether there is data, and takes the session tickets of TLS 1.3
+        # for an answer that nobody has read: such a connection is given up. (A cluster's client
+        # takes no parser, and tries again.)
+        said["parser_class"] = _RESP2Parser
     try:
         kind(**said)
     except TypeError as e:

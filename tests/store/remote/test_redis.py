@@ -257,7 +257,8 @@ def ending_tls(context: ssl.SSLContext, behind: int) -> Iterator[int]:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")
-def test_over_tls(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wait_s", [0.0, 0.1], ids=["at once", "late"])
+def test_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_s: float) -> None:
     """Behind a proxy that ends TLS: the server of the tests is built without."""
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     subprocess.run(
@@ -267,6 +268,16 @@ def test_over_tls(tmp_path: Path) -> None:
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    connect = redis.Connection.connect
+
+    def and_wait(connection: redis.Connection) -> None:
+        # What the server says of its own accord, as TLS 1.3's tickets, is there before the client
+        # looks whether there is anything.
+        new = not connection.is_connected
+        connect(connection)
+        time.sleep(wait_s * new)
+
+    monkeypatch.setattr(redis.Connection, "connect", and_wait)
     with running() as server, ending_tls(context, server.port) as port:
         url = f"rediss://127.0.0.1:{port}/0"
         with opened(f"{url}?ssl_ca_certs={certificate}", timeout_s=5.0) as tier:
