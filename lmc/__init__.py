@@ -4,6 +4,7 @@ What a notebook needs, each imported when it is first used:
 
     prompt, Prompt          texts to token ids and spans
     answer, Answer          a prompt whose middle was encoded elsewhere, on a Hugging Face model
+    PrefixStore             beginnings of prompts, of any Hugging Face model
     Store                   chunks in host memory and on disk
     run                     an experiment, as `lmc run` runs it
     read_rows, summarise    what an experiment measured
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     __version__: str
     from lmc import plots
     from lmc.chunking.prompt import Prompt, prompt
-    from lmc.connectors.hf import Answer, answer
+    from lmc.connectors.hf import Answer, PrefixStore, answer
     from lmc.experiment.run import run
     from lmc.results.rows import read_rows
     from lmc.results.summary import summarise
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "PrefixStore",
     "Prompt",
     "Store",
     "__version__",
@@ -45,6 +47,7 @@ __all__ = [
 
 _WHERE = {
     "Answer": "lmc.connectors.hf:Answer",
+    "PrefixStore": "lmc.connectors.hf:PrefixStore",
     "Prompt": "lmc.chunking.prompt:Prompt",
     "Store": "lmc.store.store:Store",
     "answer": "lmc.connectors.hf:answer",

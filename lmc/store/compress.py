@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # The order is that of the codes in files: append only.
 CODECS = ("none", "zstd", "shuffle_zstd", "int8", "int4", "fp8")
-_QUANTISED = ("int8", "int4", "fp8")
+LOSSY = ("int8", "int4", "fp8")
 LEVEL = 1  # of zstd: the only one that keeps up with a disk
 
 
@@ -35,7 +35,7 @@ def check_codec(codec: str, layout: KVLayout) -> None:
 
 def bound(codec: str, T: int, layout: KVLayout) -> int:
     """Most bytes of a section of T tokens, S = 2: what a reader allows before it allocates."""
-    if codec in _QUANTISED:
+    if codec in LOSSY:
         return sum(_code_sizes(codec, T, layout))
     raw = 2 * T * _row(layout)
     # zstd's own bound for what does not shrink, in round numbers.
@@ -106,7 +106,7 @@ def decode(codec: str, section: memoryview, out: np.ndarray, layout: KVLayout) -
 
 def error(codec: str, layer: np.ndarray, section: bytes, layout: KVLayout) -> float:
     """Relative RMS error of a section, `||decoded - layer|| / ||layer||`."""
-    if codec not in _QUANTISED:
+    if codec not in LOSSY:
         return 0.0
     decoded = np.empty(layer.shape, np.uint8)
     decode(codec, memoryview(section), decoded, layout)
@@ -128,8 +128,8 @@ def _check_shape(codec: str, rows: np.ndarray, layout: KVLayout) -> None:
     check_codec(codec, layout)
     R = _row(layout)
     known = rows.dtype == np.uint8 and rows.ndim == 3 and rows.shape[2] == R
-    if not known or (codec in _QUANTISED and rows.shape[0] != 2):
-        S = 2 if codec in _QUANTISED else "S"
+    if not known or (codec in LOSSY and rows.shape[0] != 2):
+        S = 2 if codec in LOSSY else "S"
         raise ValueError(f"{codec} is of uint8 [{S}, T, {R}], got {rows.dtype} {list(rows.shape)}")
 
 
