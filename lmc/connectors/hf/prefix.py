@@ -24,6 +24,7 @@ from lmc.model.identity import namespace_of
 from lmc.model.layout import KVLayout
 from lmc.store import Store
 from lmc.store.compress import LOSSY
+from lmc.store.lookup import Found
 from lmc.store.record import variants_kept
 from lmc.store.tier import TIERS
 
@@ -113,21 +114,20 @@ class PrefixStore:
                     f"compression: got {codec!r}, allowed: lossless ones; a state is no KV"
                 )
         self.model, self.block = model, block
-        self._rows, self._states = self._parts()
-        self.rows_bytes, self.state_bytes = _size(self._rows), _size(self._states)
+        rows, states = self._parts()
+        self.rows_bytes, self.state_bytes = _size(rows), _size(states)
         both = self.rows_bytes + self.state_bytes
         if memory_bytes < both:
             raise ValueError(f"memory_bytes: got {memory_bytes}, allowed: at least {both}, a block")
         dtype = str(model.dtype).removeprefix("torch.")
         name = f"prefix, blocks of {block}, transformers {transformers_version}"
         who = identity_of(model) if tiers else ("", b"")
-        self._stores: list[tuple[Store, list[_Part]]] = []
-        for what, parts in (("rows", self._rows), ("states", self._states)):
+        self._stores: dict[str, tuple[Store, list[_Part]]] = {}
+        for what, parts in (("rows", rows), ("states", states)):
             if not parts:
                 continue
-            words = ceil(_size(parts) / (4 * block))  # a token's share, as fp32 that nobody reads
             store = Store(
-                KVLayout(1, 1, words, "float32", sides=1),
+                _layout(parts, block),
                 namespace_of(*who, dtype, None, engine=f"{name}, {what}"),
                 memory_bytes=memory_bytes * _size(parts) // both,
                 tiers=tiers,
@@ -135,7 +135,7 @@ class PrefixStore:
                 exact_variants=variants_kept(None, moves=False),
                 label=f"{type(model).__name__} {what}",
             )
-            self._stores.append((store, parts))
+            self._stores[what] = store, parts
 
     def __enter__(self) -> PrefixStore:
         return self
@@ -165,51 +165,44 @@ class PrefixStore:
         cache, reused = self._loaded(ids[:end])
         for start in range(reused, end, self.block):
             self._compute(cache, ids[start : start + self.block])
-            for store, parts in self._stores:
+            for store, parts in self._stores.values():
                 piece = Piece(start, start + self.block)
                 for _, record in store.make_room(ids[: piece.end], [piece]):
-                    store.fill(record, _packed(cache, parts, store.layout.shape(self.block)))
+                    store.fill(record, _packed(cache, parts, self.block))
         return Prefix(cache, end, reused)
 
     def close(self) -> None:
         """Let go of memory and tiers; what these hold stays."""
-        for store, _ in self._stores:
+        for store, _ in self._stores.values():
             store.close()
 
     # -- parts ---------------------------------------------------------------------------------
 
     def _loaded(self, ids: np.ndarray) -> tuple[DynamicCache, int]:
         """A cache with the most of whole blocks that are stored, and how many tokens these are."""
-        known = [store.lookup(ids) for store, _ in self._stores]
-        at = [{f.end: f for f in found if f.kind == "exact"} for found in known]
-        ends = range(self.block, len(ids) + 1, self.block)
-        n = next((i for i, end in enumerate(ends) if end not in at[0]), len(ends))
-        if not self._rows:  # of states, none needs those before it
-            n = len(ends)
-        while n:
-            # Of rows every block's, of states the last one.
-            blocks: dict[str, list[torch.Tensor]] = {}
-            missing = None
-            for (store, parts), found in zip(self._stores, at, strict=True):
-                asked = [ends[n - 1]] if parts is self._states else list(ends[:n])
-                if any(end not in found for end in asked):
-                    missing = n - 1
-                    break
-                came = store.retrieve_many([found[end] for end in asked])
-                lost = next((i for i, kv in enumerate(came) if kv is None), None)
-                if lost is not None:
-                    missing = min(n - 1, lost) if parts is self._rows else n - 1
-                    break
-                blocks["states" if parts is self._states else "rows"] = [
-                    kv for kv in came if kv is not None
-                ]
-            if missing is None:
+        stored: dict[str, dict[int, Found]] = {"rows": {}, "states": {}}
+        for what, (store, _) in self._stores.items():
+            stored[what] = {f.end: f for f in store.lookup(ids) if f.kind == "exact"}
+        ends = list(range(self.block, len(ids) + 1, self.block))
+        while ends:
+            came: dict[str, list[torch.Tensor]] = {}
+            # Of states the last one, which tells soonest how far it goes; of rows every block's.
+            for what, asked in (("states", ends[-1:]), ("rows", ends)):
+                if what in self._stores:
+                    found = [stored[what][end] for end in asked if end in stored[what]]
+                    blocks = self._stores[what][0].retrieve_many(found)
+                    held = {
+                        f.end: kv for f, kv in zip(found, blocks, strict=True) if kv is not None
+                    }
+                    if lost := [end for end in asked if end not in held]:
+                        ends = [end for end in ends if end < lost[0]]
+                        break
+                    came[what] = list(held.values())
+            else:
                 cache = self._empty()
-                for _, parts in self._stores:
-                    which = "states" if parts is self._states else "rows"
-                    self._put(cache, parts, blocks[which], ends[n - 1])
-                return cache, ends[n - 1]
-            n = missing
+                for what, blocks_of in came.items():
+                    self._put(cache, self._stores[what][1], blocks_of, ends[-1])
+                return cache, ends[-1]
         return self._empty(), 0
 
     def _empty(self) -> DynamicCache:
@@ -286,17 +279,17 @@ class PrefixStore:
         for block in (None, blocks[1]):
             if block is not None:
                 self._compute(cache, block)
-            shapes = [
-                (1, 1, self.block, 1, ceil(_size(p) / (4 * self.block))) for p in (rows, states)
-            ]
-            kept.append([_packed(cache, p, s) for p, s in zip((rows, states), shapes, strict=True)])
+            kept.append([_packed(cache, parts, self.block) for parts in (rows, states)])
         again = self._empty()
         for parts, packed in zip((rows, states), zip(*kept, strict=True), strict=True):
             if parts:
                 self._put(again, parts, list(packed), 2 * self.block)
         got = self._compute(again, ids[-behind:], behind)
         scale = whole.abs().max().clamp_min(1e-6)
-        worst, allowed = float((whole - got).abs().max() / scale), _tolerance(self.model.dtype)
+        worst, allowed = (
+            float((whole - got).abs().max() / scale),
+            torch.finfo(self.model.dtype).eps ** 0.5,
+        )
         if not worst <= allowed:
             raise ValueError(
                 f"{name}: logits behind a stored beginning differ from the model's own by "
@@ -305,18 +298,19 @@ class PrefixStore:
         return rows, states
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    return float(torch.finfo(dtype).eps ** 0.5)
-
-
 def _size(parts: Sequence[_Part]) -> int:
     """Bytes of a block."""
     return sum(int(np.prod(p.shape)) * p.dtype.itemsize for p in parts)
 
 
-def _packed(cache: DynamicCache, parts: Sequence[_Part], shape: tuple[int, ...]) -> torch.Tensor:
+def _layout(parts: Sequence[_Part], block: int) -> KVLayout:
+    """A token's share of a block's bytes, as fp32 that nobody reads."""
+    return KVLayout(1, 1, ceil(_size(parts) / (4 * block)), "float32", sides=1)
+
+
+def _packed(cache: DynamicCache, parts: Sequence[_Part], block: int) -> torch.Tensor:
     """The bytes of a block that has just been computed, in the shape that a store takes."""
-    out = torch.zeros(shape, dtype=torch.float32)
+    out = torch.zeros(_layout(parts, block).shape(block), dtype=torch.float32)
     flat, at = out.view(-1).view(torch.uint8), 0
     for part in parts:
         held = part.of(cache)
