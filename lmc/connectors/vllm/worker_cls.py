@@ -35,6 +35,10 @@ class LMCWorker(Worker):
             _stand_in(runner, connector.worker)
         return result
 
+    def sample_tokens(self, *arguments: Any, **options: Any) -> Any:
+        with _own_draws(self.model_runner):
+            return super().sample_tokens(*arguments, **options)
+
     def finish_saves(self) -> None:
         """Return when every chunk computed so far is stored (`collective_rpc("finish_saves")`)."""
         if side := _side():
@@ -96,6 +100,25 @@ class LMCWorker(Worker):
         side = _side()
         if side and side.watch:
             side.watch.changed(version)
+
+
+@contextmanager
+def _own_draws(runner: Any) -> Iterator[None]:
+    """Rows whose token is thrown away draw it from no generator of their own, on a CPU.
+
+    vLLM 0.32 samples such rows too (a prompt computed in several steps) and winds the generator of
+    a request with a `seed` back, which a CPU's cannot: the error ends the engine.
+    """
+    batch = getattr(runner, "input_batch", None)
+    if batch is None or not batch.generators or not current_platform.is_cpu():
+        yield
+        return
+    discarded = runner.discard_request_mask.np
+    own = {row: batch.generators.pop(row) for row in list(batch.generators) if discarded[row]}
+    try:
+        yield
+    finally:
+        batch.generators.update(own)
 
 
 def _stand_in(runner: Any, side: WorkerSide | None) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.connectors.vllm import persistent
+from tests.connectors.vllm import persistent, sampled
 from tests.connectors.vllm import scenarios as s
 
 RANK = 4
@@ -48,7 +48,7 @@ SCHEMA = {
 
 def beside(session: s.Session, folder: Path) -> dict[str, Any]:
     """All that one engine is asked: starting one takes longer."""
-    results = {"structured": structured(session)}
+    results = {"sampled": sampled.in_steps(session), "structured": structured(session)}
     session.scheduler.connector._scheduler.reset()
     return results | {"adapted": adapted(session, folder)}
 

@@ -1,4 +1,4 @@
-"""Reuse beside what else vLLM does: LoRA adapters, drafts out of the text, structured output."""
+"""Beside what else vLLM does: adapters, drafts out of the text, structured output, sampling."""
 
 from __future__ import annotations
 
@@ -93,6 +93,13 @@ class TestAdapters:
 
     def test_what_a_cpu_computes_wrongly_beside_adapters_is_not_stored(self, adapted: Any) -> None:
         assert adapted["beside_an_adapter"].kinds == {"new": 65}
+
+
+def test_every_way_to_sample_draws_the_same_however_the_prompt_is_cut(beside: Any) -> None:
+    assert beside["sampled"]
+    for got in beside["sampled"].values():
+        same(got["steps"], got["one"])
+        same(got["together"], got["alone"])
 
 
 def test_structured_output(beside: Any) -> None:
