@@ -66,6 +66,42 @@ class Loras:
             if before is not None:
                 self._manager.set_active_adapters(set(), before)
 
+    def stand_in(self, runner: Any) -> None:
+        """Have a CPU's runner look at prompts' logprobs of one request at a time.
+
+        vLLM 0.32 gives the head the adapters of the rows that are sampled in this step, of which
+        there are not as many as of a prompt; on a CPU the error ends the engine.
+        """
+        own = runner._get_prompt_logprobs_dict
+
+        def one_by_one(hidden_states: torch.Tensor, scheduled: Mapping[str, int]) -> dict[str, Any]:
+            asked: dict[str, int] = runner.num_prompt_logprobs
+            found: dict[str, Any] = {}
+            try:
+                for name, logprobs in list(asked.items()):
+                    request = runner.requests[name]
+                    lora = request.lora_request.lora_int_id if request.lora_request else 0
+                    of = (lora,) * _logprob_rows(request, scheduled.get(name, 0))
+                    runner.num_prompt_logprobs = {name: logprobs}
+                    with self.borrowed():
+                        if of:
+                            mapping = LoRAMapping(of, of, is_prefill=True)
+                            self._manager.set_active_adapters(set(), mapping)
+                        found |= own(hidden_states, scheduled)
+                    if not runner.num_prompt_logprobs:  # these were the last of its prompt
+                        del asked[name]
+            finally:
+                runner.num_prompt_logprobs = asked
+            return found
+
+        runner._get_prompt_logprobs_dict = one_by_one
+
+
+def _logprob_rows(request: Any, scheduled: int) -> int:
+    """Of how many of a prompt's tokens the runner asks for logprobs in this step."""
+    left = len(request.prompt_token_ids or ()) - request.num_computed_tokens - 1
+    return max(0, min(scheduled, left))
+
 
 def digest_of(adapter: Any) -> bytes | str:
     """BLAKE3 of all that an adapter holds but its number; why there is none, if so."""

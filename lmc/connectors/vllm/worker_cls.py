@@ -12,6 +12,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.platforms import current_platform
 
 from lmc.connectors.vllm.connector import LMCConnector
+from lmc.connectors.vllm.lora import Loras
 from lmc.connectors.vllm.worker import WorkerSide
 
 if TYPE_CHECKING or current_platform.is_cpu():
@@ -31,8 +32,11 @@ class LMCWorker(Worker):
         result = super().compile_or_warm_up_model()
         if connector := _connector():
             runner = self.model_runner
-            connector.take_model(runner.get_model(), getattr(runner, "lora_manager", None))
+            lora_manager = getattr(runner, "lora_manager", None)
+            connector.take_model(runner.get_model(), lora_manager)
             _stand_in(runner, connector.worker)
+            if lora_manager is not None and current_platform.is_cpu():
+                Loras(lora_manager).stand_in(runner)
         return result
 
     def sample_tokens(self, *arguments: Any, **options: Any) -> Any:

@@ -116,8 +116,30 @@ def adapted(session: s.Session, folder: Path) -> dict[str, Any]:
     session.add([s.text(91, 64)], tokens=2, lora=first)
     session.finish()
     results["beside_an_adapter"] = session.fresh([s.text(90, 64), [7]], save=False)
+    # Apart: beside adapters, vLLM gives what has none the last one, on a CPU.
+    results["prompts"] = prompts(session, of) | prompts(session, {"none": None})
     results["changed"] = changed(session, parts, first, folder)
     return results | {"counts": counts}
+
+
+def prompts(session: s.Session, loras: dict[str, Any]) -> dict[str, Any]:
+    """Logprobs of prompts' tokens, all asked for at once: of answers, and of these as prompts."""
+    text, results = s.text(95, 200), {}
+    for name, lora in loras.items():
+        said = s.plain(session, [text], lora=lora, tokens=20)
+        results[name] = {"said": said.logprobs, "tokens": said.tokens}
+    session.llm.reset_prefix_cache()
+    ids = {}
+    for name, lora in loras.items():
+        parts = [text, results[name]["tokens"]]
+        ids[session.add(parts, enabled=False, tokens=2, lora=lora, logprobs=True)] = name
+        session.add([s.text(96, 60)], enabled=False, tokens=20, lora=lora)  # rows beside them
+    while session.engine.has_unfinished_requests():
+        for output in session.engine.step():
+            if output.finished and (name := ids.get(output.request_id.split("-")[0])):
+                tokens = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+                results[name]["prompt"] = [of[i].logprob for i, of in list(tokens)[200:]]
+    return results
 
 
 def lost(session: s.Session, parts: list[list[int]], lora: Any) -> s.Answer:

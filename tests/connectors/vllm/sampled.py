@@ -18,6 +18,7 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "bias": SEEDED | {"logit_bias": {5: 4.0, 9: -100.0}},
     "allowed": SEEDED | {"allowed_token_ids": [4, 5, 6, 7]}, "logprobs": SEEDED | {"logprobs": 5},
+    "prompt_logprobs": SEEDED | {"prompt_logprobs": 2},
     "min_tokens": SEEDED | {"min_tokens": 4, "ignore_eos": False},
     "structured": SEEDED | {"structured_outputs": StructuredOutputsParams(regex="[ab]{12}")},
 }  # fmt: skip

@@ -91,6 +91,10 @@ class TestAdapters:
         assert changed["back"].kinds["exact"] == 110
         assert adapted["counts"]["adapters_changed"] == 2
 
+    def test_logprobs_of_prompts(self, adapted: Any) -> None:
+        for of in adapted["prompts"].values():
+            np.testing.assert_allclose(of["prompt"], of["said"], atol=1e-4)
+
     def test_what_a_cpu_computes_wrongly_beside_adapters_is_not_stored(self, adapted: Any) -> None:
         assert adapted["beside_an_adapter"].kinds == {"new": 65}
 
