@@ -127,8 +127,7 @@ def _rope(config: Any, name: str) -> Rope:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = parameters.get("rope_type", "default")
-    if kind not in ROTATABLE or "mrope_section" in parameters:
-        kind = "mrope" if "mrope_section" in parameters else kind
+    if kind not in ROTATABLE:
         raise ValueError(
             f"RoPE type {kind!r} cannot be re-rotated (its angles depend on more than the "
             f"distance moved); rotatable types: {', '.join(ROTATABLE)}"

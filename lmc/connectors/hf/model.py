@@ -57,7 +57,9 @@ class HFModel:
         self.rotations = rotations_of(config)
         self.layers = layers_of(config)
         self.model = model
-        self.inner: Any = getattr(model, "model", None)
+        inner = getattr(model, "model", None)
+        # Of what sees images too, the part that has the text's tokens.
+        self.inner: Any = getattr(inner, "language_model", inner)
         for part in ("embed_tokens", "layers", "rotary_emb"):
             if not hasattr(self.inner, part):
                 raise ValueError(f"{type(model).__name__} has no model.{part}: not supported")

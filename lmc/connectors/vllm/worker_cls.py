@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.distributed.parallel_state import get_pp_group
+from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.platforms import current_platform
 
 from lmc.connectors.vllm.connector import LMCConnector
@@ -33,7 +34,10 @@ class LMCWorker(Worker):
         if connector := _connector():
             runner = self.model_runner
             lora_manager = getattr(runner, "lora_manager", None)
-            connector.take_model(runner.get_model(), lora_manager)
+            model: Any = runner.get_model()
+            if supports_multimodal(model):
+                model = model.get_language_model()  # a request with more than text is vLLM's alone
+            connector.take_model(model, lora_manager)
             _stand_in(runner, connector.worker)
             if lora_manager is not None and current_platform.is_cpu():
                 Loras(lora_manager).stand_in(runner)

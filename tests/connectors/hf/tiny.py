@@ -45,11 +45,21 @@ EXTRA: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 24, "no_rope_layers": [1, 1, 1, 0], "moe_layers": [],
         "intermediate_size_mlp": 256, "pad_token_id": 0, "rope_parameters": ROPE, "floor_scale": 16,
     },
+    # See images too; of a text, all three axes of a position are one.
+    "Qwen2_5_VL": {"rope_parameters": ROPE | {"mrope_section": [4, 6, 6]}},
+    "Qwen3VL": {
+        "rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+    },
     "DeepseekV2": LATENTS,
     "DeepseekV3": LATENTS | {"q_lora_rank": 24},
 }  # fmt: skip
 FAMILIES = tuple(EXTRA)
 CONFIGS = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text"}  # what transformers calls some of them
+
+IMAGES = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 128,
+    "fullatt_block_indexes": [0], "deepstack_visual_indexes": [0],
+}  # fmt: skip
 
 _rng = np.random.default_rng(0)
 SYSTEM, *CHUNKS, QUESTION = (_rng.integers(5, 500, n).tolist() for n in (20, 40, 40, 40, 40, 10))
@@ -59,7 +69,7 @@ T, END = 190, 180
 
 
 def decoder(family: str, **options: Any) -> Any:
-    """A random `...ForCausalLM`: L=4, H=4, G=2, D=32, 512 ids."""
+    """A random model, `...ForCausalLM` or what sees images: L=4, H=4, G=2, D=32, 512 ids."""
     import transformers
 
     fields = {
@@ -73,10 +83,13 @@ def decoder(family: str, **options: Any) -> Any:
         "max_position_embeddings": 2048,
     }
     config_class = getattr(transformers, f"{CONFIGS.get(family, family)}Config")
-    config = config_class(**fields | EXTRA.get(family, {}) | options)
+    fields |= EXTRA.get(family, {}) | options
+    sees = "mrope_section" in fields.get("rope_parameters", {})
+    config = config_class(**{"text_config": fields, "vision_config": IMAGES} if sees else fields)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+        kind = "ForConditionalGeneration" if sees else "ForCausalLM"
+        model = getattr(transformers, family + kind)(config).float().eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:

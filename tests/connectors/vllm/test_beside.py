@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,15 @@ def beside(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> An
     )  # fmt: skip
 
 
-def letters(model: Path) -> None:
-    """A tokenizer whose tokens are bytes, as structured output wants one."""
+def letters(model: Path, marks: Sequence[str] = ()) -> None:
+    """A tokenizer whose tokens are bytes, and marks, as structured output wants one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {letter: i for i, letter in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    words = {letter: i for i, letter in enumerate(["<unk>", "<s>", "</s>", *marks, *alphabet])}
     tokenizer = Tokenizer(models.BPE(words, []))
+    tokenizer.add_special_tokens(list(marks))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
