@@ -76,6 +76,19 @@ def held(pid: int) -> tuple[float, float, float, float]:
     return a, b, c, d
 
 
+def waits(pid: int) -> bool:
+    """Whether a thread of a process, or of what it started, waits for a disk."""
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        for stat in Path(f"/proc/{process.pid}/task").glob("*/stat"):
+            try:
+                if stat.read_text().rpartition(")")[2].split()[0] == "D":
+                    return True
+            except OSError:  # it has ended just now
+                continue
+    return False
+
+
 def slope(samples: Sequence[tuple[float, ...]]) -> float:
     """MiB a minute over the second half: the median of all pairs' (Theil and Sen)."""
     rows = np.array(samples[len(samples) // 2 :])
