@@ -36,7 +36,8 @@ class SickDisk:
 
     def __init__(self, mount: Path, group: Path, rng: random.Random) -> None:
         self.store = mount / "store"
-        self.done = dict.fromkeys(("bytes_flipped", "index_flipped", "filled", "hung", "frozen"), 0)
+        what = ("bytes_flipped", "index_flipped", "filled", "hung", "frozen", "hung_met_by_nobody")
+        self.done = dict.fromkeys(what, 0)
         self._mount, self._group, self._rng = mount, group, rng
         self._ballast = mount / "ballast"
         device = os.stat(mount).st_dev
