@@ -21,7 +21,7 @@ SIM_TESTS := tests/test_registry.py tests/test_rooms.py tests/model/test_times.p
 # Hundreds of processes import the same sources, compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup lint test test-fast test-sim test-slow gpu-check demo clean
+.PHONY: help setup lint test test-fast test-sim test-distributed test-slow gpu-check demo clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -70,6 +70,14 @@ test-fast: setup ## what takes seconds: no engine, no kernel compiled, no notebo
 
 test-sim: $(SIM)/.ready ## the part without torch, in an environment of its own; under 2 minutes
 	$(SIM)/bin/python -m pytest $(PARALLEL) $(SIM_TESTS) -m "not slow and not heavy"
+
+# Valkey and SeaweedFS come out of packages; hosts that fail apart want root and iproute2.
+DISTRIBUTED := tests/store/remote tests/connectors/vllm/test_remote.py \
+  tests/connectors/vllm/test_handed.py tests/connectors/vllm/test_several.py \
+  tests/connectors/vllm/test_beside_nixl.py
+
+test-distributed: setup ## Redis, S3 and NIXL on real servers, and engines over them; slow ones too
+	$(PYTEST) $(DISTRIBUTED)
 
 test-slow: setup ## the slow tests only
 	$(PYTEST) -m slow

@@ -29,6 +29,8 @@ STARTS_S = 40.0
 class Server:
     """A process of its own, with a folder of its own, in which it logs."""
 
+    host = "127.0.0.1"
+
     def __init__(self, port: int) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="lmc-server-")
         self.port = port
@@ -48,7 +50,7 @@ class Server:
         until = time.monotonic() + STARTS_S
         while time.monotonic() < until and self._process.poll() is None:
             with suppress(OSError):
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                socket.create_connection((self.host, self.port), 1).close()
                 self.ready()
                 return
             time.sleep(0.05)
@@ -88,11 +90,11 @@ class Valkey(Server):
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"redis://{self.host}:{self.port}/0"
 
     def command(self) -> list[str]:
         return [
-            str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
+            str(get_binary_path()), "--port", str(self.port), "--bind", self.host, "--save", "",
             "--dir", self.folder.name, *self._options,
         ]  # fmt: skip
 
