@@ -90,7 +90,9 @@ def show(rows: list[dict[str, Any]], whole: int) -> None:
           "would load")  # fmt: skip
     for arm in dict.fromkeys(row["arm"] for row in rows):
         some = [row for row in rows if row["arm"] == arm]
-        loaded, seconds = (float(np.median([r[key] for r in some])) for key in ("loaded", "seconds"))
+        loaded, seconds = (
+            float(np.median([r[key] for r in some])) for key in ("loaded", "seconds")
+        )
         print(f"  {arm:6} {seconds:7.3f} s, {loaded / T:9,.0f} bytes loaded a token, "
               f"{loaded / T / whole:.3f} of that; {some[0]['kinds']}", flush=True)  # fmt: skip
 
