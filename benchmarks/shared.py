@@ -6,9 +6,9 @@ Two engines, each a process of its own, and between them a real server on the lo
 a folder, for `nixl` the first one's memory). The first one is asked each document of a prompt
 alone; the second one the prompt, its documents in another order, with 16 rows at each boundary
 recomputed (`epic`): out of the tier, then once more out of its own host memory, and without lmc.
-vLLM's own cache is empty each time. Prompts are new to both in every round, and the arms turn; the tier comes
-before memory, which has nothing until then. Prints medians and the ratios with bootstrap intervals,
-and appends a row an answer.
+vLLM's own cache is empty each time. Prompts are new to both in every round, and the arms turn; the
+tier comes before memory, which has nothing until then. Prints medians and the ratios with bootstrap
+intervals, and appends a row an answer.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.connectors.vllm.engine import run_scenario
+from tests.connectors.vllm.faulty import Proxy
 from tests.connectors.vllm.windowed import same
-from tests.store.remote.servers import Valkey
+from tests.store.remote.servers import Valkey, seaweedfs
 
 pytestmark = pytest.mark.engine
 
@@ -60,3 +61,40 @@ def _check_handed(first: dict[str, Any], got: dict[str, Any]) -> None:
     assert "local" not in got["not_asked_for"].kinds
     for name in ("unknown", "other_tenant"):
         assert got[name].kinds == {"new": 270} and same(got[name], got["plain"]), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["redis", "s3"])
+def test_faults_of_a_server_under_load_fail_no_request_and_are_counted(
+    kind: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    server = Valkey() if kind == "redis" else seaweedfs()
+    proxy = Proxy(server.port, tmp_path / "control")
+    url = f"redis://127.0.0.1:{proxy.port}/0"
+    s3 = {"url": f"s3://lmc/{tmp_path.name}", "endpoint": f"http://127.0.0.1:{proxy.port}"}
+    tiers = [
+        {"name": kind, "timeout_s": 0.4} | ({"url": url} if kind == "redis" else s3),
+        {"name": "disk", "path": str(tmp_path / "disk"), "capacity": "64MiB"},
+    ]
+    try:
+        got = run_scenario(
+            "tests.connectors.vllm.faulty:faults", tiny_llama_dir, tmp_path,
+            given=(kind, server.port, tmp_path / "control"),
+            lmc={"tiers": tiers, "fetch_patience_s": 1.0},
+        )  # fmt: skip
+    finally:
+        proxy.close()
+        if kind == "redis":
+            server.stop()
+    plain, (well_s, well) = got.pop("plain"), got.pop("well")
+    assert all(answer.report["bytes"][kind] for answer in well[:3])
+    for name, seen in got.items():
+        print(name, seen)
+        for seconds, answers in (seen["first"], seen["second"]):
+            for answer, expected in zip(answers[:2], plain, strict=False):
+                assert same(answer, expected), name  # nothing moved
+                assert answer.kinds["exact"] >= 100, name  # out of the disk, undisturbed
+            assert answers[2].kinds == well[2].kinds and same(answers[2], well[2]), name
+            assert seconds < well_s + 1.0 + 5.0, name  # its patience; and what a busy machine takes
+        assert seen["served_again"] < 60, name
