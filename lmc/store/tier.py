@@ -220,6 +220,7 @@ TIERS = Registry(
         "disk": "lmc.store.disk.config:DiskConfig",
         "redis": "lmc.store.remote.redis:RedisConfig",
         "nixl": "lmc.store.remote.nixl:NixlConfig",
+        "nixl_files": "lmc.store.remote.nixl_files:NixlFilesConfig",
         "s3": "lmc.store.remote.s3:S3Config",
     },
     has=["open", "write"],

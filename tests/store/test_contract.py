@@ -20,6 +20,7 @@ from docs.example_tier import PLACES, Remembering
 from lmc.store.memory import HostMemory
 from lmc.store.record import Record
 from lmc.store.remote.nixl import NixlConfig
+from lmc.store.remote.nixl_files import NixlFilesConfig
 from lmc.store.remote.redis import RedisConfig
 from lmc.store.remote.s3 import S3Config
 from lmc.store.sections import Section
@@ -40,6 +41,9 @@ MAKE: dict[str, Callable[[Path, int], Any]] = {
     "redis": lambda path, capacity: RedisConfig(valkey().url, prefix=str(path)).open(LAYOUT),
     "nixl": lambda path, capacity: NixlConfig(
         valkey().url, capacity, prefix=str(path), timeout_s=5.0
+    ).open(LAYOUT),
+    "nixl_files": lambda path, capacity: NixlFilesConfig(
+        str(path / "files"), valkey().url, prefix=str(path)
     ).open(LAYOUT),
     "s3": lambda path, capacity: bucket(path).open(LAYOUT),
     "s3, directory": lambda path, capacity: bucket(path, directory=valkey().url).open(LAYOUT),

@@ -9,10 +9,11 @@ from urllib.parse import urlsplit
 from lmc.model.layout import KVLayout
 from lmc.store.compress import check_name
 from lmc.store.remote.keyed import Keyed
+from lmc.store.remote.parts import Listed
 from lmc.store.remote.redis_client import connecting
 from lmc.store.remote.redis_flights import RedisFlights
 from lmc.store.remote.redis_server import RedisServer
-from lmc.store.remote.s3_server import Listed, S3Server, store_of
+from lmc.store.remote.s3_server import S3Server, store_of
 from lmc.store.remote.server import check_timeout
 from lmc.store.sections import Heads
 
