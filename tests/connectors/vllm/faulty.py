@@ -121,7 +121,7 @@ def faults(session: s.Session, kind: str, port: int, control: Path) -> dict[str,
     ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         name: (partial(now, name), partial(now, "")) for name in PROXIED
     }
-    if kind == "redis":
+    if kind != "s3":
         there = redis.Redis(port=port)
         there_too = redis.Redis(port=port, password="other")
         ways["full"] = (

@@ -65,16 +65,21 @@ def _check_handed(first: dict[str, Any], got: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["redis", "s3"])
+@pytest.mark.parametrize("kind", ["redis", "s3", "nixl", "nixl_files"])
 def test_faults_of_a_server_under_load_fail_no_request_and_are_counted(
     kind: str, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    server = Valkey() if kind == "redis" else seaweedfs()
+    server = seaweedfs() if kind == "s3" else Valkey()
     proxy = Proxy(server.port, tmp_path / "control")
     url = f"redis://127.0.0.1:{proxy.port}/0"
-    s3 = {"url": f"s3://lmc/{tmp_path.name}", "endpoint": f"http://127.0.0.1:{proxy.port}"}
+    of_kind = {
+        "redis": {"url": url},
+        "s3": {"url": f"s3://lmc/{tmp_path.name}", "endpoint": f"http://127.0.0.1:{proxy.port}"},
+        "nixl": {"directory": url, "capacity": "64MiB"},
+        "nixl_files": {"directory": url, "path": str(tmp_path / "files")},
+    }[kind]
     tiers = [
-        {"name": kind, "timeout_s": 0.4} | ({"url": url} if kind == "redis" else s3),
+        {"name": kind, "timeout_s": 0.4} | of_kind,
         {"name": "disk", "path": str(tmp_path / "disk"), "capacity": "64MiB"},
     ]
     try:
@@ -85,7 +90,7 @@ def test_faults_of_a_server_under_load_fail_no_request_and_are_counted(
         )  # fmt: skip
     finally:
         proxy.close()
-        if kind == "redis":
+        if kind != "s3":
             server.stop()
     plain, (well_s, well) = got.pop("plain"), got.pop("well")
     assert all(answer.report["bytes"][kind] for answer in well[:3])
