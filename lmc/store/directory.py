@@ -36,7 +36,7 @@ class Answers:
         name: the tier's.
         unasked: what would have been asked of it.
         ids: of all records that it told of.
-        told: whether it answered at all.
+        told: whether it has answered all that it was asked.
     """
 
     def __init__(self, name: str, missing: Mapping[bytes, float]) -> None:
@@ -102,8 +102,8 @@ class Asked:
 
     @property
     def over(self) -> bool:
-        """Whether all that were asked have answered."""
-        return not self._left
+        """Whether nothing more is waited for: all that were asked have answered, or time is up."""
+        return not self._left or time.monotonic() >= self.deadline
 
     @property
     def told(self) -> bool:

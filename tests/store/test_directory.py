@@ -102,6 +102,22 @@ def test_a_whole_prompt_is_one_question(tier: Counting) -> None:
     directory.close(tiers=False)
 
 
+def test_one_tier_that_hangs_takes_nothing_from_what_another_says(
+    tier: Counting, tmp_path: Any
+) -> None:
+    hanging = Counting(str(tmp_path / "other"), name="hanging")
+    hanging.open.clear()
+    directory = Directory([hanging, tier], 0.2)
+    hold(tier, TOKENS)
+    asked = directory.ask(NS, TOKENS, pieces(TOKENS))
+    assert not asked.over
+    assert not asked.wait(asked.deadline) and asked.over
+    assert [answers.told for answers in asked.answers] == [False, True]
+    assert len(found(asked)) == 40
+    hanging.open.set()
+    directory.close(tiers=False)
+
+
 def test_what_did_not_come_is_believed_when_it_is_told_of_anew(tier: Counting) -> None:
     directory = Directory([tier], 60.0)
     first, *_ = hold(tier, TOKENS)

@@ -203,9 +203,7 @@ class Admission:
             return "flight"
         lookup = tracked.lookup
         if not tracked.heard and lookup and not lookup.over:
-            if time.monotonic() < lookup.deadline:
-                return "lookup"
-            tracked.heard = True  # it is answered too late to be of use
+            return "lookup"
         patient = time.monotonic() - tracked.asked < self._patience_s
         if patient and self._to_be_handed(tracked):
             return "hand_over"

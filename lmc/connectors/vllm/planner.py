@@ -225,12 +225,12 @@ class Planner:
     # -- parts -------------------------------------------------------------------------------
 
     def _told(self, tracked: Tracked) -> Sequence[Answers]:
-        """What tiers said that are not left alone, if it is of what the request is by now."""
+        """What tiers said in time that are not left alone, if it is of what the request is now."""
         lookup, breakers = tracked.lookup, self.directory.breakers
         if lookup is None or not lookup.over or lookup.namespace != tracked.namespace:
             return []
         pairs = zip(lookup.answers, breakers, strict=True)
-        return [answers for answers, breaker in pairs if breaker.closed]
+        return [answers for answers, breaker in pairs if breaker.closed and answers.told]
 
     def _chosen(
         self, tracked: Tracked, local: int, tiers: Sequence[Answers], refusal: str | None
