@@ -31,6 +31,7 @@ from lmc.results.statistics import bootstrap
 from tests.store.remote.servers import seaweedfs, valkey
 
 OUT = Path(__file__).parent / "results" / "shared.jsonl"
+SETTLES_S = 3.0
 SYSTEM, DOCUMENTS, DOCUMENT, QUESTION = 48, 6, 256, 24  # tokens of each, and how many
 
 PLAIN = {"enabled": False}
@@ -90,6 +91,7 @@ def measured(tier: str, name: str, rounds: int) -> list[dict[str, Any]]:
             for document in documents:
                 first.ask(request([system, document]))
             first.drain()
+            time.sleep(SETTLES_S)  # an object store takes a while to have what was put
             parts = [system, *documents[::-1], question]
             order = ["tier", "memory"]
             order.insert(i % 3, "recompute")

@@ -39,7 +39,9 @@ def main() -> None:
 
     longest = max(options.tokens) + HEAD + 64
     lmc = {"memory_bytes": 6 << 30, "context": "any", "uncalibrated": "allow", "min_recovery": None}
-    llm = started(options.model, lmc, max_model_len=longest, max_num_batched_tokens=2048)
+    llm = started(
+        options.model, lmc, max_model_len=longest, max_num_batched_tokens=2048, enforce_eager=True
+    )
     worker = get_kv_transfer_group()._worker  # type: ignore[attr-defined]
     whole = worker.layout.bytes_per_token
 
