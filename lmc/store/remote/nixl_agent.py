@@ -32,14 +32,8 @@ class Agent:
 
     def __init__(self, memory: np.ndarray) -> None:
         try:
-            from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
-
-            if "NIXL_LOG_LEVEL" not in os.environ:  # it would say each step on standard output
-                logging.getLogger("nixl").setLevel(logging.WARNING)
-            strict = nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
             self.id = os.urandom(AGENT_BYTES)
-            said = nixl_agent_config(backends=["UCX"], sync_mode=strict)
-            self._agent = nixl_agent(self.id.hex(), said)
+            self._agent = made(self.id.hex(), "UCX")
             self.address = memory.ctypes.data
             self._registered = self.register(memory)
             self.metadata: bytes = self._agent.get_agent_metadata()
@@ -163,6 +157,16 @@ class Window:
                 held = (buffer, self._agent.register(buffer))
             self._buffers[turn % 2] = held
         return held[0]
+
+
+def made(name: str, plugin: str) -> Any:
+    """NIXL's own agent, with one plugin; raises whatever its extension does."""
+    from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
+
+    if "NIXL_LOG_LEVEL" not in os.environ:  # it would say each step on standard output
+        logging.getLogger("nixl").setLevel(logging.WARNING)
+    strict = nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+    return nixl_agent(name, nixl_agent_config(backends=[plugin], sync_mode=strict))
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import errno
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from lmc.model.layout import KVLayout
 from lmc.store import wire
 from lmc.store.compress import check_name
 from lmc.store.remote.keyed import Keyed
-from lmc.store.remote.nixl_agent import POLL_S
+from lmc.store.remote.nixl_agent import POLL_S, STUCK, made
 from lmc.store.remote.parts import Listed, Parts, path_of
 from lmc.store.remote.redis_client import check_url, connecting
 from lmc.store.remote.redis_flights import RedisFlights
@@ -28,7 +28,6 @@ from lmc.store.remote.server import Fault, Key, Put, check_timeout
 from lmc.store.sections import Heads
 
 Plugin = Literal["POSIX", "GDS", "GDS_MT"]
-STUCK = 8  # transfers that were given up and go on; then no more are begun
 
 
 @dataclass(frozen=True)
@@ -102,13 +101,7 @@ class NixlFiles(Parts):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._name = os.urandom(16).hex()
         try:
-            from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
-
-            if "NIXL_LOG_LEVEL" not in os.environ:  # it would say each step on standard output
-                logging.getLogger("nixl").setLevel(logging.WARNING)
-            strict = nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
-            said = nixl_agent_config(backends=[plugin], sync_mode=strict)
-            self._agent = nixl_agent(self._name, said)
+            self._agent = made(self._name, plugin)
             if plugin not in self._agent.backends:
                 raise RuntimeError("it is not there")
         except Exception as error:  # of an extension, of whatever kind
@@ -208,15 +201,13 @@ class NixlFiles(Parts):
 
 @contextmanager
 def _faults() -> Iterator[None]:
-    """Whatever goes wrong with a file is a Fault; not that there is none, nor that it is short."""
+    """Whatever goes wrong with a file is a Fault; not that it is short."""
     try:
         yield
-    except (Fault, FileNotFoundError, wire.HeaderError):
+    except (Fault, wire.HeaderError):
         raise
     except OSError as error:
-        raise Fault("full" if error.errno in (28, 122) else "error") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise Fault("full" if full else "error") from error
     except Exception as error:  # of an extension, of whatever kind
-        with suppress(Exception):
-            if "NO_SPACE" in str(error):
-                raise Fault("full") from error
         raise Fault("error") from error

@@ -51,6 +51,20 @@ def found(tier: Keyed, spec: Spec) -> bool:
     return bool(told)
 
 
+def done_without(tier: Keyed) -> set[str]:
+    """Ask everything of a tier whose server is gone: it costs deadlines; what faults are counted.
+
+    Of the four specs the first two were put.
+    """
+    begun = time.monotonic()
+    assert put(tier, SPECS[2]) == ["failed"]
+    assert not found(tier, SPECS[0]) and not served(tier, SPECS[0])
+    assert tier.contains([SPECS[0].record()]) == [False]
+    tier.evict([SPECS[1].record()])
+    assert time.monotonic() - begun < 6 * 2 * 0.3 + 2
+    return {kind for kind in tier.counts if kind.startswith("faults:")}
+
+
 SPECS = [Spec(i, 0, 20) for i in range(4)]
 
 CHURNED = 6
