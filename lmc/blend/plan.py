@@ -49,6 +49,7 @@ class Plan:
         digest: of all tokens, for a selective strategy: what it chooses may depend on each.
         L: layers of the model, as far as a selective strategy must know them.
         coming: slots of what would have been found, but is still being stored.
+        states: where layers keep a state in place of keys, those at the end of the claim.
     """
 
     T: int
@@ -64,6 +65,12 @@ class Plan:
     digest: bytes = field(default=b"", repr=False)
     L: int = 1
     coming: frozenset[int] = frozenset()
+    states: tuple[Found, ...] = ()
+
+    @property
+    def needed(self) -> tuple[Found, ...]:
+        """All that is loaded."""
+        return self.found + self.states
 
     @property
     def found_beyond(self) -> int:
@@ -98,6 +105,7 @@ class Plan:
             chosen=self.chosen[self.chosen >= local],
             moved=tuple((max(a, local), b) for a, b in self.moved if b > local),
             beyond=tuple((max(a, local), b) for a, b in self.beyond if b > local),
+            states=self.states if local < end else (),
         )
 
     def nothing(self) -> Plan:
@@ -106,8 +114,15 @@ class Plan:
         beyond = tuple((s.start, s.end) for s in self.found) + self.beyond
         return replace(
             self, end=self.local, found=(), rows=none, chosen=none, moved=(), beyond=beyond,
-            first_moved=None,
+            first_moved=None, states=(),
         )  # fmt: skip
+
+    def until(self, end: int, states: Sequence[Found]) -> Plan:
+        """The same request, of whose exact claim tokens up to `end` are left, and states there."""
+        beyond = [(max(s.start, end), s.end) for s in self.found if s.end > end]
+        found = tuple(_clipped(self.found, self.local, end))
+        beyond += self.beyond
+        return replace(self, end=end, found=found, beyond=tuple(beyond), states=tuple(states))
 
     def recomputing(self, found: np.ndarray) -> Plan:
         """The same plan when found rows at these positions had to be computed after all."""

@@ -13,19 +13,26 @@ from lmc.model.rope import rotations_of
 # Kinds of layers that keep keys and values of every token, or latents of both, which are stored and
 # put back.
 KEYS = ("full", "sliding", "chunked", "latent")
+STATES = ("linear", "none")  # that keep none: a state in their place, or nothing
 
 
-def exact_refusal(config: Any) -> str | None:
+def exact_refusal(config: Any, states: bool = False) -> str | None:
     """Why nothing of a model's KV is reused, not even behind the very same text; None if it is.
 
     Args:
         config: a text config of transformers.
+        states: whether layers that keep a state in place of keys are reused too, as they are where
+            an engine keeps states at the ends of blocks.
     """
     try:
         layers = layers_of(config)
     except ValueError as e:
         return str(e)
+    if states and any(layer.kind in KEYS for layer in layers):
+        layers = tuple(layer for layer in layers if layer.kind not in STATES)
     if other := tuple(layer for layer in layers if layer.kind not in KEYS):
+        if all(layer.kind in STATES for layer in other):
+            return f"layers that keep a state in place of keys: {summary(other)}"
         return f"layers whose KV is not reused yet: {summary(other)}"
     if any(layer.shared is not None for layer in layers):
         return "layers that use the KV of others"

@@ -109,7 +109,7 @@ def test_what_is_refused_is_refused_for_that_alone() -> None:
     exact, moved = refusals(rope_parameters=dynamic)
     assert exact is None and "RoPE type 'dynamic' cannot be re-rotated" in str(moved)
     exact, moved = refusals(layer_types=["linear_attention"] * 6)
-    assert exact == moved == "layers whose KV is not reused yet: 6 linear"
+    assert exact == moved == "layers that keep a state in place of keys: 6 linear"
 
 
 @pytest.mark.parametrize("layer", [Layer("full"), Layer("sliding", 7), Layer("chunked", 5)])

@@ -201,8 +201,7 @@ class Admission:
             return None
         if tracked.heard and self._flights.waits(tracked):
             return "flight"
-        lookup = tracked.lookup
-        if not tracked.heard and lookup and not lookup.over:
+        if not tracked.heard and not tracked.answered:
             return "lookup"
         patient = time.monotonic() - tracked.asked < self._patience_s
         if patient and self._to_be_handed(tracked):
@@ -222,6 +221,8 @@ class Admission:
         """Whether more is to come of what another engine hands over; looks from time to time."""
         assert tracked.options is not None
         if tracked.options.handed is None or tracked.report is not None or _whole(tracked):
+            return False
+        if self._local.groups.states:  # of which nothing is handed over
             return False
         now, lookup = time.monotonic(), tracked.lookup
         if now < tracked.looks or (lookup is not None and not lookup.over):
@@ -278,8 +279,8 @@ class Admission:
         """
         assert tracked.plan is not None
         if not tracked.heard:
-            assert tracked.lookup is not None
-            tracked.heard = not tracked.lookup.told  # of nothing: then the plan stands
+            # Of nothing: then the plan stands.
+            tracked.heard = not any(asked.told for asked in tracked.asked_of)
             if not tracked.heard:
                 return True
         due = tracked.plan.coming or time.monotonic() >= tracked.rested
@@ -312,7 +313,7 @@ class Admission:
 
     def _listen(self, tracked: Tracked) -> None:
         """What the tiers have answered by now is what the next plan knows."""
-        tracked.heard |= tracked.lookup is None or tracked.lookup.over
+        tracked.heard |= tracked.answered
 
     def _planned_again(self, tracked: Tracked, local: int) -> bool:
         """Plan anew if more may be found; whether vLLM then holds more than `local`."""

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -46,7 +47,7 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         check_vllm_version()
         super().__init__(vllm_config, role, kv_cache_config)
         config = load_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        self._refusal = engine_refusal(vllm_config, kv_cache_config)
+        self._refusal = engine_refusal(vllm_config, kv_cache_config, config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._stalls = Stalls()
@@ -86,7 +87,9 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[int | None, bool]:
         if not self._scheduler:
             return 0, False
-        return self._scheduler.matched_tokens(request, num_computed_tokens), False
+        tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
+        # A state must be in its page before vLLM prepares the step that goes on from it.
+        return tokens, bool(tokens) and self._scheduler.planner.ends is not None
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler:
@@ -116,7 +119,8 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         # Its blocks are free at once: what is still to be copied out of them is read in time.
         if not self._scheduler:
             return False, {"lmc": {"reason": f"engine:{self._refusal}"}}
-        return False, self._scheduler.finish(request, [list(ids) for ids in block_ids])
+        blocks = self._scheduler.local.groups.those(block_ids)
+        return False, self._scheduler.finish(request, blocks)
 
     def take_events(self) -> list[KVCacheEvent]:
         return self._scheduler.events.take() if self._scheduler and self._scheduler.events else []
@@ -168,6 +172,10 @@ class LMCConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker:
             with self._stalls.during("isolated", self._step()):
                 self._worker.save(self._step())
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        brought, failed = self._worker.take_brought() if self._worker else (set(), set())
+        return KVConnectorTransferResults(finished_recving=brought, failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_failed_blocks() if self._worker else set()

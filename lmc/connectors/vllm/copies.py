@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from lmc.connectors.vllm import states
 from lmc.connectors.vllm.config import check_staging
 from lmc.connectors.vllm.groups import Groups
 from lmc.connectors.vllm.layouts import page_slots_of
@@ -140,15 +141,21 @@ class Staging:
             slots: by KV cache group, on the host.
             ready: an event, behind which the pages hold these rows; None without a GPU.
         """
+        with self.behind(ready):
+            sizes = [part.shape[2] for part in parts]
+            here = [of_group.split(sizes) for of_group in slots]
+            for part, some in zip(parts, zip(*here, strict=True), strict=True):
+                for group, (first, behind) in self._runs:
+                    self._copy(some[group], part[first:behind], first)
+
+    @contextmanager
+    def behind(self, ready: Any) -> Iterator[None]:
+        """What is done in here is done on the stream, behind an event, and over when it ends."""
         with torch.cuda.stream(self._stream):
             try:
                 if self._stream is not None:
                     self._stream.wait_event(ready)
-                sizes = [part.shape[2] for part in parts]
-                here = [of_group.split(sizes) for of_group in slots]
-                for part, some in zip(parts, zip(*here, strict=True), strict=True):
-                    for group, (first, behind) in self._runs:
-                        self._copy(some[group], part[first:behind], first)
+                yield
             finally:
                 # Also when that failed: the parts may be given to others then.
                 if self._stream is not None:
@@ -202,6 +209,9 @@ class Copies:
     Args:
         staging_bytes: of the device's memory, through which they go.
 
+    Attributes:
+        states: vLLM's pages of layers that keep a state, once they are known.
+
     Raises:
         ValueError: not one row of one layer fits into that.
     """
@@ -212,6 +222,7 @@ class Copies:
         self._chunks, self._told, self._groups = chunks, told, groups
         self._staging_bytes = staging_bytes
         self._staging: Staging | None = None
+        self.states: states.Pages | None = None
         # One thread, so that saves and frees happen in the order the scheduler wanted.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lmc-save")
         self._asked = self._done = 0
@@ -290,21 +301,31 @@ class Copies:
 
     def _stored(self, save: ChunkSave, ready: Any) -> bool:
         """Whether there was room for a chunk; then it is there now."""
-        rows, P = np.arange(save.start, save.end, dtype=np.int64), self._groups.block_size
-        slots = [page_slots_of(rows, of, P, torch.device("cpu")) for of in save.blocks]
-        if any(int(of_group.min()) < 0 for of_group in slots):
-            raise ValueError("a chunk is to be saved out of pages that the request has no more")
+        slots = self._slots(save) if save.states is None else []
         parts = self._chunks.reserve(save.record.slot, save.end - save.start)
         if parts is None:
             return False
         assert self._staging is not None
         started = time.perf_counter()
-        self._staging.copy(slots, parts, ready)
+        if save.states is None:
+            self._staging.copy(slots, parts, ready)
+        else:
+            assert self.states is not None
+            with self._staging.behind(ready):
+                self.states.read(save.states, save.blocks[0][0], parts)
         counts = self._chunks.counts
         counts["save_us:host"] += round(1e6 * (time.perf_counter() - started))
         counts["bytes_saved:host"] += save.record.nbytes
         self._chunks.publish(save.record)
         return True
+
+    def _slots(self, save: ChunkSave) -> list[torch.Tensor]:
+        """Where a chunk's rows are, by KV cache group."""
+        rows, P = np.arange(save.start, save.end, dtype=np.int64), self._groups.block_size
+        slots = [page_slots_of(rows, of, P, torch.device("cpu")) for of in save.blocks]
+        if any(int(of_group.min()) < 0 for of_group in slots):
+            raise ValueError("a chunk is to be saved out of pages that the request has no more")
+        return slots
 
 
 def recorded() -> Any:
@@ -319,11 +340,13 @@ def recorded() -> Any:
 def reading(saves: Sequence[ChunkSave], spoilt: Container[int], block_size: int) -> set[int]:
     """Slots of those that would read a spoilt block of their request, or behind one."""
     before: dict[int, int] = {}  # by lists of blocks, how many come before the first spoilt one
-    for groups in {id(save.blocks): save.blocks for save in saves}.values() if spoilt else ():
+    # A claim that failed leaves no states behind.
+    rows = [save for save in saves if save.states is None]
+    for groups in {id(save.blocks): save.blocks for save in rows}.values() if spoilt else ():
         bad = (i for of in groups for i, block in enumerate(of) if block in spoilt)
         before[id(groups)] = min(bad, default=len(groups[0]))
     return {
         save.record.slot
-        for save in saves
+        for save in rows
         if save.end > before.get(id(save.blocks), len(save.blocks[0])) * block_size
     }

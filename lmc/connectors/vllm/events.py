@@ -18,6 +18,7 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent
 from vllm.v1.core.kv_cache_utils import BlockHash, maybe_convert_block_hash
 
 from lmc.connectors.vllm.messages import Kept
+from lmc.connectors.vllm.states import is_state
 from lmc.connectors.vllm.tracked import Tracked
 from lmc.store import Index, Record
 
@@ -51,6 +52,8 @@ class Events:
     def kept(self, told: Iterable[Kept]) -> None:
         """Ranks have chunks in tiers: published when all of them have."""
         for tier, rank, record in told:
+            if is_state(record):
+                continue
             ranks = self._partly.setdefault((tier, record.id), set())
             ranks.add(rank)
             if len(ranks) == self._ranks:
@@ -97,6 +100,8 @@ class Events:
         events: list[KVCacheEvent] = []
         gone: list[bytes] = []  # that stand behind each other: one event
         for record, here in changes:
+            if is_state(record):  # no KV of the tokens that it is named by
+                continue
             if not here:
                 gone.append(record.id)
                 continue

@@ -17,6 +17,7 @@ from lmc.model.layout import KVLayout
 from lmc.model.reuse import exact_refusal, moved_refusal
 from lmc.model.rope import Rotations, rotations_of
 from lmc.model.weights import folder_of, weights_digest
+from lmc.store.compress import LOSSY
 from lmc.store.sections import Heads
 from lmc.store.tier import TierConfig, opened
 
@@ -52,7 +53,7 @@ def rope_of(vllm_config: Any) -> Rotations | str:
     return moved_refusal(config) or rotations_of(config)
 
 
-def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
+def engine_refusal(vllm_config: Any, kv_cache_config: Any, config: LMCConfig) -> str | None:
     """Why nothing of this engine's KV is stored or reused; None when it is."""
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
@@ -65,14 +66,19 @@ def engine_refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
             f"speculative decoding by {drafts.method}: what drafts may have KV of its own, which "
             f"nobody fills for tokens that are loaded; allowed: {', '.join(DRAFTS_OF_TEXT)}"
         )
-    if reason := exact_refusal(vllm_config.model_config.hf_text_config):
+    if reason := exact_refusal(vllm_config.model_config.hf_text_config, states=True):
         return reason
     try:
+        if reason := groups_refusal(kv_cache_config):
+            return reason
         groups = groups_of(kv_cache_config)
     except Exception as error:  # names of layers that say nothing of their order
         return f"its KV cache groups are not known: {type(error).__name__}: {error}"
-    if reason := groups_refusal(groups):
-        return reason
+    if groups.states and parallel.tensor_parallel_size > 1:
+        return "layers that keep a state, of which each rank has a part"
+    codecs = {getattr(tier, "compression", "none") for tier in config.build_tiers()}
+    if groups.states and (lossy := sorted(codecs.intersection(LOSSY))):
+        return f"layers that keep a state, and a tier of compression {lossy[0]!r}"
     if vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"):
         return f"kv cache dtype {vllm_config.cache_config.cache_dtype}"
     return None

@@ -15,6 +15,7 @@ from lmc.connectors.vllm.local import LocalCache
 from lmc.connectors.vllm.messages import ChunkSave, Encode
 from lmc.connectors.vllm.namespaces import Namespace
 from lmc.connectors.vllm.reading import survive
+from lmc.connectors.vllm.states import Ends
 from lmc.connectors.vllm.tracked import Tracked
 from lmc.store import Index, Record
 from lmc.store.keep import keep
@@ -108,6 +109,16 @@ class Keeping:
         tracked.seen_to = end
         return self._told(tracked, kept, blocks, reads)
 
+    def keep_states(
+        self, ends: Ends | None, scheduler_output: Any, requests: Mapping[str, Tracked]
+    ) -> None:
+        """Have the workers keep states that a step computes, of layers that keep one."""
+        found = ends.computed(scheduler_output, requests) if ends else ()
+        for tracked, record, group, block in found:
+            piece = Piece(record.start, record.start + record.T, True)
+            of = (tracked, [(piece, record)], [[block]], {piece.start: {block}})
+            tracked.storing += self._told(*of, states=group)
+
     def hand_over(self, tracked: Tracked, namespace: Namespace) -> bool:
         """Keep a prompt that is computed for another engine, whatever of it is stored, if its
         client wants that; whether it does.
@@ -119,7 +130,7 @@ class Keeping:
         options, request = tracked.options, tracked.request
         if options is None or options.hand_over is None:
             return False
-        if tracked.unsaved:
+        if tracked.unsaved or self._groups.states:  # whose state is not handed over
             tracked.handed_over = "lost"
             self.counts["hand_overs:lost"] += 1
             return False
@@ -159,11 +170,13 @@ class Keeping:
         kept: list[tuple[Piece, Record]],
         blocks: list[list[int]],
         reads: dict[int, set[int]],
+        states: int | None = None,
     ) -> list[int]:
         """Have the workers copy these chunks; their slots."""
         request_id, slots = tracked.request.request_id, []
         for piece, record in kept:
-            self._saves.append(ChunkSave(record, request_id, piece.start, piece.end, blocks))
+            save = ChunkSave(record, request_id, piece.start, piece.end, blocks, states)
+            self._saves.append(save)
             self._missing[record.slot] = self._ranks
             self._reads[record.slot] = reads[piece.start]
             slots.append(record.slot)

@@ -39,8 +39,9 @@ class LocalCache:
         self._pinned: list[Any] = []  # blocks that nobody is given in this step
 
     def blocks(self, request_id: str) -> list[list[int]]:
-        """Ids of the blocks of a request that has any, in order, by KV cache group; 0: none."""
-        return [list(ids) for ids in self.manager.get_block_ids(request_id)]
+        """Ids of the blocks of a request that has any, in order, by KV cache group of layers with
+        keys; 0: none."""
+        return self.groups.those(self.manager.get_block_ids(request_id))
 
     def pin(self, tracked: Tracked, local: int) -> bool:
         """Keep the windows in front of a claim from `local` on until the step is made up.
@@ -87,7 +88,7 @@ class LocalCache:
 
     def _held(self, hashes: list[bytes]) -> int:
         """How many blocks vLLM could serve of a chain, in all groups."""
-        if not self.groups.longest:
+        if not (self.groups.longest or self.groups.states):
             return len(cached_blocks(self.manager.block_pool, hashes))
         tokens = len(hashes) * self.block_size
         found = self.manager.coordinator.find_longest_cache_hit(hashes, tokens)
@@ -144,7 +145,7 @@ class LocalCache:
         for group in range(len(self.groups.specs)):
             window = self.groups.window(group)
             seen = -(-window // self.block_size) if window else len(hashes)
-            hit.update(cached_blocks(pool, hashes[-seen:], group))
+            hit.update(cached_blocks(pool, hashes[-seen:], self.groups.ids[group]))
         return not uncomputed.isdisjoint(hit - {0})
 
     def spoil(self, request_id: str, failed: set[int]) -> bool:
@@ -159,7 +160,7 @@ class LocalCache:
     def evict_from(self, tracked: Tracked, block: int) -> None:
         """Have nobody else find the request's blocks from index `block` on."""
         pool, hashes = self.manager.block_pool, tracked.request.block_hashes[block:]
-        ids = range(len(self.groups.specs))
+        ids = self.groups.ids
         held = [pool.get_cached_block(one, [group]) for one in hashes for group in ids]
         self.manager.evict_blocks({block.block_id for found in held if found for block in found})
 

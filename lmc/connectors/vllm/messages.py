@@ -55,6 +55,8 @@ class Claim:
         planned: whether this is what was planned, and not what is left when that failed.
         through: rows `[end, through)` may be computed as well, instead of by vLLM's own forward,
             which has no others in this step; 0 where it has.
+        states: of layers that keep one in place of keys, those at `end`, by group of layers, and
+            the block that they go to.
     """
 
     request_id: str
@@ -70,6 +72,12 @@ class Claim:
     front: Sequence[list[int]] = ()
     planned: bool = True
     through: int = 0
+    states: Sequence[tuple[ChunkLoad, int]] = ()
+
+    @property
+    def needs(self) -> list[ChunkLoad]:
+        """All that is loaded."""
+        return [*self.loads, *(load for load, _ in self.states)]
 
     @property
     def computes(self) -> bool:
@@ -83,6 +91,8 @@ class ChunkSave:
 
     Attributes:
         blocks: the request's, by KV cache group; none of these tokens' is 0.
+        states: the group of layers whose states at `end` it is, which are in one block; None where
+            it is keys and values.
     """
 
     record: Record
@@ -90,6 +100,7 @@ class ChunkSave:
     start: int
     end: int
     blocks: list[list[int]]
+    states: int | None = None
 
 
 @dataclass(frozen=True)
@@ -229,12 +240,15 @@ class WorkerHello(KVConnectorHandshakeMetadata):
         kv_refusal: why its pages cannot even be read, so that nothing is stored or reused.
         watched: whether it notices when its weights change.
         computes: whether it computes rows at all, if only in place of chunks that are lost.
+        ahead: whether claims are brought before vLLM computes anything of their requests, so that
+            one that is lost is just not there.
     """
 
     refusal: str | None
     kv_refusal: str | None = None
     watched: bool = False
     computes: bool = False
+    ahead: bool = False
 
     @classmethod
     def of_all(cls, hellos: list[WorkerHello], overlaps: bool) -> WorkerHello:
@@ -242,13 +256,14 @@ class WorkerHello(KVConnectorHandshakeMetadata):
         refusal = next((h.refusal for h in hellos if h.refusal), None)
         kv_refusal = next((h.kv_refusal for h in hellos if h.kv_refusal), None)
         computes = bool(hellos) and all(h.computes for h in hellos)
-        if overlaps and not computes and kv_refusal is None:
+        ahead = bool(hellos) and all(h.ahead for h in hellos)
+        if overlaps and not (computes or ahead) and kv_refusal is None:
             kv_refusal = (
                 "with async scheduling vLLM cannot take back what was computed over a chunk that "
                 f"is lost, and rows cannot be computed in its place: {refusal}"
             )
         watched = bool(hellos) and all(h.watched for h in hellos)
-        return cls(refusal, kv_refusal, watched, computes)
+        return cls(refusal, kv_refusal, watched, computes, ahead)
 
 
 class Observed(dict[str, Counter[float]]):

@@ -13,15 +13,17 @@ import numpy as np
 from lmc.blend.baselines import Prefix
 from lmc.blend.evidence import positions, without
 from lmc.blend.plan import Plan, make_plan
-from lmc.connectors.vllm import identity
+from lmc.connectors.vllm import identity, states
 from lmc.connectors.vllm.config import LMCConfig
+from lmc.connectors.vllm.groups import Groups
 from lmc.connectors.vllm.messages import ChunkLoad, Claim
 from lmc.connectors.vllm.reading import survive
+from lmc.connectors.vllm.states import Ends
 from lmc.connectors.vllm.tracked import Tracked
 from lmc.model.cost import PrefillCost
 from lmc.model.layout import KVLayout
 from lmc.store import Index, Record
-from lmc.store.directory import Answers, Directory
+from lmc.store.directory import Answers, Asked, Directory
 from lmc.store.flights import Flights
 from lmc.store.history import History
 from lmc.store.lookup import Known, find, lacking, reach
@@ -35,11 +37,13 @@ class Planner:
 
     Args:
         begins: the token that the model's prompts begin with, or None.
+        groups: of vLLM's KV cache.
 
     Attributes:
         index: of host memory, on every rank.
         begins: as given.
         directory: of the tiers behind it.
+        ends: states in it, where layers keep those; else None.
 
     Raises:
         ValueError, OSError: a tier that cannot be opened.
@@ -53,6 +57,7 @@ class Planner:
         ranks: int,
         vllm_config: Any,
         begins: int | None,
+        groups: Groups,
     ) -> None:
         self.index = Index(
             config.memory_bytes, ranks, config.policy, cost,
@@ -66,6 +71,11 @@ class Planner:
         opened = identity.open_tiers(config, layout, 0, vllm_config)
         self._tiers = [tier for _, tier in opened]
         self.directory = Directory(self._tiers, LOOKUP * config.fetch_patience_s)
+        self.ends: Ends | None = None
+        if groups.states:
+            T = states.length_of(groups, layout.bytes_per_token)
+            of = (self.index, T, T * layout.bytes_per_token)
+            self.ends = Ends(groups.states, groups.block_size, *of)
         self._left_alone = 0
         # By slot on its way, the tier that told of it, and the record's id.
         self._sources: dict[int, tuple[int, bytes]] = {}
@@ -94,6 +104,10 @@ class Planner:
         asked = (tracked.namespace, tracked.tokens, wanted, reach(found, local), before)
         tracked.lookup = self.directory.ask(*asked) if wanted else None
         tracked.heard = not wanted
+        if self.ends is not None and (ends := self.ends.pieces(len(tracked.tokens), local)):
+            named = self.ends.namespaces(tracked.namespace)
+            tracked.states = [self.directory.ask(of, tracked.tokens, ends) for of in named]
+            tracked.heard = False
 
     def plan(self, tracked: Tracked, local: int, tiers: bool = True) -> tuple[Plan, str | None]:
         """A plan from `local` on, and why it does not blend, if it was to.
@@ -103,15 +117,20 @@ class Planner:
         """
         start = time.perf_counter()
         told = self._told(tracked) if tiers else []
-        plan = self._chosen(tracked, local, told, tracked.refusal)
+        plan, reason = self._chosen(tracked, local, told, tracked.refusal)
+        if self.ends is not None:
+            named = self.ends.namespaces(tracked.namespace)
+            asked = tracked.states if tiers and tracked.states else [None] * len(named)
+            said = [self._answers(one, of) for one, of in zip(asked, named, strict=True)]
+            plan = self.ends.until(tracked, plan, said)
         tracked.took("plan", time.perf_counter() - start)
-        return plan
+        return plan, reason
 
     def use(self, tracked: Tracked, plan: Plan, reason: str | None) -> None:
         """From now on this is the request's plan; nothing is kept for it yet."""
         self.release(tracked)
         tracked.plan, tracked.reason = plan, reason
-        tracked.needs = sum(s.record.nbytes for s in plan.found)
+        tracked.needs = sum(s.record.nbytes for s in plan.needed)
         tracked.seen, tracked.gone = self.index.added, self.index.gone
 
     def room(self, tracked: Tracked) -> bool:
@@ -148,7 +167,7 @@ class Planner:
             others: whether any are running.
         """
         assert tracked.plan is not None
-        coming = self.index.arriving(s.record.slot for s in tracked.plan.found)
+        coming = self.index.arriving(s.record.slot for s in tracked.plan.needed)
         if not coming or not others:
             tracked.fetching = 0.0
             return None
@@ -175,7 +194,7 @@ class Planner:
         """Whether all that the plan needs is there, on its way, or in a tier to be asked for."""
         assert tracked.plan is not None
         if tracked.gone != self.index.gone:
-            slots = [s.record.slot for s in tracked.plan.found]
+            slots = [s.record.slot for s in tracked.plan.needed]
             if not all(slot in self.index or slot < 0 for slot in slots):
                 return False
             tracked.gone = self.index.gone
@@ -226,10 +245,12 @@ class Planner:
 
     def _told(self, tracked: Tracked) -> Sequence[Answers]:
         """What tiers said in time that are not left alone, if it is of what the request is now."""
-        lookup, breakers = tracked.lookup, self.directory.breakers
-        if lookup is None or not lookup.over or lookup.namespace != tracked.namespace:
+        return self._answers(tracked.lookup, tracked.namespace)
+
+    def _answers(self, asked: Asked | None, namespace: bytes) -> Sequence[Answers]:
+        if asked is None or not asked.over or asked.namespace != namespace:
             return []
-        pairs = zip(lookup.answers, breakers, strict=True)
+        pairs = zip(asked.answers, self.directory.breakers, strict=True)
         return [answers for answers, breaker in pairs if breaker.closed and answers.told]
 
     def _chosen(
@@ -272,13 +293,13 @@ class Planner:
         assert plan is not None
         tracked.held = True
         self._kept += tracked.needs
-        tracked.leased = sorted({s.record.slot for s in plan.found if s.record.slot >= 0})
+        tracked.leased = sorted({s.record.slot for s in plan.needed if s.record.slot >= 0})
         for slot in tracked.leased:
             self.index.lease(slot)
             self.index.touch(slot)
         here: dict[bytes, Record] = {}
         adopted: list[Record] = []
-        behind = {s.record.id: s.record for s in plan.found if s.record.slot < 0}
+        behind = {s.record.id: s.record for s in plan.needed if s.record.slot < 0}
         for record in behind.values():
             taken = self.index.twin(record)  # another has had it fetched since this was planned
             if taken is None:
@@ -293,11 +314,13 @@ class Planner:
             self.index.lease(taken.slot)
             tracked.leased.append(taken.slot)
         if here:
-            found = [s._replace(record=here.get(s.record.id, s.record)) for s in plan.found]
-            tracked.plan = replace(plan, found=tuple(found))
+            found = [s._replace(record=here.get(s.record.id, s.record)) for s in plan.needed]
+            n = len(plan.found)
+            tracked.plan = replace(plan, found=tuple(found[:n]), states=tuple(found[n:]))
             self._fetches += adopted
             for id, taken in here.items():
-                told_by = tracked.lookup.told_by(id) if tracked.lookup else None
+                said = [asked.told_by(id) for asked in tracked.asked_of]
+                told_by = next((by for by in said if by is not None), None)
                 if told_by is not None:
                     self._sources[taken.slot] = told_by, id
                     tracked.fetched.setdefault(taken.slot, self._tiers[told_by].name)
@@ -306,8 +329,8 @@ class Planner:
         return True
 
 
-def claim_of(tracked: Tracked, blocks: list[list[int]], claimed: int) -> Claim:
-    """What the workers must do for a request that was admitted with these blocks.
+def claim_of(tracked: Tracked, all_blocks: list[list[int]], claimed: int, groups: Groups) -> Claim:
+    """What the workers must do for a request that was admitted with these blocks, by vLLM's groups.
 
     What vLLM counts on is there, whatever goes wrong here: then all of it is computed.
     """
@@ -315,7 +338,7 @@ def claim_of(tracked: Tracked, blocks: list[list[int]], claimed: int) -> Claim:
     lora = getattr(request.lora_request, "lora_int_id", 0)
     of: dict[str, Any] = {
         "request_id": request.request_id,
-        "blocks": blocks,
+        "blocks": groups.those(all_blocks),
         "lora": lora,
         "front": tracked.front,
     }
@@ -328,6 +351,13 @@ def claim_of(tracked: Tracked, blocks: list[list[int]], claimed: int) -> Claim:
             for start, end, _, r, at in plan.found
         ]
         of |= {"start": plan.local, "end": plan.end, "loads": loads, "rows": plan.rows}
+        if groups.states is not None and plan.states:
+            last = plan.end // groups.block_size - 1
+            each = zip(groups.states.ids, plan.states, strict=True)
+            of["states"] = [
+                (ChunkLoad(r.slot, start, end, at, r.T, 0), all_blocks[group][last])
+                for group, (start, end, _, r, at) in each
+            ]
         if not plan.selective:
             return Claim(tokens=tokens[: plan.end], **of)
         return Claim(tokens=tokens, strategy=plan.strategy, outline=plan.outline, **of)

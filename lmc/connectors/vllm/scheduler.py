@@ -31,6 +31,7 @@ from lmc.connectors.vllm.messages import (
 from lmc.connectors.vllm.namespaces import Namespace
 from lmc.connectors.vllm.planner import Planner, claim_of
 from lmc.connectors.vllm.reading import Reader, survive
+from lmc.connectors.vllm.states import length_of
 from lmc.connectors.vllm.taint import ChainMap, rechain, untaint
 from lmc.connectors.vllm.tracked import Tracked, recompute, report_of, served
 from lmc.connectors.vllm.windows import scratch_pages
@@ -63,11 +64,13 @@ class SchedulerSide:
         self.layout = identity.layout_of(vllm_config, kv_cache_config)
         self.cost = shape_of(vllm_config.model_config.hf_text_config).cost
         self.namespace = Namespace(vllm_config, kv_cache_config, rope)
-        longest = min(config.build_chunker().longest_chunk or 1, config.limits.chunk_tokens)
-        check_memory(config.memory_bytes, self.layout.bytes_per_token, longest)
+        per_token = self.layout.bytes_per_token
+        chunk = min(config.build_chunker().longest_chunk or 1, config.limits.chunk_tokens)
+        check_memory(config.memory_bytes, per_token, max(chunk, length_of(groups, per_token)))
         self.ranks = vllm_config.parallel_config.world_size
         begins = first_token(vllm_config.model_config.hf_text_config)
-        self.planner = Planner(config, self.layout, self.cost, self.ranks, vllm_config, begins)
+        of = (self.layout, self.cost, self.ranks, vllm_config, begins, groups)
+        self.planner = Planner(config, *of)
         self.index = self.planner.index
         self.explaining = Explaining(config, self.planner)
         self.gate = QualityGate(vllm_config, self.layout, rope, config)
@@ -75,7 +78,6 @@ class SchedulerSide:
         caches = bool(vllm_config.cache_config.enable_prefix_caching)
         rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.local = LocalCache(groups, caches, rows)
-        per_token = self.layout.bytes_per_token
         self.isolation = Isolation(config, self.index, begins, per_token, groups, rows)
         self.keeping = keeping.Keeping(config, self.index, per_token, self.local, self.ranks)
         self.requests: dict[str, Tracked] = {}
@@ -83,11 +85,8 @@ class SchedulerSide:
         self.flights = Flights(config, self.planner)
         longest = vllm_config.model_config.max_model_len if groups.longest else 0
         pages = scratch_pages(groups, config.window_bytes, longest) if longest else 0
-        self.admission = Admission(
-            config, config.rows_per_step or rows // BLENDING, self.planner, self.reader,
-            self.namespace, self.local, self.flights, self.begun,
-            pages,
-        )  # fmt: skip
+        parts = (self.planner, self.reader, self.namespace, self.local, self.flights, self.begun)
+        self.admission = Admission(config, config.rows_per_step or rows // BLENDING, *parts, pages)
         publishes = published(vllm_config)
         self.events = Events(self.index, self.ranks, self.block_size) if publishes else None
         self.just_finished: dict[str, Tracked] = {}  # in the step that the workers report on
@@ -126,7 +125,7 @@ class SchedulerSide:
             return 0
 
     def allocated(self, request: Any, blocks: list[list[int]], claimed: int) -> None:
-        """vLLM admitted `request` with these blocks, by group, and `claimed` tokens of ours."""
+        """vLLM admitted `request` with these blocks, by its groups, and `claimed` of our tokens."""
         tracked = self.requests.get(request.request_id)
         if tracked is None:
             return
@@ -141,7 +140,7 @@ class SchedulerSide:
             if self.events and tracked.blended_from is not None:
                 self.events.blended(tracked)
         if claimed:
-            claim = claim_of(tracked, blocks, claimed)
+            claim = claim_of(tracked, blocks, claimed, self.local.groups)
             if not claim.planned:
                 self.counts["claims_given_up"] += 1
             self.claims.append(claim)
@@ -192,6 +191,7 @@ class SchedulerSide:
         if self.local.groups.longest:
             for tracked, n, blocks in self.keeping.underway(scheduler_output, self.requests):
                 self._save(tracked, n, blocks, over=False)
+        self.keeping.keep_states(self.planner.ends, scheduler_output, self.requests)
         for request_id, tracked in keeping.prompts_done(scheduler_output, self.requests):
             n, saves = tracked.request.num_prompt_tokens, tracked.saves
             if saves:

@@ -26,6 +26,7 @@ from lmc.connectors.vllm.loading import (
     on_any_rank,
 )
 from lmc.connectors.vllm.messages import ChunkLoad, Claim
+from lmc.connectors.vllm.states import Pages
 from lmc.connectors.vllm.windows import Scratch, Windows
 from lmc.store.chunks import Chunks
 from lmc.store.extents import Run
@@ -75,6 +76,7 @@ class Serving:
         scratch: where rows attend in layers of which vLLM keeps the last window alone, if any.
         ends: by request, hidden states of rows that vLLM's forward need not compute; None where
             that one always runs.
+        states: vLLM's pages of layers that keep a state, if there are any.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Serving:
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.scratch: Scratch | None = None
+        self.states: Pages | None = None
         self.ends: dict[str, torch.Tensor] | None = None
         self._chunks, self._told = chunks, told
         self._block_size, self._max_rows = block_size, max_rows
@@ -103,6 +106,12 @@ class Serving:
         self._stale = stale
         self.ends = None if self.ends is None else {}
         failed: list[Claim] = []
+        if self.states is not None:  # rows of such a model are not computed here
+            for claim in claims:
+                deadline = time.monotonic() + self._chunks.patience_s
+                if self._load(Attempt(claim), deadline) != [] or not claim.planned:
+                    failed.append(claim)
+            return failed
         for group in in_groups(claims, self._max_rows, self.scratch):
             deadline = time.monotonic() + self._chunks.patience_s
             failed += self._serve([Attempt(claim) for claim in group], deadline)
@@ -111,6 +120,28 @@ class Serving:
             _, some_miss = on_any_rank([], len(self.ends) < len(claims))
             self.ends = {} if some_miss else self.ends
         return failed
+
+    def take_ends(self, order: Sequence[str]) -> torch.Tensor | None:
+        """Hidden states `[M, hidden]` of all that the step's forward is for, if they are known.
+
+        Args:
+            order: of requests in the engine's batch, by id.
+        """
+        found = self.ends
+        if not found:
+            return None
+        self.ends = {}
+        if found.keys() != {*order}:
+            return None
+        try:
+            ends = found[order[0]] if len(order) == 1 else torch.cat([found[one] for one in order])
+        except torch.OutOfMemoryError:
+            if get_tp_group().world_size > 1:
+                raise  # other ranks may have left the forward out
+            logger.exception("lmc leaves the ends of %d requests to the engine", len(order))
+            return None
+        self.counts["rows_computed_to_the_end"] += len(ends)
+        return ends
 
     def _serve(self, attempts: list[Attempt], deadline: float) -> list[Claim]:
         """Load and compute, and again what did not come; the claims that came to nothing."""
@@ -260,7 +291,7 @@ class Serving:
         if failed:
             return None
         self._lose(missing[len(attempt.late) :])
-        return [load for load in claim.loads if load.slot in somewhere]
+        return [load for load in claim.needs if load.slot in somewhere]
 
     def _place(self, attempt: Attempt, deadline: float) -> list[ChunkLoad]:
         """Put what is there into the pages; what is missing and was not known to be."""
@@ -274,6 +305,13 @@ class Serving:
         attempt.held = found.held
         if found.held:
             self.counts["bytes_loaded:host"] += Placement(found.held, memory, target).put()
+        for group, (load, block) in enumerate(claim.states):
+            assert self.states is not None
+            found.missing.extend(find(self._chunks, [load], False, deadline).missing)
+            with memory.reading(load.slot) as parts:
+                if parts is not None:
+                    self.states.write(group, block, parts)
+                    self.counts["bytes_loaded:host"] += sum(part.nbytes for part in parts)
         if found.arriving:
             attempt.arriving = LayeredLoad(found.arriving, memory, target, deadline)
         return found.missing

@@ -63,7 +63,8 @@ class Tracked:
         namespace: what its KV must be compatible with, tenant included.
         scope: what a tainted chain must have in common to be found again.
         tokens, pieces: as of the latest plan; a resumed request has output tokens too.
-        lookup: what the tiers behind host memory are asked about it, if there are any.
+        lookup: what the tiers behind host memory are asked about it, if there are any; states: of
+            each group of layers that keep a state in place of keys.
         heard: whether the plan was made with all that they answered.
         local: tokens that vLLM held when last asked.
         plan: made for what vLLM was expected to hold.
@@ -103,6 +104,7 @@ class Tracked:
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     pieces: Sequence[Piece] = ()
     lookup: Asked | None = None
+    states: Sequence[Asked] = ()
     heard: bool = True
     local: int = 0
     plan: Plan | None = None
@@ -138,6 +140,16 @@ class Tracked:
     def waits(self) -> bool:
         """Whether its turn is yet to come, or to come again."""
         return self.plan is not None and not self.held and not self.request.is_finished()
+
+    @property
+    def asked_of(self) -> list[Asked]:
+        """All that the tiers are asked about it."""
+        return [*([] if self.lookup is None else [self.lookup]), *self.states]
+
+    @property
+    def answered(self) -> bool:
+        """Whether nothing that the tiers were asked is waited for."""
+        return all(asked.over for asked in self.asked_of)
 
     def took(self, name: str, seconds: float) -> None:
         """lmc took so long for something."""

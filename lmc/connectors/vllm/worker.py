@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
@@ -45,6 +44,7 @@ from lmc.connectors.vllm.messages import (
 )  # fmt: skip
 from lmc.connectors.vllm.metrics import ALIKE
 from lmc.connectors.vllm.serving import MakeWindows, Serving
+from lmc.connectors.vllm.states import Pages
 from lmc.connectors.vllm.weights import WeightsWatch
 from lmc.connectors.vllm.windows import Scratch, scratch_pages
 from lmc.kernels.paged import PagedKV
@@ -104,6 +104,8 @@ class WorkerSide:
         self._pages_lost = False  # since the last step
         self._failed_blocks: set[int] = set()  # that vLLM has yet to be told of
         self._spoilt: dict[int, int] = {}  # blocks that no save may read: the step they failed in
+        # Requests whose claims were brought ahead of them, and those whose came to nothing.
+        self._brought: tuple[set[str], set[str]] = set(), set()
 
     # -- start-up ----------------------------------------------------------------------------
 
@@ -119,6 +121,9 @@ class WorkerSide:
                 pages = scratch_pages(self.groups, self._window_bytes, longest)
                 layer = next(iter(by_name.values()))
                 self.serving.scratch = Scratch(layer, self.groups, pages)
+            if self.groups.states:
+                of = (self.groups.states, layers, self._pages.dtype)
+                self.serving.states = self.copies.states = Pages(*of)
         except Exception as error:  # a backend of another shape may fail in any way
             self.kv_refusal = f"its pages are not known: {type(error).__name__}: {error}"
         if self.kv_refusal is not None:
@@ -136,6 +141,9 @@ class WorkerSide:
         """
         self.watch = WeightsWatch(model)
         self._loras = self._decoder = None
+        if self.groups.states:
+            self.refusal = "layers that keep a state, which holds all that was before it"
+            return
         blind = self.kv_refusal or (self.refusal if self._attention is None else None)
         try:
             self._loras = None if lora_manager is None else Loras(lora_manager)
@@ -177,7 +185,8 @@ class WorkerSide:
     def hello(self) -> WorkerHello:
         """What the scheduler must know before the first request."""
         computes = self._decoder is not None
-        return WorkerHello(self.refusal, self.kv_refusal, self.watch is not None, computes)
+        ahead = self.groups.states is not None
+        return WorkerHello(self.refusal, self.kv_refusal, self.watch is not None, computes, ahead)
 
     # -- once a step, in this order ----------------------------------------------------------
 
@@ -209,6 +218,8 @@ class WorkerSide:
             mends = self._decoder is not None or not self.groups.longest
             for claim in self.serving.serve(metadata.claims, self._stale and mends):
                 self._fail(claim, metadata.number)
+        if self.groups.states:
+            self._brought[0].update(claim.request_id for claim in metadata.claims)
 
     def ends_rows(self) -> bool:
         """Let rows go on to the end of the model, if on all ranks that is what it makes of them."""
@@ -217,28 +228,6 @@ class WorkerSide:
             return False
         self.serving.ends = {}
         return True
-
-    def take_ends(self, order: Sequence[str]) -> torch.Tensor | None:
-        """Hidden states `[M, hidden]` of all that the step's forward is for, if they are known.
-
-        Args:
-            order: of requests in the engine's batch, by id.
-        """
-        found = self.serving.ends
-        if not found:
-            return None
-        self.serving.ends = {}
-        if found.keys() != {*order}:
-            return None
-        try:
-            ends = found[order[0]] if len(order) == 1 else torch.cat([found[one] for one in order])
-        except torch.OutOfMemoryError:
-            if get_tp_group().world_size > 1:
-                raise  # other ranks may have left the forward out
-            logger.exception("lmc leaves the ends of %d requests to the engine", len(order))
-            return None
-        self.counts["rows_computed_to_the_end"] += len(ends)
-        return ends
 
     def save(self, metadata: StepMetadata) -> None:
         """After the forward: copy new chunks out of the pages, behind the model's back."""
@@ -277,6 +266,12 @@ class WorkerSide:
         """Blocks whose claim failed altogether; vLLM recomputes from the first of them."""
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
+
+    def take_brought(self) -> tuple[set[str], set[str]]:
+        """Requests whose claims were brought ahead of them, and those of them that came to nothing,
+        since the last call."""
+        brought, self._brought = self._brought, (set(), set())
+        return brought
 
     def take_stats(self) -> LMCStats:
         """What happened since the last call, and what is under way."""
@@ -339,6 +334,10 @@ class WorkerSide:
             RuntimeError: where it keeps windows apart, it cannot be told to.
         """
         self.counts["claims_failed"] += 1
+        if self.groups.states:  # it has not been counted on yet
+            self._brought[1].add(claim.request_id)
+            self.told.recomputed(claim.request_id, np.arange(claim.start, claim.end))
+            return
         if self.groups.longest:
             raise RuntimeError(
                 f"lmc could not bring what {claim.request_id} was promised into its pages, and "

@@ -144,7 +144,7 @@ def _stand_in(runner: Any, side: WorkerSide | None) -> None:
         return
 
     def forward(*arguments: Any, **named: Any) -> Any:
-        ends = side.take_ends(runner.input_batch.req_ids)
+        ends = side.serving.take_ends(runner.input_batch.req_ids)
         return own(*arguments, **named) if ends is None else ends
 
     runner._model_forward = forward

@@ -149,6 +149,7 @@ def test_drafts_out_of_the_text(tiny_llama_dir: Path, tmp_path: Path) -> None:
 def test_drafts_with_kv_of_their_own_are_refused(method: str) -> None:
     from types import SimpleNamespace
 
+    from lmc.connectors.vllm.config import LMCConfig
     from lmc.connectors.vllm.identity import engine_refusal
 
     parallel = SimpleNamespace(
@@ -157,5 +158,5 @@ def test_drafts_with_kv_of_their_own_are_refused(method: str) -> None:
     config = SimpleNamespace(
         parallel_config=parallel, speculative_config=SimpleNamespace(method=method)
     )
-    refusal = engine_refusal(config, None)
+    refusal = engine_refusal(config, None, LMCConfig())
     assert refusal is not None and f"speculative decoding by {method}" in refusal
