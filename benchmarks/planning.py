@@ -118,7 +118,7 @@ class Bench:
             request, rest, num_new_computed_tokens=local, new_computed_blocks=blocks,
             num_external_computed_tokens=claimed,
         )  # fmt: skip
-        own = manager.get_block_ids(request.request_id)[0]
+        own = [list(ids) for ids in manager.get_block_ids(request.request_id)]
         self.timed("plan", lambda: side.allocated(request, own, claimed))
         request.num_computed_tokens = local + claimed
         self.step(request, rest)
@@ -127,7 +127,7 @@ class Bench:
 
     def finish(self, request: Request) -> None:
         """Its prompt is computed, and it ends."""
-        own = self.manager.get_block_ids(request.request_id)[0]
+        own = [list(ids) for ids in self.manager.get_block_ids(request.request_id)]
         self.timed("keep", lambda: self.side.finish(request, own))
         self.manager.free(request)
         self.step()

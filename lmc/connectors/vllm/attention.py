@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -182,7 +184,7 @@ class PagedAttention(ABC):
         """
         first = int(np.searchsorted(part.positions, need.first_asking(outline)))
         scores = torch.zeros(outline.T, dtype=torch.float32, device=self.device)
-        asking, window = where[first:], layer.sliding_window
+        asking = where[first:]
         sinks = getattr(layer.impl, "sinks", None)
         importance(
             query[first:],
@@ -193,7 +195,7 @@ class PagedAttention(ABC):
             layer.impl.scale,
             heads=need.heads,
             queries=need.queries,
-            first=(asking - window + 1).clamp(min=0) if window else None,
+            first=first_key(layer, asking),
             softcap=softcap_of(layer),
             sinks=None if sinks is None else sinks.float().contiguous(),
             out=scores[: part.reach],
@@ -232,13 +234,18 @@ class BackendAttention(PagedAttention):
 
     def __init__(self, layers: dict[str, Any], groups: Groups, vllm_config: Any) -> None:
         super().__init__(layers, groups)
-        builder = next(iter(layers.values())).attn_backend.get_builder_cls()
-        # One a group: what it builds may hold the window that the group's layers share.
-        self._builders = [
-            builder(spec, [name for name, of in zip(layers, groups.of, strict=True) if of == group],
-                    vllm_config, self.device)
-            for group, spec in enumerate(groups.specs)
-        ]  # fmt: skip
+        # One a group and backend: what it builds may hold the window that the group's layers share,
+        # and those that attend in chunks have a backend of their own.
+        self._builders: list[dict[Any, Any]] = []
+        for group, spec in enumerate(groups.specs):
+            names = defaultdict(list)
+            for (name, layer), of in zip(layers.items(), groups.of, strict=True):
+                if of == group:
+                    names[layer.attn_backend].append(name)
+            self._builders.append({
+                backend: backend.get_builder_cls()(spec, some, vllm_config, self.device)
+                for backend, some in names.items()
+            })  # fmt: skip
 
     def _how(
         self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor, group: int
@@ -262,7 +269,9 @@ class BackendAttention(PagedAttention):
             slot_mapping=page_slots,
             causal=True,
         )
-        return self._builders[group].build(0, common)
+        builders = self._builders[group].items()
+        # Of what it is given one that attends in chunks makes something else.
+        return {backend: builder.build(0, replace(common)) for backend, builder in builders}
 
     def _write(
         self,
@@ -288,8 +297,24 @@ class BackendAttention(PagedAttention):
         rows: Rows,
     ) -> torch.Tensor:
         output = torch.empty_like(query)
-        layer.impl.forward(layer, query, key, value, place.cache, rows.how, output=output)
+        how = rows.how[layer.attn_backend]
+        layer.impl.forward(layer, query, key, value, place.cache, how, output=output)
         return output
+
+
+def window_of(layer: Any) -> int:
+    """Tokens of a layer's window, or of the chunks that it attends in; 0 where it has neither."""
+    return layer.sliding_window or getattr(layer, "attention_chunk_size", None) or 0
+
+
+def first_key(layer: Any, positions: torch.Tensor) -> torch.Tensor | None:
+    """The first position that queries at these positions see; None where that is the first of all,
+    as `Layer.first_key` has it."""
+    if not (window := window_of(layer)):
+        return None
+    if layer.sliding_window:
+        return (positions - window + 1).clamp(min=0)
+    return positions // window * window
 
 
 def softcap_of(layer: Any) -> float | None:

@@ -16,7 +16,7 @@ from vllm.forward_context import set_forward_context
 
 from lmc.blend.evidence import Deviation, Importance, Outline
 from lmc.connectors.vllm.adapter import VLLMAdapter
-from lmc.connectors.vllm.attention import BackendAttention, PagedAttention
+from lmc.connectors.vllm.attention import BackendAttention, PagedAttention, window_of
 from lmc.connectors.vllm.decoders import Decoder
 from lmc.connectors.vllm.layouts import page_slots_of
 from lmc.connectors.vllm.lora import Loras
@@ -178,7 +178,7 @@ def self_check(
 def length(attention: PagedAttention, vllm_config: Any) -> int:
     """Tokens of a check: beyond every window that a prompt can be longer than, and no longer than
     a prompt that can still be moved."""
-    windows = [layer.sliding_window or 0 for layer in attention.layers.values()]
+    windows = [window_of(layer) for layer in attention.layers.values()]
     longest = int(vllm_config.model_config.max_model_len) - 1
     return max([ROWS, *(min(w + ROWS, longest) for w in windows if 0 < w < longest)])
 
@@ -231,15 +231,16 @@ class Scratch:
         rows = np.arange(part.start, part.stop, dtype=np.int64)
         blocks = enumerate(self.blocks)
         checked = [self._attention.prepare([(rows, of)], group) for group, of in blocks]
-        of = dict(zip(self._attention.layers, self._attention.groups.of, strict=True))
+        layers = self._attention.layers
+        of = list(zip(layers, self._attention.groups.of, layers.values(), strict=True))
         device = self._attention.device
         if self._loras is not None:
             self._loras.rows([(0, len(rows))])
         with set_forward_context(
-            {name: checked[group].how for name, group in of.items()},
+            {name: checked[group].how[layer.attn_backend] for name, group, layer in of},
             self._vllm_config,
             num_tokens=len(rows),
-            slot_mapping={name: checked[group].page_slots for name, group in of.items()},
+            slot_mapping={name: checked[group].page_slots for name, group, _ in of},
         ):
             # Of the dtypes that the engine itself sends: compiled code reads the bytes as those.
             return model(

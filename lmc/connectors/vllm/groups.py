@@ -119,8 +119,6 @@ def groups_refusal(kv_cache_config: Any) -> str | None:
     for spec in rows:
         if type(spec).__name__ not in (FULL, WINDOWED, LATENT):
             return f"attention of kind {type(spec).__name__}"
-        if getattr(spec, "attention_chunk_size", None):
-            return "chunked attention"
         if getattr(spec, "extra_retained_tokens", 0):
             return "windows that keep more than they see"
         if states and type(spec).__name__ == WINDOWED:

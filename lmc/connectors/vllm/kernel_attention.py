@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class KernelAttention(PagedAttention):
             for extra in ("alibi_slopes", "sinks"):
                 if getattr(layer.impl, extra, None) is not None:
                     raise ValueError(f"attention: kernels do not compute the {extra} of {name}")
+            if getattr(layer, "attention_chunk_size", None):
+                raise ValueError(f"attention: kernels do not attend in chunks, as {name} does")
 
     def _how(
         self, parts: list[Part], page_slots: torch.Tensor, tables: torch.Tensor, group: int
@@ -130,13 +133,17 @@ class LatentAttention(KernelAttention):
 def paged_attention(
     way: str, layers: dict[str, Any], groups: Groups, vllm_config: Any
 ) -> PagedAttention:
-    """The way that the config names: `kernels`, `backend`, or `auto` (kernels on a GPU).
+    """The way that the config names: `kernels`, `backend`, or `auto`: kernels on a GPU, and vLLM's
+    backend for layers of which they do not compute all.
 
     Latents have one way: lmc's own.
     """
     on_gpu = next(iter(layers.values())).kv_cache.is_cuda
     if type(groups.specs[0]).__name__ == LATENT:
         return LatentAttention(layers, groups)
-    if way == "kernels" or (way == "auto" and on_gpu):
+    if way == "kernels":
         return KernelAttention(layers, groups)
+    if way == "auto" and on_gpu:
+        with suppress(ValueError):
+            return KernelAttention(layers, groups)
     return BackendAttention(layers, groups, vllm_config)

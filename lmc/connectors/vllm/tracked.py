@@ -211,6 +211,8 @@ def report_of(tracked: Tracked, bytes_per_token: int, cost: PrefillCost) -> dict
 
     Keys: prompt_tokens, kinds (which add up to it), compute_fraction (row-layers computed of
     all, probe and check layers included), flops_fraction, bytes by tier, strategy, reason.
+    Bytes are those of all layers of what was found, where it came from: of layers with windows
+    less of it goes on into pages (`lmc_transfer_bytes`, metrics).
     """
     T, local, plan = tracked.request.num_prompt_tokens, tracked.local, tracked.admitted
     loaded: Counter[str] = Counter()

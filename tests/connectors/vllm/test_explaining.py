@@ -34,7 +34,7 @@ class Recorded(Bench):
             self.side.requests.pop(request.request_id)
             self.side.on_new_request(request)
         assert self.admit(request) is not None
-        own = self.manager.get_block_ids(request.request_id)[0]
+        own = [list(ids) for ids in self.manager.get_block_ids(request.request_id)]
         report = self.side.finish(request, own)
         self.manager.free(request)
         self.step()
