@@ -333,9 +333,8 @@ class SchedulerSide:
             base = tracked.request.lora_request is None  # nothing is computed alone under others
             blends = moves and self.blend_refusal is None
             if base and blends and over and not tracked.prompt_saved:
-                known = self.planner.known(tracked)
-                spans = tracked.options.chunks or ()
-                self.isolation.want(known, tracked.tokens, tracked.pieces, spans)
+                of = (tracked.tokens, tracked.pieces, tracked.options.chunks or ())
+                self.isolation.want(self.planner.known(tracked), *of)
         except BaseException as error:
             survive(error)
             self.counts["saves_given_up"] += 1
@@ -354,8 +353,9 @@ class SchedulerSide:
             rechain(request, self.block_size, block, [], recipes)
             if self.events:
                 self.events.blended(tracked)
-        # A request of one token has its report sent already, since the chunk was lost in the
-        # very step that answered it; the counters tell of those.
+        if self.planner.ends is not None:  # vLLM asks for it again, and computes it
+            tracked.plan = None
+        # One of one token has its report sent already: the counters tell of those.
         recompute(tracked, np.array(rows, np.int64), self.layout.bytes_per_token, self.cost)
 
     def _claims_failed(self, failed: set[int]) -> None:

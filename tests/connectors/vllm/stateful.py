@@ -70,8 +70,19 @@ def lost(session: Session) -> dict[str, Any]:
         session.lmc_worker.chunks.memory.release(slot)
         results[what] = session.finish()[request_id]
         results[f"{what} again"] = fresh(session, ASKED)
-    results["counts"] = dict(session.lmc_worker.counts)
+    session.fresh(ASKED)
+    noise(session)
+    states = session.lmc_worker.serving.states
+    states.write, write = failing, states.write
+    results["failing"] = session.ask(ASKED)
+    states.write = write
+    results["failing again"] = fresh(session, ASKED)
     return results
+
+
+def failing(*arguments: Any) -> None:
+    """What a device without memory does."""
+    raise RuntimeError("no memory for states")
 
 
 def left(session: Session, prompts: int) -> list[Answer]:
