@@ -104,3 +104,38 @@ def test_faults_of_a_server_under_load_fail_no_request_and_are_counted(
             assert all(same(a, b) for a, b in zip(answers[:2], plain, strict=False))  # none moved
             assert seconds < well_s + 1.0 + 5.0, name  # its patience; and what a busy machine takes
         assert seen["served_again"] < 60, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["redis", "s3", "nixl_files"])
+def test_engines_of_other_ranks_and_pages_share_one_namespace(
+    kind: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    server = seaweedfs() if kind == "s3" else Valkey()
+    url = f"redis://127.0.0.1:{server.port}/"
+    ways: list[dict[str, Any]] = [{}, {"tensor_parallel_size": 2, "block_size": 64}]
+    results = []
+    try:
+        for number, (writer, reader) in enumerate([ways, ways[::-1]]):
+            of_kind = {
+                "redis": {"url": url + str(number)},
+                "s3": {"url": f"s3://lmc/{tmp_path.name}-{number}",
+                       "endpoint": f"http://127.0.0.1:{server.port}"},
+                "nixl_files": {"directory": url + str(number),
+                               "path": str(tmp_path / f"files{number}")},
+            }[kind]  # fmt: skip
+            lmc = {"tiers": [{"name": kind} | of_kind]}
+            both: dict[str, Any] = {"separate_worker": True, "lmc": lmc}
+            run_scenario("persist_elsewhere", tiny_llama_dir, tmp_path, **both | writer)
+            got = run_scenario("restarted_elsewhere", tiny_llama_dir, tmp_path, **both | reader)
+            results.append(got)
+    finally:
+        if kind != "s3":
+            server.stop()
+    two, one = results
+    assert one["epic"].kinds == two["epic"].kinds
+    assert one["epic"].kinds["moved"] > 100
+    assert same(one["epic"], two["epic"]) and same(one["plain"], two["plain"])
+    # A rank's bytes: those of its heads.
+    assert one["epic"].report["bytes"][kind] == 2 * two["epic"].report["bytes"][kind] > 0
