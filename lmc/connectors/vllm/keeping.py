@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from lmc.chunking.pieces import Piece, split
 from lmc.connectors.vllm.config import LMCConfig
 from lmc.connectors.vllm.local import LocalCache
-from lmc.connectors.vllm.messages import ChunkSave, Encode
+from lmc.connectors.vllm.messages import ChunkSave, Claim, Encode
 from lmc.connectors.vllm.namespaces import Namespace
 from lmc.connectors.vllm.reading import survive
 from lmc.connectors.vllm.states import Ends
@@ -258,11 +258,14 @@ class Keeping:
         return True
 
 
-def given_out(scheduler_output: Any, encodes: list[Encode]) -> set[int]:
-    """Blocks that a step may write to for the first time."""
+def given_out(scheduler_output: Any, encodes: list[Encode], claims: list[Claim]) -> set[int]:
+    """Blocks that a step may write to for the first time; some of its claims are brought ahead of
+    their requests, of which it says nothing yet."""
     new = [data.block_ids for data in scheduler_output.scheduled_new_reqs]
     new += [blocks for blocks in scheduler_output.scheduled_cached_reqs.new_block_ids if blocks]
     lent = [block for encode in encodes for of in encode.saves[0].blocks for block in of]
+    lent += [block for claim in claims for of in claim.blocks for block in of]
+    lent += [block for claim in claims for _, block in claim.states]
     return {block for groups in new for of in groups for block in of}.union(lent)
 
 

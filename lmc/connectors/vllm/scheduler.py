@@ -199,16 +199,16 @@ class SchedulerSide:
             tracked.prompt_saved |= saves | self.keeping.hand_over(tracked, self.namespace)
             self.flights.landed(tracked, self.keeping.missing(tracked.storing))
         scheduled = sum(scheduler_output.num_scheduled_tokens.values())
-        rows = scheduled + self.admission.rows(self.claims)
         pool, prompts = self.local.manager.block_pool, keeping.computes_prompts(scheduler_output)
-        encodes = self.isolation.take(pool, rows, prompts)
+        encodes = self.isolation.take(pool, scheduled + self.admission.rows(self.claims), prompts)
+        given = keeping.given_out(scheduler_output, encodes, self.claims)
         metadata = StepMetadata(
             number=self._step,
             freed=self.index.take_freed(),
             fetches=self.planner.take_fetches(),
             claims=self.admission.to_the_end(self.claims, scheduler_output),
             leaving=leaving,
-            reused=not read_before.isdisjoint(keeping.given_out(scheduler_output, encodes)),
+            reused=not read_before.isdisjoint(given),
             saves=self.keeping.take(),
             encodes=encodes,
             encodes_left=self.isolation.pending,

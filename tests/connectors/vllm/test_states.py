@@ -117,6 +117,21 @@ def test_a_state_is_a_chunk_of_no_tenant() -> None:
     assert len(names) == 6 and not any(name.startswith(model) for name in names)
 
 
+def test_what_a_claim_is_brought_into_is_read_before_by_who_still_has_to() -> None:
+    # vLLM's step says nothing of a request that is loaded ahead of it, nor of its blocks.
+    from types import SimpleNamespace
+
+    from lmc.connectors.vllm.keeping import given_out
+    from lmc.connectors.vllm.messages import ChunkLoad, Claim
+
+    none = SimpleNamespace(new_block_ids=[])
+    step = SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=none)
+    load = ChunkLoad(1, 0, 32, 0, 32, 0)
+    rows = np.empty(0, np.int64)
+    claim = Claim("1", 0, 32, rows, [[3, 4]], [load], rows, states=[(load, 7), (load, 8)])
+    assert given_out(step, [], [claim]) == {3, 4, 7, 8}
+
+
 @pytest.mark.parametrize("width", [64, 96, 257])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_pages_of_states_are_moved_whole(width: int, groups: int) -> None:
