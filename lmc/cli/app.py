@@ -132,7 +132,10 @@ def check(
         typer.echo(f"KV          {sum(got['bytes'].values()):,} bytes a token, {got['dtype']}"
                    f"{f': {sizes}' if sizes else ''}")  # fmt: skip
         for what, where in (("exact", "the same text in front"), ("moved", "text anywhere")):
-            typer.echo(f"{what:12}{where}: {f'no, {got[what]}' if got[what] else 'reused'}")
+            said = f"no, {got[what]}" if got[what] else "reused"
+            if what == "exact" and got["states"]:
+                said = "reused from where a state is kept, on vLLM and by lmc.PrefixStore"
+            typer.echo(f"{what:12}{where}: {said}")
         if config_only or got["moved"]:
             return
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()

@@ -45,6 +45,7 @@ def check(config: Any, dtype: str | None = None) -> dict[str, Any]:
 
     Returns:
         layers: in words. bytes: a token, by kind of layer. dtype. exact, moved: None, or why not.
+        states: whether the same text is reused all the same, as far as a state of it is kept.
 
     Raises:
         ValueError: a dtype that is none.
@@ -56,12 +57,15 @@ def check(config: Any, dtype: str | None = None) -> dict[str, Any]:
     try:
         layers = layers_of(config)
     except ValueError as e:
-        return {"layers": "unknown", "bytes": {}, "dtype": dtype, "exact": str(e), "moved": str(e)}
+        why = dict.fromkeys(("exact", "moved"), str(e))
+        return {"layers": "unknown", "bytes": {}, "dtype": dtype, "states": False} | why
+    exact = exact_refusal(config)
     return {
         "layers": summary(layers),
         "bytes": bytes_by_kind(layers, BYTES[dtype]),
         "dtype": dtype,
-        "exact": exact_refusal(config),
+        "exact": exact,
+        "states": exact is not None and exact_refusal(config, states=True) is None,
         "moved": moved_refusal(config),
     }
 

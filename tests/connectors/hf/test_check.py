@@ -37,6 +37,14 @@ def test_a_config_alone(tmp_path: Path) -> None:
     assert "text anywhere: reused" in said.stdout
 
 
+def test_a_state_is_reused_where_it_is_kept(tmp_path: Path) -> None:
+    AutoConfig.for_model("qwen3_next", num_hidden_layers=4).save_pretrained(tmp_path)
+    said = CliRunner().invoke(app, ["model", "check", str(tmp_path), "--config-only"])
+    assert said.exit_code == 0
+    assert "in front: reused from where a state is kept" in said.stdout
+    assert "text anywhere: no, layers that keep a state in place of keys: 3 linear" in said.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["model", "check"], "got none"), (["model", "check", "/no/where", "--config-only"], "/no/w")],
