@@ -19,8 +19,37 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Whose binaries the tables of kernels/README.md do not show.
+OTHERS = {
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_103": GPUTarget("cuda", 103, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+# What does not fit into registers there, by GPU and kernel: variants and dtypes.
+SPILLS: dict[str, dict[str, tuple[str, ...]]] = {
+    "sm_120": {
+        "sparse_attention": (
+            "D64-GQA8 fp32", "D80-GQA4 fp16", "D80-GQA4 bf16", "D128-GQA4 fp16", "D128-GQA4 bf16",
+            "D128-GQA8-few fp16", "D128-GQA8-few bf16",
+        ),
+        "importance": ("window-sinks fp32",),
+    },
+    "gfx950": {
+        "importance": (
+            "lse fp32", "lse-D80 fp32", "lse-window-softcap fp32", "mean-sum fp32", "max-max fp32",
+            "mean-l2 fp32", "window-softcap fp32", "window-sinks fp32",
+        ),
+    },
+}  # fmt: skip
 # Bytes of shared memory that one program may have.
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED = {
+    "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10,
+    "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_103": 227 << 10, "sm_120": 99 << 10,
+    "gfx90a": 64 << 10, "gfx950": 160 << 10,
+}  # fmt: skip
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -40,7 +69,7 @@ class Binary:
 
 
 def compile_variant(spec: KernelSpec, variant: str, dtype: torch.dtype, target: str) -> Binary:
-    """Compile one variant of spec.aot for elements of dtype and a name in TARGETS."""
+    """Compile one variant of spec.aot for elements of dtype and a name in TARGETS or OTHERS."""
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it")
     types: dict[str, str] = {}
@@ -57,7 +86,7 @@ def compile_variant(spec: KernelSpec, variant: str, dtype: torch.dtype, target: 
         if divisor:
             aligned[(i,)] = [["tt.divisibility", int(divisor)]]
     source = ASTSource(kernel, signature=types, constexprs=constants, attrs=aligned)
-    gpu = TARGETS[target]
+    gpu = TARGETS[target] if target in TARGETS else OTHERS[target]
     options = {"num_warps": arguments.get("num_warps", 4), **OPTIONS}
     compiled = triton.compile(source, target=gpu, options=options)
     return _nvidia(compiled) if gpu.backend == "cuda" else _amd(compiled)

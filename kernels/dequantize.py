@@ -269,7 +269,7 @@ SPEC = KernelSpec(
         "int8-partial": _signature("int8", 80, 32),
         "int8-copy": _signature("int8", 128, 0),
     },
-    unsupported={"fp8": ("sm_80",)},
+    unsupported={"fp8": ("sm_80", "sm_86")},
     traffic={
         **{format: QuantisedCase(L=1, T=512, G=1, D=128, format=format) for format in FORMATS},
         "int4-interleaved": QuantisedCase(L=1, T=512, G=1, D=128, format="int4", interleaved=True),

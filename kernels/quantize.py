@@ -363,7 +363,7 @@ SPEC = KernelSpec(
         "fp8-soft": _signature("fp8", 512, soft=True),
         "long": _signature("int8", 2048),
     },
-    unsupported={"fp8": ("sm_80",), "fp8-soft": ("sm_80",)},
+    unsupported={"fp8": ("sm_80", "sm_86"), "fp8-soft": ("sm_80", "sm_86")},
     traffic={
         **{format: QuantisedCase(L=1, T=512, G=1, D=128, format=format) for format in FORMATS},
         "fp8-soft": QuantisedCase(L=1, T=512, G=1, D=128, format="fp8"),

@@ -46,6 +46,15 @@ its facts). It is counted while the interpreter runs: every unmasked lane of eve
 with slots, addresses and angles. Caches are not modelled, so what two programs read counts twice.
 """
 
+OTHERS = """\
+## Other GPUs
+
+All of it compiles for {others} as well, within their shared memory, and on {clean} without spills;
+FP8 not on sm_86, which has none. The slow tests look. What spills, a few registers' worth, so that
+it runs and could be faster:
+
+"""
+
 ROOFLINE = """\
 ## Roofline
 
@@ -175,9 +184,23 @@ def readme(specs: Sequence[KernelSpec], sections: Sequence[str]) -> str:
         [
             HEAD.format(triton=triton.__version__),
             *sections,
+            _other_gpus(),
             f"{constants}\n{markdown(ROOFLINE_HEAD, predicted)}",
         ]
     )
+
+
+def _other_gpus() -> str:
+    from lmc.kernels.aot import OTHERS as OTHER_TARGETS
+    from lmc.kernels.aot import SPILLS
+
+    spilling = [
+        f"- {gpu}, {name}: {', '.join(variants)}.\n"
+        for gpu, kernels in SPILLS.items()
+        for name, variants in kernels.items()
+    ]
+    clean = ", ".join(gpu for gpu in OTHER_TARGETS if gpu not in SPILLS)
+    return OTHERS.format(others=", ".join(OTHER_TARGETS), clean=clean) + "".join(spilling)
 
 
 def kernels(

@@ -132,7 +132,7 @@ def test_write_writes_the_page(two_kernels, monkeypatch, tmp_path):
     assert CliRunner().invoke(app, ["--write"]).exit_code == 0
     text = (tmp_path / "README.md").read_text()
     assert re.findall(r"^## (.*)$", text, flags=re.M) == [
-        "How to read the tables", "gather", "checksum", "Roofline",
+        "How to read the tables", "gather", "checksum", "Other GPUs", "Roofline",
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lmc.kernels.aot import DTYPES, SHARED, TARGETS, compile_variant
+from lmc.kernels.aot import DTYPES, OTHERS, SHARED, SPILLS, TARGETS, compile_variant
 from lmc.kernels.spec import interpreted, load
 
 pytestmark = [
@@ -32,6 +32,24 @@ def test_compiles_without_spills_and_with_wide_access(spec, variant, dtype, targ
         # Above all for addresses out of a table, where the compiler has only our word for
         # alignment.
         assert (binary.load_bits, binary.store_bits) == (128, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", OTHERS)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_what_spills_on_other_gpus_is_what_the_page_says(spec, target):
+    spilling = set()
+    for variant in spec.aot:
+        for dtype, name in DTYPES.items():
+            if not spec.supports(variant, target, name):
+                continue
+            binary = compile_variant(spec, variant, dtype, target)
+            assert binary.shared <= SHARED[target]
+            if spec.moves:
+                assert (binary.load_bits, binary.store_bits) == (128, 128)
+            if binary.spills:
+                spilling.add(f"{variant} {name}")
+    assert spilling == {*SPILLS.get(target, {}).get(spec.name, ())}
 
 
 @pytest.mark.parametrize("target", TARGETS)
