@@ -27,6 +27,7 @@ from lmc.model.rope import Rotations
 
 ROWS = 64  # of a check, behind the longest window
 SHIFT = 100  # positions that keys are moved by
+GROWTH, GROWN = 16.0, 0.05  # by what errors may grow from layer to layer, and to what at most
 
 
 def of_any_rank(reason: str | None) -> str | None:
@@ -106,7 +107,6 @@ def mismoved(
         return rope, f"the model does not run by itself: {type(error).__name__}: {error}"
     cos, sin = (torch.from_numpy(x).to(oracle.device) for x in rope.angles(shift))
     first = oracle.pages(layers[0]).turned_from(2 * cos.shape[-1])
-    tolerance = 4 * torch.finfo(kept[0][0].dtype).eps ** 0.5
 
     def errors(interleaved: bool) -> list[float]:
         """By layer, of keys that are moved."""
@@ -124,13 +124,31 @@ def mismoved(
         pairing: errors(pairing) for pairing in ({rope.interleaved} if paired else (False, True))
     }
     best = min(found, key=lambda pairing: max(found[pairing]))
-    for i, worst in enumerate(found[best]):
-        if not worst <= tolerance:
-            return rope, (
-                f"keys of layer {i} moved by {shift} positions differ from the model's own there "
-                f"by {worst:.1e} (at most {tolerance:.1e})"
-            )
+    if (wrong := unlike(found[best], kept[0][0].dtype)) is not None:
+        i, worst, allowed = wrong
+        return rope, (
+            f"keys of layer {i} moved by {shift} positions differ from the model's own there "
+            f"by {worst:.1e} (at most {allowed:.1e})"
+        )
     return rope.paired(best), None
+
+
+def unlike(errors: list[float], dtype: torch.dtype) -> tuple[int, float, float] | None:
+    """The first layer whose keys do not turn as they should, its error and what was allowed; None
+    if all do.
+
+    Keys of a layer are as far off as what goes into it, and some models make much of a little:
+    Qwen 2.5 0.5B turns 1e-6 of rounding into 2e-3 from its fourth layer on. So what is allowed
+    grows with the layers before; keys that do not turn, or otherwise, are off by 0.3 and more.
+    """
+    tolerance = 4 * torch.finfo(dtype).eps ** 0.5
+    before = 0.0
+    for i, worst in enumerate(errors):
+        allowed = max(tolerance, min(GROWN, GROWTH * before))
+        if not worst <= allowed:
+            return i, worst, allowed
+        before = max(before, worst)
+    return None
 
 
 @torch.inference_mode()
